@@ -1,0 +1,26 @@
+"""The environment variables that pdserve reads: each with a type, a default and a sentence. There are few on purpose."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pdserve.errors import ConfigError
+
+
+def home() -> Path:
+    """PDSERVE_HOME: where models and builds are kept (default ~/.cache/pdserve)."""
+    return Path(os.environ.get("PDSERVE_HOME") or Path.home() / ".cache" / "pdserve")
+
+
+def run_root() -> Path:
+    """PDSERVE_RUN_DIR: where running deployments keep logs, sockets and state (default /tmp/pdserve-<uid>)."""
+    return Path(os.environ.get("PDSERVE_RUN_DIR") or f"/tmp/pdserve-{os.getuid()}")
+
+
+def log_level() -> str:
+    """PDSERVE_LOG_LEVEL: debug, info, warning or error (default info)."""
+    value = os.environ.get("PDSERVE_LOG_LEVEL", "info").lower()
+    if value not in ("debug", "info", "warning", "error"):
+        raise ConfigError("PDSERVE_LOG_LEVEL", f"{value!r} is not a log level", "Use debug, info, warning or error.")
+    return value
