@@ -1,0 +1,192 @@
+"""Topology -> the exact list of processes to run. Pure: `pdserve launch --dry-run` prints what this returns."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from pdserve import env, model
+from pdserve.engines import command
+from pdserve.launching import Context
+from pdserve.topology import Cache, Instance, Proxy, Topology
+
+CACHE_START_SECONDS = 300.0  # every page of the arena is touched before the cache is ready
+PROXY_START_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process, complete: nothing is decided after this."""
+
+    name: str
+    role: str  # cache, prefill, decode, both, plain, proxy
+    argv: tuple[str, ...]
+    env: dict[str, str]  # added to the launcher's own
+    url: str
+    ready_url: str
+    log: Path
+    cwd: Path
+    depends: tuple[str, ...] = ()  # ready before this one is started
+    start_timeout: float = 900.0
+    leftovers: tuple[Path, ...] = ()  # files to remove once it is gone, in case it could not
+
+    def shell(self) -> str:
+        """As one would type it."""
+        words = [f"{key}={shlex.quote(value)}" for key, value in sorted(self.env.items())]
+        return " ".join([*words, shlex.join(self.argv)])
+
+
+@dataclass(frozen=True)
+class Plan:
+    topology: Topology
+    context: Context
+    run_dir: Path
+    processes: tuple[Process, ...]
+
+    @property
+    def url(self) -> str:
+        """Where a client goes: the proxy, else the first engine."""
+        proxy = self.topology.proxy
+        return proxy.url if proxy else self.topology.instances[0].url
+
+
+def make(topology: Topology, cores: list[int], python: str = sys.executable, run_root: Path | None = None) -> Plan:
+    """`cores` are those this machine lets us use; engines on the CPU that name none share them."""
+    run_dir = (run_root or env.run_root()) / topology.name
+    base = Path(topology.source).parent if topology.source else None
+    found = model.resolve(topology.model, base)
+    context = Context(
+        model=found,
+        served_model_name=topology.served_model_name or found.served_name,
+        python=python,
+        run_dir=run_dir,
+        cache_socket=run_dir / "cache.sock" if topology.cache else None,
+        has_proxy=topology.proxy is not None,
+    )
+    topology = msgspec.structs.replace(topology, instances=_assign(topology.instances, cores))
+    processes = []
+    if topology.cache:
+        processes.append(_cache(topology.name, topology.cache, context))
+    after_cache = tuple(process.name for process in processes)
+    engines = [_engine(instance, context, after_cache) for instance in topology.instances]
+    processes += engines
+    if topology.proxy:
+        behind = tuple(engine.name for engine in engines if engine.role != "plain")
+        processes.append(_proxy(topology, topology.proxy, context, (*after_cache, *behind)))
+    return Plan(topology, context, run_dir, tuple(processes))
+
+
+def arena_file(name: str) -> Path:
+    return Path(f"/dev/shm/pdserve-{name}.arena")
+
+
+def _assign(instances: tuple[Instance, ...], cores: list[int]) -> tuple[Instance, ...]:
+    """Gives cores or GPUs to the engines that name none: equal shares, in order, those named by others left out."""
+    unbound = [i for i in instances if i.engine.device == "cpu" and not i.cpus]
+    named = {core for i in instances for core in expand_cores(i.cpus)}
+    free = [core for core in cores if core not in named] or cores
+    share = max(1, len(free) // max(1, len(unbound)))
+    taken_gpus = {gpu for i in instances for gpu in i.gpus}
+    assigned, turn, next_gpu = [], 0, 0
+    for instance in instances:
+        ranks = instance.engine.tensor_parallel_size
+        if instance.engine.device == "cpu" and not instance.cpus and free:
+            mine = [free[(turn * share + n) % len(free)] for n in range(share)]
+            turn += 1
+            instance = msgspec.structs.replace(instance, cpus=_bind(mine, ranks))
+        elif instance.engine.device == "cuda" and not instance.gpus:
+            gpus: list[int] = []
+            while len(gpus) < ranks:
+                if next_gpu not in taken_gpus:
+                    gpus.append(next_gpu)
+                next_gpu += 1
+            instance = msgspec.structs.replace(instance, gpus=tuple(gpus))
+        assigned.append(instance)
+    return tuple(assigned)
+
+
+def _bind(cores: list[int], ranks: int) -> str:
+    """vLLM's spelling: the cores of one rank by commas, ranks by |. With fewer cores than ranks, ranks share."""
+    per_rank = max(1, len(cores) // ranks)
+    groups = [[cores[(rank * per_rank + n) % len(cores)] for n in range(per_rank)] for rank in range(ranks)]
+    return "|".join(",".join(str(core) for core in group) for group in groups)
+
+
+def expand_cores(text: str) -> list[int]:
+    """ "0-2,5|7" -> [0, 1, 2, 5, 7]"""
+    cores: list[int] = []
+    for part in text.replace("|", ",").split(","):
+        first, _, last = part.partition("-")
+        if first:
+            cores.extend(range(int(first), int(last or first) + 1))
+    return cores
+
+
+def _log(context: Context, name: str) -> Path:
+    return context.run_dir / "logs" / f"{name}.log"
+
+
+def _pdserve(context: Context, *words: str) -> tuple[str, ...]:
+    # -P: the working directory is never importable.
+    return (context.python, "-P", "-m", "pdserve", *words)
+
+
+def _cache(name: str, cache: Cache, context: Context) -> Process:
+    admin = f"http://{cache.admin_host}:{cache.admin_port}"
+    words = ["cache", "serve", "--name", name, "--socket", str(context.cache_socket), "--size", str(cache.size)]
+    words += ["--chunk-tokens", str(cache.chunk_tokens)]
+    words += ["--admin-host", cache.admin_host, "--admin-port", str(cache.admin_port)]
+    return Process(
+        name="cache",
+        role="cache",
+        argv=_pdserve(context, *words),
+        env={"PYTHONSAFEPATH": "1"},
+        url=admin,
+        ready_url=f"{admin}/healthz",
+        log=_log(context, "cache"),
+        cwd=context.run_dir,
+        start_timeout=CACHE_START_SECONDS,
+        leftovers=(arena_file(name), context.run_dir / "cache.sock"),
+    )
+
+
+def _engine(instance: Instance, context: Context, depends: tuple[str, ...]) -> Process:
+    engine = command(instance.engine.kind)
+    return Process(
+        name=instance.name,
+        role=instance.role,
+        argv=tuple(engine.argv(instance, context)),
+        env=engine.environment(instance, context),
+        url=instance.url,
+        ready_url=engine.ready_url(instance, context),
+        log=_log(context, instance.name),
+        cwd=context.run_dir,
+        depends=depends if instance.role != "plain" else (),
+        start_timeout=instance.engine.start_timeout,
+    )
+
+
+def _proxy(topology: Topology, proxy: Proxy, context: Context, depends: tuple[str, ...]) -> Process:
+    words = ["proxy", "--host", proxy.host, "--port", str(proxy.port)]
+    for role in ("prefill", "decode", "both"):
+        for instance in topology.of(role):
+            words += [f"--{role}", f"{instance.name}={instance.url}"]
+    words += ["--model", context.served_model_name, "--policy", proxy.policy]
+    if proxy.prefill_timeout is not None:
+        words += ["--prefill-timeout", f"{proxy.prefill_timeout:g}"]
+    return Process(
+        name="proxy",
+        role="proxy",
+        argv=_pdserve(context, *words, *proxy.extra_args),
+        env={"PYTHONSAFEPATH": "1"},
+        url=proxy.url,
+        ready_url=f"{proxy.url}/health",
+        log=_log(context, "proxy"),
+        cwd=context.run_dir,
+        depends=depends,
+        start_timeout=PROXY_START_SECONDS,
+    )

@@ -1,0 +1,78 @@
+"""Topology -> the `vllm serve` command line and its environment. Pure; fits `Command` in engines/base.py."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from pdserve.launching import Context
+from pdserve.topology import KV_ROLES, Engine, Instance
+
+
+def argv(instance: Instance, context: Context) -> list[str]:
+    engine = instance.engine
+    command = [context.script("vllm"), "serve", context.model.source]
+    command += ["--served-model-name", context.served_model_name]
+    command += ["--host", instance.host, "--port", str(instance.port)]
+    command += _engine_flags(engine)
+    # Without it usage.prompt_tokens_details is null, and nobody can see what the cache saved.
+    command += ["--enable-prompt-tokens-details"]
+    if has_connector(instance, context):
+        command += ["--kv-transfer-config", json.dumps(kv_transfer_config(instance, context), separators=(",", ":"))]
+    return [*command, *engine.extra_args]
+
+
+def environment(instance: Instance, context: Context) -> dict[str, str]:
+    """Variables added to the launcher's own. PYTHONHASHSEED is left alone: our keys do not depend on it."""
+    variables = {
+        # The working directory must not be importable: a folder called `kernels` there would break transformers.
+        "PYTHONSAFEPATH": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    if context.model.local:
+        variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if instance.engine.device == "cpu":
+        if instance.cpus:
+            # vLLM's own choice sets cores aside for a KV transfer and, on few cores, puts all engines on the same ones.
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = instance.cpus
+        if instance.engine.kv_cache_space_gib is not None:
+            variables["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(instance.engine.kv_cache_space_gib))
+    elif instance.gpus:
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in instance.gpus)
+    return variables | instance.engine.env
+
+
+def ready_url(instance: Instance, context: Context) -> str:
+    return f"{instance.url}/health"
+
+
+def has_connector(instance: Instance, context: Context) -> bool:
+    return context.cache_socket is not None and instance.role in KV_ROLES
+
+
+def kv_transfer_config(instance: Instance, context: Context) -> dict[str, object]:
+    return {
+        "kv_connector": "PdserveConnector",
+        "kv_connector_module_path": "pdserve.engines.vllm.connector",
+        "kv_role": KV_ROLES[instance.role],
+        # A load that fails is computed instead; vLLM's default would fail the request.
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"pdserve.socket": str(context.cache_socket), "pdserve.instance": instance.name},
+    }
+
+
+def _engine_flags(engine: Engine) -> list[str]:
+    flags = ["--dtype", engine.dtype, "--tensor-parallel-size", str(engine.tensor_parallel_size)]
+    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+        value = getattr(engine, name)
+        if value is not None:
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    if engine.gpu_memory_utilization is not None:
+        flags += ["--gpu-memory-utilization", f"{engine.gpu_memory_utilization:g}"]
+    eager = engine.enforce_eager if engine.enforce_eager is not None else engine.device == "cpu"
+    if eager:
+        flags += ["--enforce-eager"]
+    if engine.enable_prefix_caching is not None:
+        flags += ["--enable-prefix-caching" if engine.enable_prefix_caching else "--no-enable-prefix-caching"]
+    return flags
