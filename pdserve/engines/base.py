@@ -1,0 +1,50 @@
+"""What pdserve asks of an engine, as two Protocols. An engine's modules satisfy them with plain functions."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from pdserve.engines.body import Body
+
+
+class Dialect(Protocol):
+    """How a request is split into a prefill leg and a decode leg. Pure: bytes in, bytes out, no I/O, no state.
+
+    Everything returns body *bytes*. Re-encoding JSON could reorder keys or change the spelling of the prompt, and with
+    it the prompt's tokens: a request then misses the cache that the same request filled.
+
+    `endpoint` is the path, "/v1/completions" or "/v1/chat/completions". `body` has been parsed and is a JSON object;
+    its fields may still have any type, and a wrong type must not raise: the engine itself tells the client.
+    """
+
+    @property
+    def together(self) -> bool:
+        """True if both legs are sent at once and meet in the engines; False if decode waits for prefill's reply."""
+
+    def why_local(self, endpoint: str, body: Body) -> str | None:
+        """A reason why this request cannot be split (a word for logs and headers), or None if it can."""
+
+    def prefill_body(self, endpoint: str, body: Body) -> bytes:
+        """The client's body changed so that the engine computes the prompt, hands its KV over and produces one token.
+        Nothing the client asked of the *answer* may make this leg fail."""
+
+    def read_handover(self, reply: bytes) -> bytes | None:
+        """The JSON that the decode leg must carry, byte for byte as the prefill reply has it; None if there is none.
+        Raises ValueError if the reply is not what the engine sends."""
+
+    def decode_body(self, endpoint: str, body: Body, handover: bytes | None) -> bytes:
+        """The client's own body plus the handover. Without a handover and without fields that only the proxy may set,
+        the very bytes of the client."""
+
+
+class Command(Protocol):
+    """How an engine process is started. Pure: topology in, plan out; `instance` and `context` are deploy's structs."""
+
+    def argv(self, instance: Any, context: Any) -> list[str]:
+        """The command line."""
+
+    def environment(self, instance: Any, context: Any) -> dict[str, str]:
+        """The variables to add to the environment."""
+
+    def ready_url(self, instance: Any, context: Any) -> str:
+        """Answers 200 once the engine can serve."""

@@ -1,0 +1,452 @@
+"""An engine without a model: speaks vLLM's OpenAI surface over HTTP, for tests, dry runs and the proxy's benchmark.
+
+Tokens are words and the answer is a function of the prompt, so two engines asked the same give the same text. It
+refuses what vLLM refuses and a careless proxy would send (`min_tokens` above the limit, `stream_options` without
+streaming, a prompt that is too long). It remembers every request, and whether its client left before the end. Faults
+are made on demand. It parses HTTP itself, because a fault may be anything but HTTP.
+
+    python -m pdserve.engines.fake.server --port 18100 --gap 0.01
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import zlib
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import httptools
+
+_REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 500: "Internal Server Error", 503: "Service Unavailable"}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What goes wrong with one request.
+
+    kind  status   answers `status` with an OpenAI error
+          plain    answers `status` with plain text
+          reset    breaks the connection without an answer
+          cut      breaks the connection after `after` events (streamed) or half the body
+          early    ends the stream in order after `after` events, without [DONE]
+          torn     as cut, but in the middle of an event
+          garbage  sends bytes that are not HTTP
+          rubbish  answers 200 with a body that is not JSON
+          stall    says nothing for ever
+          mute     sends head and `after` events, then nothing for ever
+    """
+
+    kind: str
+    status: int = 500
+    after: int = 1
+
+
+@dataclass(eq=False)
+class Seen:
+    """A request that came in, and how it ended: finished, or aborted by its client, or neither yet."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    raw: bytes
+    finished: bool = False
+    aborted: bool = False
+
+    @property
+    def body(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.raw)
+        return found
+
+    @property
+    def request_id(self) -> str:
+        return self.headers.get("x-request-id", "")
+
+    @property
+    def is_prefill(self) -> bool:
+        return b'"do_remote_decode":true' in self.raw
+
+
+class Refusal(Exception):
+    def __init__(self, status: int, message: str, kind: str = "BadRequestError", param: str | None = None) -> None:
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": status}}
+        super().__init__(message)
+
+
+@dataclass(eq=False)
+class FakeEngine:
+    """Start it with `async with FakeEngine() as engine`; its address is `engine.url`."""
+
+    model: str = "fake"
+    name: str = "fake"
+    port: int = 0
+    host: str = "127.0.0.1"
+    delay: float = 0.0  # before the first token
+    gap: float = 0.0  # between tokens
+    max_tokens: int = 8  # when the request does not say
+    max_model_len: int = 4096
+    hands_over: bool = True
+    healthy: bool = True
+    faults: deque[Fault] = field(default_factory=deque)  # one for each coming request, health and models not counted
+    always: Fault | None = None
+    seen: list[Seen] = field(default_factory=list)
+    keep: int = 10_000
+    connections: set[_Connection] = field(default_factory=set)
+    _server: asyncio.Server | None = None
+    _empty: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _Connection(self), self.host, self.port, backlog=2048)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Stops listening and breaks every connection, as a killed process does."""
+        assert self._server is not None
+        self._server.close()
+        if not self.connections:
+            self._empty.set()
+        for connection in list(self.connections):
+            connection.cut()
+        await self._server.wait_closed()
+        await self._empty.wait()
+
+    async def __aenter__(self) -> FakeEngine:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
+    @property
+    def running(self) -> int:
+        """Requests being worked on."""
+        return sum(1 for c in self.connections if c.task is not None and not c.task.done())
+
+    def connected(self, connection: _Connection) -> None:
+        self.connections.add(connection)
+        self._empty.clear()
+
+    def disconnected(self, connection: _Connection) -> None:
+        self.connections.discard(connection)
+        if not self.connections:
+            self._empty.set()
+
+    def note(self, seen: Seen) -> None:
+        if len(self.seen) < self.keep:
+            self.seen.append(seen)
+
+    # What the engine answers.
+
+    async def answer(self, seen: Seen, out: _Connection) -> None:
+        if seen.method == "GET":
+            return self._page(seen, out)
+        fault = self.faults.popleft() if self.faults else self.always
+        if fault is not None and await self._faulty(fault, out):
+            return
+        try:
+            self._check_json(seen)
+            if seen.path in ("/v1/completions", "/v1/chat/completions"):
+                await self._generate(seen, out, fault)
+            elif seen.path in ("/v1/embeddings", "/tokenize", "/detokenize", "/v1/responses", "/v1/messages"):
+                await self._echo(seen, out)
+            else:
+                raise Refusal(404, f"no {seen.path} here", "NotFoundError")
+        except Refusal as refusal:
+            out.whole(refusal.status, refusal.body)
+
+    def _page(self, seen: Seen, out: _Connection) -> None:
+        if seen.path in ("/health", "/ping"):
+            out.whole(200 if self.healthy else 503, None)
+        elif seen.path == "/v1/models":
+            card = {"id": self.model, "object": "model", "owned_by": "pdserve", "max_model_len": self.max_model_len}
+            out.whole(200, {"object": "list", "data": [card]})
+        elif seen.path == "/version":
+            out.whole(200, {"version": "fake"})
+        else:
+            out.whole(404, Refusal(404, f"no {seen.path} here", "NotFoundError").body)
+
+    async def _faulty(self, fault: Fault, out: _Connection) -> bool:
+        """Makes the faults that replace the answer; the others are made while generating."""
+        if fault.kind == "status":
+            out.whole(fault.status, Refusal(fault.status, "made to fail", "InternalServerError").body)
+        elif fault.kind == "plain":
+            out.raw_whole(fault.status, b"Internal Server Error", "text/plain")
+        elif fault.kind == "reset":
+            out.cut()
+        elif fault.kind == "garbage":
+            out.write(b"\x16\x03\x01 this is not HTTP\r\n\r\n")
+        elif fault.kind == "rubbish":
+            out.raw_whole(200, b"{not json", "application/json")
+        elif fault.kind == "stall":
+            await asyncio.Event().wait()
+        else:
+            return False
+        return True
+
+    def _check_json(self, seen: Seen) -> None:
+        try:
+            if not isinstance(json.loads(seen.raw), dict):
+                raise Refusal(400, "the body is not an object")
+        except ValueError as exc:
+            raise Refusal(400, f"the body is not JSON: {exc}") from exc
+
+    async def _echo(self, seen: Seen, out: _Connection) -> None:
+        if not seen.body.get("stream"):
+            out.whole(200, {"path": seen.path, "got": seen.body})
+            return
+        out.head(200, "text/event-stream; charset=utf-8", None)
+        for n in range(3):
+            out.chunk(b'event: piece\ndata: {"n": %d}\n\n' % n)
+            await asyncio.sleep(self.gap)
+        out.chunk(b"")
+
+    async def _generate(self, seen: Seen, out: _Connection, fault: Fault | None) -> None:
+        job = Job(self, seen)
+        if self.delay:
+            await asyncio.sleep(self.delay)
+        if job.stream:
+            await self._stream(job, out, fault)
+            return
+        if self.gap:
+            await asyncio.sleep(self.gap * job.tokens)
+        reply = job.reply()
+        if fault is not None and fault.kind in ("cut", "torn"):
+            raw = json.dumps(reply).encode()
+            out.head(200, "application/json", len(raw))
+            out.write(raw[: len(raw) // 2])
+            out.cut()
+            return
+        out.whole(200, reply)
+
+    async def _stream(self, job: Job, out: _Connection, fault: Fault | None) -> None:
+        out.head(200, "text/event-stream; charset=utf-8", None)
+        sent = 0
+        async for event in job.events():
+            if fault is not None and sent >= fault.after:
+                if fault.kind == "torn":
+                    out.chunk(event[: len(event) // 2])
+                if fault.kind in ("cut", "torn"):
+                    await asyncio.sleep(0.01)  # lets what was written leave before the connection is reset
+                    out.cut()
+                if fault.kind == "mute":
+                    await asyncio.Event().wait()
+                break
+            out.chunk(event)
+            sent += 1
+        out.chunk(b"")
+
+
+class Job:
+    """One completion: what is asked, what comes out. Raises Refusal where vLLM would."""
+
+    def __init__(self, engine: FakeEngine, seen: Seen) -> None:
+        body, self.engine = seen.body, engine
+        self.chat = seen.path == "/v1/chat/completions"
+        if body.get("model", engine.model) != engine.model:
+            raise Refusal(404, f"The model `{body['model']}` does not exist.", "NotFoundError", "model")
+        self.stream = bool(body.get("stream"))
+        self.id = ("chatcmpl-" if self.chat else "cmpl-") + (seen.request_id or "none")
+        self.prompts = _prompts(body, self.chat)
+        self.prompt_tokens = sum(map(len, self.prompts))
+        self.tokens = int(body.get("max_completion_tokens") or body.get("max_tokens") or engine.max_tokens)
+        self._check(body)
+        self.n = int(body.get("n") or 1)
+        self.usage_asked = bool((body.get("stream_options") or {}).get("include_usage"))
+        self.params = body.get("kv_transfer_params") or {}
+        self.seed = [zlib.crc32(" ".join(prompt).encode()) % 1000 for prompt in self.prompts]
+
+    def _check(self, body: dict[str, Any]) -> None:
+        limit = self.engine.max_model_len
+        if self.prompt_tokens + self.tokens > limit:
+            needed = self.prompt_tokens + self.tokens
+            text = f"This model's maximum context length is {limit} tokens, the request needs {needed}."
+            raise Refusal(400, text, param="input_tokens")
+        if int(body.get("min_tokens") or 0) > self.tokens:
+            raise Refusal(400, "min_tokens must be less than or equal to max_tokens", param="min_tokens")
+        if body.get("stream_options") and not self.stream:
+            raise Refusal(400, "Stream options can only be defined when `stream=True`.", param="stream_options")
+        forced = body.get("tool_choice") == "required" or isinstance(body.get("tool_choice"), dict)
+        if self.tokens == 1 and (forced or body.get("response_format")):
+            raise Refusal(500, "one token satisfies neither a tool call nor a schema", "InternalServerError")
+
+    def word(self, choice: int, i: int) -> str:
+        return f" w{(self.seed[choice // self.n] + i) % 1000}"
+
+    def _choice(self, index: int, text: str, finish: str | None, delta: bool) -> dict[str, Any]:
+        content: dict[str, Any] = {"text": text}
+        if self.chat:
+            content = {"delta" if delta else "message": {"role": "assistant", "content": text}}
+        return {"index": index, **content, "logprobs": None, "finish_reason": finish}
+
+    def _frame(self, choices: list[dict[str, Any]], chunk: bool) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": 1, "model": self.engine.model, "choices": choices}
+
+    def usage(self) -> dict[str, Any]:
+        out = self.tokens * self.n * len(self.prompts)
+        cached = self.prompt_tokens - 1 if self.params.get("do_remote_prefill") else 0
+        return {
+            "prompt_tokens": self.prompt_tokens, "completion_tokens": out, "total_tokens": self.prompt_tokens + out,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }  # fmt: skip
+
+    def reply(self) -> dict[str, Any]:
+        total = self.n * len(self.prompts)
+        texts = ["".join(self.word(c, i) for i in range(self.tokens)) for c in range(total)]
+        choices = [self._choice(c, text, "length", False) for c, text in enumerate(texts)]
+        return {**self._frame(choices, False), "usage": self.usage(), "kv_transfer_params": self._handover()}
+
+    def _handover(self) -> dict[str, Any] | None:
+        if not (self.params.get("do_remote_decode") and self.engine.hands_over):
+            return None
+        return {
+            "do_remote_prefill": True, "do_remote_decode": False, "pdserve.transfer_id": f"t-{self.id}",
+            "pdserve.num_tokens": self.prompt_tokens, "pdserve.source": self.engine.name, "remote_block_ids": [[1, 2]],
+        }  # fmt: skip
+
+    async def events(self) -> AsyncIterator[bytes]:
+        for i in range(self.tokens):
+            if i and self.engine.gap:
+                await asyncio.sleep(self.engine.gap)
+            for c in range(self.n * len(self.prompts)):
+                finish = "length" if i == self.tokens - 1 else None
+                yield _event(self._frame([self._choice(c, self.word(c, i), finish, True)], True))
+        if self.usage_asked:
+            yield _event({**self._frame([], True), "usage": self.usage()})
+        yield b"data: [DONE]\n\n"
+
+
+def _event(frame: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(frame, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _prompts(body: dict[str, Any], chat: bool) -> list[list[str]]:
+    """The prompts as lists of words; token ids count as words."""
+    if chat:
+        messages = body.get("messages")
+        if not isinstance(messages, list):
+            raise Refusal(400, "messages: Field required", param="messages")
+        return [" ".join(str(m.get("content")) for m in messages).split()]
+    prompt = body.get("prompt")
+    if isinstance(prompt, str):
+        return [prompt.split()]
+    if not isinstance(prompt, list) or not prompt:
+        raise Refusal(400, "prompt: Field required", param="prompt")
+    if isinstance(prompt[0], int):
+        return [[str(t) for t in prompt]]
+    return [p.split() if isinstance(p, str) else [str(t) for t in p] for p in prompt]
+
+
+class _Connection(asyncio.Protocol):
+    """One client's connection: parses requests, runs one task each, notices when the client leaves."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.task: asyncio.Task[None] | None = None
+        self.transport: asyncio.Transport
+        self._seen: Seen | None = None
+        self._parser = httptools.HttpRequestParser(self)
+        self._url, self._body = b"", bytearray()
+        self._headers: dict[str, str] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's are not subclasses of it
+        self.engine.connected(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.cut()
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_body(self, body: bytes) -> None:
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        path = self._url.partition(b"?")[0].decode("latin-1")
+        seen = Seen(self._parser.get_method().decode(), path, dict(self._headers), bytes(self._body))
+        self._url, self._headers, self._body = b"", {}, bytearray()
+        if path not in ("/health", "/v1/models"):
+            self.engine.note(seen)
+        self._seen = seen
+        self.task = asyncio.get_running_loop().create_task(self._run(seen))
+
+    async def _run(self, seen: Seen) -> None:
+        await self.engine.answer(seen, self)
+        seen.finished = True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.engine.disconnected(self)
+        if self.task is not None and not self.task.done():
+            assert self._seen is not None
+            self._seen.aborted = True
+            self.task.cancel()
+
+    def write(self, data: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+    def head(self, status: int, content_type: str, length: int | None) -> None:
+        size = "transfer-encoding: chunked" if length is None else f"content-length: {length}"
+        reason = _REASONS.get(status, "Status")
+        lines = (f"HTTP/1.1 {status} {reason}", "server: fake", f"content-type: {content_type}", size, "", "")
+        self.write("\r\n".join(lines).encode())
+
+    def chunk(self, data: bytes) -> None:
+        self.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def raw_whole(self, status: int, body: bytes, content_type: str) -> None:
+        self.head(status, content_type, len(body))
+        self.write(body)
+
+    def whole(self, status: int, body: dict[str, Any] | None) -> None:
+        self.raw_whole(status, b"" if body is None else json.dumps(body).encode(), "application/json")
+
+    def cut(self) -> None:
+        self.transport.abort()
+
+
+async def _serve(engine: FakeEngine) -> None:
+    async with engine:
+        print(f"fake engine {engine.model} on {engine.url}", flush=True)
+        await asyncio.Event().wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="An engine without a model that speaks OpenAI.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--model", default="fake")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds before the first token")
+    parser.add_argument("--gap", type=float, default=0.0, help="seconds between tokens")
+    parser.add_argument("--max-model-len", type=int, default=1 << 20)
+    parser.add_argument("--fault", default="", help="kind of fault for every request (see Fault)")
+    args = parser.parse_args()
+    engine = FakeEngine(args.model, host=args.host, port=args.port, delay=args.delay, gap=args.gap, keep=0)
+    engine.max_model_len = args.max_model_len
+    engine.always = Fault(args.fault) if args.fault else None
+    with contextlib.suppress(KeyboardInterrupt):
+        import uvloop
+
+        uvloop.run(_serve(engine))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,101 @@
+"""What vLLM wants in the JSON of the two legs. Pure; used by the proxy.
+
+The prefill leg asks for one token, not streamed (vLLM returns `kv_transfer_params` only then), with everything taken
+out that concerns the answer alone: it costs time on the producer, or fails when the answer is cut off after one token
+(`min_tokens` above `max_tokens`; a forced tool call or a JSON schema that one token cannot satisfy). Everything that
+shapes the *prompt* stays: tools, chat template arguments, documents, truncation, reasoning effort.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from pdserve.engines.body import Body
+
+together: Final = False
+CHAT: Final = "/v1/chat/completions"
+PARAMS: Final = "kv_transfer_params"
+# vLLM's connectors read these names from the request; null says "the other side is not known yet".
+ASK_HANDOVER: Final = (
+    b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
+    b'"remote_block_ids":null,"remote_host":null,"remote_port":null}'
+)
+_ANSWER_ONLY: Final = frozenset(
+    (
+        "min_tokens", "stream_options", "best_of", "echo", "logprobs", "top_logprobs", "prompt_logprobs",
+        "logprob_token_ids", "response_format", "structured_outputs",
+        "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+        "return_token_ids", "return_tokens_as_token_ids", "parallel_tool_calls",
+    )
+)  # fmt: skip
+
+
+class _Reply(msgspec.Struct):
+    kv_transfer_params: msgspec.Raw = msgspec.Raw(b"")
+
+
+_reply = msgspec.json.Decoder(_Reply)
+
+
+def why_local(endpoint: str, body: Body) -> str | None:
+    """One handover describes one prompt whose every token was computed or loaded as KV."""
+    if endpoint != CHAT:
+        if _several_prompts(body.raw_value("prompt")):
+            return "several-prompts"
+        if body.get("prompt_embeds") is not None:
+            return "prompt-embeds"
+        if body.get("echo") is True and body.get("logprobs") is not None:
+            return "prompt-logprobs"
+        if body.get("max_tokens") == 0:
+            return "no-tokens"
+    elif body.get("echo") is True and body.get("top_logprobs"):
+        return "prompt-logprobs"
+    # Logprobs of the prompt exist only where the prompt is computed; a consumer that loads its KV has none to return.
+    if body.get("prompt_logprobs") is not None:
+        return "prompt-logprobs"
+    if body.get("use_beam_search") is True:
+        return "beam-search"
+    return None
+
+
+def prefill_body(endpoint: str, body: Body) -> bytes:
+    changes = {"stream": b"false", PARAMS: ASK_HANDOVER}
+    limits = ("max_completion_tokens", "max_tokens") if endpoint == CHAT else ("max_tokens",)
+    given = [name for name in limits if body.get(name) is not None]
+    changes |= dict.fromkeys(given or ["max_tokens"], b"1")
+    if body.get("n") is not None:
+        changes["n"] = b"1"
+    # "none" leaves the tools in the prompt (unless vLLM was told otherwise) and needs no tool parser to succeed.
+    if (choice := body.get("tool_choice")) == "required" or isinstance(choice, dict):
+        changes["tool_choice"] = b'"none"'
+    return body.edited(changes, remove=_ANSWER_ONLY)
+
+
+def read_handover(reply: bytes) -> bytes | None:
+    try:
+        params = bytes(_reply.decode(reply).kv_transfer_params)
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise ValueError(f"the prefill reply is not the JSON object it should be: {exc}") from exc
+    if params in (b"", b"null"):
+        return None
+    if not params.startswith(b"{"):
+        raise ValueError(f"{PARAMS} in the prefill reply is not an object")
+    return params
+
+
+def decode_body(endpoint: str, body: Body, handover: bytes | None) -> bytes:
+    """A client's own kv_transfer_params is never passed on: it names hosts and blocks, which only the proxy may do."""
+    if handover is not None:
+        return body.edited({PARAMS: handover})
+    return body.edited({}, remove=(PARAMS,)) if PARAMS in body else body.raw
+
+
+def _several_prompts(prompt: bytes | None) -> bool:
+    """True for a list of texts or of token lists with more than one element; a list of token ids is one prompt."""
+    if prompt is None or not prompt.startswith(b"["):
+        return False
+    if prompt[1:].lstrip()[:1] not in (b'"', b"["):
+        return False
+    return len(msgspec.json.decode(prompt, type=list[msgspec.Raw])) > 1

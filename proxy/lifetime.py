@@ -1,0 +1,82 @@
+"""The life of a request: every state, transition and deadline. Whatever changes how a request can go must be here.
+
+    RECEIVING --split--> PREFILLING --decode--> DECODING --first_byte--> STREAMING --end--> DONE
+        `-----------------decode------------------^  `----------------------------end------^
+    any live state --error--> FAILED          any live state --gone--> ABORTED   (the client left)
+
+A request is in exactly one state, reaches exactly one terminal state, and never leaves it. Each live state has a bound
+on how long nothing may happen in it; the bounds are the fields of Deadlines, in seconds. One of them, `send`, belongs
+to every state: it bounds how long a client may refuse to read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class State(Enum):
+    RECEIVING = "receiving"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    STREAMING = "streaming"
+    DONE = "done"
+    FAILED = "failed"
+    ABORTED = "aborted"
+
+
+class Event(Enum):
+    SPLIT = "split"
+    DECODE = "decode"
+    FIRST_BYTE = "first_byte"
+    END = "end"
+    ERROR = "error"
+    GONE = "gone"
+
+
+LIVE = (State.RECEIVING, State.PREFILLING, State.DECODING, State.STREAMING)
+TERMINAL = (State.DONE, State.FAILED, State.ABORTED)
+
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.RECEIVING, Event.SPLIT): State.PREFILLING,
+    (State.RECEIVING, Event.DECODE): State.DECODING,
+    (State.PREFILLING, Event.DECODE): State.DECODING,
+    (State.DECODING, Event.FIRST_BYTE): State.STREAMING,
+    (State.DECODING, Event.END): State.DONE,
+    (State.STREAMING, Event.END): State.DONE,
+    **{(state, Event.ERROR): State.FAILED for state in LIVE},
+    **{(state, Event.GONE): State.ABORTED for state in LIVE},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Seconds. Generous where an engine may be queueing, tight where only a network or a client can be slow."""
+
+    receive: float = 60.0  # RECEIVING: from the head of the request to the last byte of its body
+    connect: float = 5.0  # PREFILLING, DECODING: to open a connection to an engine
+    prefill: float = 600.0  # PREFILLING: all attempts together, connection to last byte of the reply
+    answer: float = 1800.0  # DECODING: to the whole answer when it is not streamed, to its first event when it is
+    event: float = 300.0  # STREAMING: between two pieces of the stream
+    send: float = 60.0  # any state: the client does not read
+    probe: float = 5.0  # one health probe of an instance
+    shutdown: float = 30.0  # running requests after a stop was asked for
+
+
+class Lifetime:
+    """Where one request is. `on` raises KeyError for a transition that the table does not have: a bug of ours."""
+
+    __slots__ = ("state",)
+
+    def __init__(self) -> None:
+        self.state = State.RECEIVING
+
+    def on(self, event: Event) -> None:
+        self.state = TRANSITIONS[self.state, event]
+
+    @property
+    def over(self) -> bool:
+        return self.state in TERMINAL
+
+    def __repr__(self) -> str:
+        return f"<Lifetime {self.state.value}>"

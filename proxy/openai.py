@@ -1,0 +1,125 @@
+"""The OpenAI surface: which paths there are, what a request must look like, and what an error looks like.
+
+The checks here are few on purpose. The engine knows its own rules and words them better; what is checked is what the
+proxy itself must know (that the body is a JSON object, the model's name) or what would be a mystery further on.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Final
+
+from pdserve.engines.body import Body
+from pdserve.errors import RequestError
+
+COMPLETIONS: Final = "/v1/completions"
+CHAT: Final = "/v1/chat/completions"
+SPLIT: Final = (COMPLETIONS, CHAT)  # the endpoints that a prefill and a decode leg can share
+PASSED_ON: Final = ("/v1/embeddings", "/v1/responses", "/v1/messages", "/tokenize", "/detokenize")
+FETCHED: Final = ("/v1/models", "/version")
+
+JSON: Final = b"application/json"
+EVENTS: Final = b"text/event-stream"
+DONE: Final = b"data: [DONE]\n\n"
+
+_REQUEST_ID_LIMIT: Final = 256
+_HOP: Final = frozenset(
+    (
+        b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"te",
+        b"trailer", b"transfer-encoding", b"upgrade", b"host", b"content-length", b"expect",
+    )
+)  # fmt: skip
+# Set anew on the way in, so that both legs carry the same id and nobody compresses what is relayed event by event.
+_REQUEST_DROP: Final = _HOP | {b"x-request-id", b"accept-encoding"}
+_ANSWER_DROP: Final = _HOP | {b"x-request-id", b"date", b"server"}
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What the proxy read out of a completion request."""
+
+    body: Body
+    stream: bool
+
+
+def parse(raw: bytes, models: Collection[str]) -> Ask:
+    """Raises RequestError, 400 or 404, worded for the client. An empty `models` means that any name is let through."""
+    try:
+        body = Body(raw)
+    except ValueError as exc:
+        raise RequestError(400, str(exc)) from exc
+    stream = body.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        raise RequestError(400, f"'stream' must be true or false, not {_shown(body, 'stream')}.", param="stream")
+    model = body.get("model")
+    if model is not None:
+        if not isinstance(model, str):
+            raise RequestError(400, f"'model' must be a string, not {_shown(body, 'model')}.", param="model")
+        if models and model not in models:
+            known = ", ".join(sorted(models))
+            text = f"The model `{model[:200]}` does not exist. Available: {known}."
+            raise RequestError(404, text, "NotFoundError", "model", "model_not_found")
+    return Ask(body, stream is True)
+
+
+def _shown(body: Body, name: str) -> str:
+    value = body.raw_value(name) or b""
+    return (value if len(value) <= 60 else value[:57] + b"...").decode("utf-8", "replace")
+
+
+def request_id(headers: list[tuple[bytes, bytes]]) -> str:
+    """The client's own id if it is usable (short, printable ASCII), else a new one."""
+    given = next((value for name, value in headers if name == b"x-request-id"), b"")
+    text = given.decode("latin-1").strip()
+    if text and len(text) <= _REQUEST_ID_LIMIT and text.isascii() and text.isprintable():
+        return text
+    return uuid.uuid4().hex
+
+
+def headers_in(headers: list[tuple[bytes, bytes]], rid: str) -> list[tuple[bytes, bytes]]:
+    """What goes on to an engine: all that the client sent, Authorization included, but for this hop's own headers."""
+    kept = [pair for pair in headers if pair[0] not in _REQUEST_DROP]
+    return [*kept, (b"x-request-id", rid.encode())]
+
+
+def headers_out(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """What goes back to the client of an engine's headers."""
+    return [pair for pair in headers if pair[0] not in _ANSWER_DROP]
+
+
+def error_json(
+    status: int, message: str, type_: str | None = None, param: str | None = None, code: str | None = None
+) -> bytes:
+    """OpenAI's error object. `code` is the status where there is nothing more telling, as vLLM has it."""
+    kind = type_ or ("invalid_request_error" if status < 500 else "upstream_error")
+    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code or status}}).encode()
+
+
+def request_error(error: RequestError) -> bytes:
+    return error_json(error.status, error.message, error.type, error.param, error.code)
+
+
+def engine_error(status: int, body: bytes, instance: str) -> bytes:
+    """An engine's own error, unchanged if it is a JSON object; plain text is put into OpenAI's shape."""
+    try:
+        Body(body)
+        return body
+    except ValueError:
+        text = body[:500].decode("utf-8", "replace").strip() or "no message"
+        return error_json(status, f"The engine {instance} answered {status}: {text}")
+
+
+def error_event(endpoint: str, body: bytes) -> bytes:
+    """An error after the stream has begun, and the stream's end, in the endpoint's own form."""
+    message = json.loads(body)["error"]["message"]
+    event: dict[str, object]
+    if endpoint == "/v1/messages":
+        event = {"type": "error", "error": {"type": "api_error", "message": message}}
+    elif endpoint == "/v1/responses":
+        event = {"type": "error", "code": "server_error", "message": message, "param": None}
+    else:
+        return b"data: " + body + b"\n\n" + DONE
+    return b"event: error\ndata: " + json.dumps(event).encode() + b"\n\n"

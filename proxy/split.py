@@ -1,0 +1,196 @@
+"""The story of one request over two engines: prefill here, hand over, decode there, and what happens when either fails.
+
+    producers up, and the request can be split?   no -> route "local": a consumer does all of it
+      prefill leg on a producer   200 -> its handover goes to the decode leg                        route "pd"
+                                  4xx -> the client's mistake: returned as it is, not tried again
+                                  5xx, no connection, broken off, late -> another producer, then route "local"
+      decode leg on a consumer    no connection, or broken off before the first byte -> another consumer
+                                  an error status -> returned as it is
+                                  broken off later -> the stream ends with an error event
+
+Both legs run inside the task of the client's request. Cancelling that task, which is what a client's leaving does,
+closes whichever engine connection is open, and with it the engine's work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+
+from pdserve.engines.base import Dialect
+from pdserve.errors import RequestError, UpstreamError
+from pdserve.proxy import openai, relay
+from pdserve.proxy.fleet import Fleet, Instance
+from pdserve.proxy.lifetime import Deadlines, Event
+from pdserve.proxy.policies.base import Facts, Policy
+from pdserve.proxy.relay import Client
+from pdserve.proxy.upstream import Answer, LegFailure
+
+ATTEMPTS = 2  # instances tried per leg: one failure is seen through, a failing fleet is not hammered
+REPLY_LIMIT = 16 * 1024 * 1024
+ANSWER_LIMIT = 512 * 1024 * 1024
+_THEIR_LOAD = (408, 429)  # 4xx that say something of the producer, not of the request
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One client's request on its way. `headers` are those for the engines."""
+
+    method: bytes
+    endpoint: str
+    path: bytes
+    headers: list[tuple[bytes, bytes]]
+    client: Client
+    route: str = "local"
+    prefill: str = ""
+    decode: str = ""
+
+    def tell_route(self, why: str = "") -> None:
+        """Sets the answer's x-pdserve headers to what was done so far."""
+        said = (("route", self.route), ("prefill", self.prefill), ("decode", self.decode), ("reason", why))
+        kept = [header for header in self.client.extra if not header[0].startswith(b"x-pdserve-")]
+        self.client.extra = kept + [(b"x-pdserve-" + key.encode(), value.encode()) for key, value in said if value]
+
+
+class Splitter:
+    """Runs requests. Holds what they share and no state of any one of them."""
+
+    def __init__(self, fleet: Fleet, dialect: Dialect, make_policy: Callable[[], Policy], deadlines: Deadlines) -> None:
+        self._fleet, self._dialect, self._deadlines, self._metrics = fleet, dialect, deadlines, fleet.metrics
+        self._prefill_policy, self._decode_policy = make_policy(), make_policy()
+
+    async def generate(self, exchange: Exchange, ask: openai.Ask) -> None:
+        """A completion. Raises RequestError or UpstreamError; if the response had begun the client has been told."""
+        why = self._why_local(exchange, ask)
+        handover = None
+        if not why:
+            exchange.client.lifetime.on(Event.SPLIT)
+            handover, why = await self._prefill(exchange, ask)
+        exchange.route = "local" if why else "pd"
+        exchange.client.lifetime.on(Event.DECODE)
+        body = self._dialect.decode_body(exchange.endpoint, ask.body, handover)
+        await self._decode(exchange, body, why)
+
+    async def pass_on(self, exchange: Exchange, body: bytes) -> None:
+        """A request that one engine answers alone, in whatever form."""
+        exchange.route = "passthrough"
+        exchange.client.lifetime.on(Event.DECODE)
+        await self._decode(exchange, body, "")
+
+    def _why_local(self, exchange: Exchange, ask: openai.Ask) -> str:
+        if not self._fleet.producers():
+            return "no-producer"
+        return self._dialect.why_local(exchange.endpoint, ask.body) or ""
+
+    # The prefill leg.
+
+    async def _prefill(self, exchange: Exchange, ask: openai.Ask) -> tuple[bytes | None, str]:
+        """The handover and "", or None and why there is none. Raises UpstreamError for the client's mistake."""
+        body = self._dialect.prefill_body(exchange.endpoint, ask.body)
+        facts = Facts(exchange.endpoint, len(ask.body.raw))
+        deadline = asyncio.get_running_loop().time() + self._deadlines.prefill
+        tried: list[Instance] = []
+        while len(tried) < ATTEMPTS:
+            instance = self._fleet.choose(self._prefill_policy, facts, self._fleet.producers(), tried)
+            if instance is None:
+                break
+            tried.append(instance)
+            try:
+                handover = await self._prefill_on(instance, exchange, body, deadline)
+            except LegFailure as failure:
+                self._fleet.failed(instance, "prefill", failure)
+                continue
+            exchange.prefill = instance.name
+            return handover, ""
+        return None, "prefill-failed"
+
+    async def _prefill_on(self, instance: Instance, exchange: Exchange, body: bytes, deadline: float) -> bytes | None:
+        began = time.perf_counter()
+        try:
+            with instance.serving():
+                async with asyncio.timeout_at(deadline), self._open(instance, exchange, body) as answer:
+                    reply = await answer.read(REPLY_LIMIT)
+        except TimeoutError as exc:
+            raise LegFailure(504, f"no reply within {self._deadlines.prefill:g} s", instance.name, "timeout") from exc
+        if 400 <= answer.status < 500 and answer.status not in _THEIR_LOAD:
+            exchange.route, exchange.prefill = "pd", instance.name
+            exchange.tell_route()
+            error = openai.engine_error(answer.status, reply, instance.name)
+            raise UpstreamError(answer.status, "the prompt was refused", instance.name, error)
+        if answer.status != 200:
+            raise LegFailure(answer.status, f"it answered {answer.status}", instance.name, "status")
+        try:
+            handover = self._dialect.read_handover(reply)
+        except ValueError as exc:
+            raise LegFailure(502, str(exc), instance.name, "broken") from exc
+        self._metrics["prefill_leg_seconds"].labels(instance.name).observe(time.perf_counter() - began)
+        return handover
+
+    # The decode leg.
+
+    async def _decode(self, exchange: Exchange, body: bytes, why: str) -> None:
+        tried: list[Instance] = []
+        last: LegFailure | None = None
+        while len(tried) < ATTEMPTS:
+            facts = Facts(exchange.endpoint, len(body))
+            instance = self._fleet.choose(self._decode_policy, facts, self._fleet.consumers(), tried)
+            if instance is None:
+                break
+            tried.append(instance)
+            exchange.decode = instance.name
+            exchange.tell_route(why)
+            try:
+                with instance.serving():
+                    return await self._decode_on(instance, exchange, body)
+            except LegFailure as failure:
+                self._fleet.failed(instance, "decode", failure)
+                if exchange.client.started or failure.reason == "timeout":
+                    raise
+                last = failure
+        raise last or RequestError(503, "No engine that can answer is up.", "service_unavailable")
+
+    async def _decode_on(self, instance: Instance, exchange: Exchange, body: bytes) -> None:
+        client = exchange.client
+        limit = asyncio.get_running_loop().time() + self._deadlines.answer
+        first = b""
+        cutter = relay.EventCutter()
+        async with self._timed(instance, limit) as bound, self._open(instance, exchange, body) as answer:
+            if not answer.header(b"content-type").startswith(openai.EVENTS):
+                whole = await answer.read(ANSWER_LIMIT)
+                bound.reschedule(None)
+                return await self._answer_whole(instance, exchange, answer, whole)
+            first = await relay.first_events(answer, cutter, self._deadlines.answer)
+            bound.reschedule(None)
+            await client.start(answer.status, openai.headers_out(answer.headers))
+            needs_done = exchange.endpoint in openai.SPLIT
+            await relay.stream(answer, first, cutter, client, needs_done, self._deadlines.event)
+            client.lifetime.on(Event.END)
+
+    async def _answer_whole(self, instance: Instance, exchange: Exchange, answer: Answer, body: bytes) -> None:
+        """An answer that is not a stream, whatever its status. It is complete here, so its status is true."""
+        headers = openai.headers_out(answer.headers)
+        if answer.status >= 400:
+            if answer.status >= 500:
+                self._metrics["leg_failures_total"].labels(instance.name, "decode", "status").inc()
+            shaped = openai.engine_error(answer.status, body, instance.name)
+            if shaped is not body:
+                headers = [h for h in headers if h[0] != b"content-type"] + [(b"content-type", openai.JSON)]
+            body = shaped
+        await exchange.client.whole(answer.status, headers, body)
+        exchange.client.lifetime.on(Event.END)
+
+    @contextlib.asynccontextmanager
+    async def _timed(self, instance: Instance, when: float) -> AsyncIterator[asyncio.Timeout]:
+        try:
+            async with asyncio.timeout_at(when) as bound:
+                yield bound
+        except TimeoutError as exc:
+            raise LegFailure(504, f"no answer within {self._deadlines.answer:g} s", instance.name, "timeout") from exc
+
+    def _open(self, instance: Instance, exchange: Exchange, body: bytes) -> AbstractAsyncContextManager[Answer]:
+        ask = (exchange.method, exchange.path, exchange.headers, body)
+        return instance.upstream.request(*ask, self._deadlines.connect)
