@@ -176,6 +176,7 @@ def _proxy(topology: Topology, proxy: Proxy, context: Context, depends: tuple[st
         for instance in topology.of(role):
             words += [f"--{role}", f"{instance.name}={instance.url}"]
     words += ["--model", context.served_model_name, "--policy", proxy.policy]
+    words += ["--engine", next(i.engine.kind for i in topology.instances if i.role != "plain")]
     if proxy.prefill_timeout is not None:
         words += ["--prefill-timeout", f"{proxy.prefill_timeout:g}"]
     return Process(

@@ -24,6 +24,8 @@ Seconds = Annotated[float, Meta(gt=0)]
 ROLES = ("prefill", "decode", "both", "plain")
 KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
 MIN_CACHE = 64 << 20
+# vLLM's own default on the CPU is nine tenths of the machine's memory for each engine, so two never start.
+CPU_KV_GIB = 4
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,7 +39,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: Positive | None = None
     tensor_parallel_size: Positive = 1
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] | None = None
-    kv_cache_space_gib: Annotated[float, Meta(gt=0)] | None = None  # CPU only; vLLM takes whole GiB
+    kv_cache_space_gib: Positive | None = None  # CPU only (else gpu_memory_utilization); None: CPU_KV_GIB
     enforce_eager: bool | None = None  # None: yes on the CPU (compiling takes minutes there and gains nothing)
     enable_prefix_caching: bool | None = None
     start_timeout: Seconds = 900.0
@@ -80,7 +82,7 @@ class Cache(msgspec.Struct, frozen=True, kw_only=True):
 class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: Port = 8000
-    policy: str = "round_robin"
+    policy: Literal["round_robin", "least_load"] = "round_robin"
     prefill_timeout: Seconds | None = None
     extra_args: tuple[str, ...] = ()
 
@@ -318,7 +320,8 @@ _MISSING_FIX = {
 
 def _choices(path: str) -> list[str]:
     field = path.rsplit(".", 1)[-1]
-    hint = next((f.type for f in msgspec.structs.fields(Engine) if f.name == field), None)
+    fields = (*msgspec.structs.fields(Engine), *msgspec.structs.fields(Proxy))
+    hint = next((f.type for f in fields if f.name == field), None)
     return [str(choice) for choice in getattr(hint, "__args__", ())]
 
 
@@ -398,6 +401,10 @@ def _check_roles(topology: Topology) -> None:
         raise ConfigError(
             "proxy", "has no engine to send requests to", "Add prefill and decode, or both; or proxy: null."
         )
+    kinds = {instance.engine.kind for instance in topology.instances if instance.role != "plain"}
+    if len(kinds) > 1:
+        problem = f"engines of kinds {', '.join(sorted(kinds))} behind one proxy"
+        raise ConfigError("engine.kind", problem, "Use one kind; one that is only compared with goes under plain.")
     if topology.cache is None and any(instance.engine.kind != "fake" for instance in producers):
         fix = "Add one, e.g. cache: {size: 2GiB}."
         raise ConfigError("cache", "missing, but prefill and decode hand their KV over through it", fix)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 
 from pdserve.launching import Context
-from pdserve.topology import KV_ROLES, Engine, Instance
+from pdserve.topology import CPU_KV_GIB, KV_ROLES, Engine, Instance
 
 
 def argv(instance: Instance, context: Context) -> list[str]:
@@ -36,8 +35,7 @@ def environment(instance: Instance, context: Context) -> dict[str, str]:
         if instance.cpus:
             # vLLM's own choice sets cores aside for a KV transfer and, on few cores, puts all engines on the same ones.
             variables["VLLM_CPU_OMP_THREADS_BIND"] = instance.cpus
-        if instance.engine.kv_cache_space_gib is not None:
-            variables["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(instance.engine.kv_cache_space_gib))
+        variables["VLLM_CPU_KVCACHE_SPACE"] = str(instance.engine.kv_cache_space_gib or CPU_KV_GIB)
     elif instance.gpus:
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in instance.gpus)
     return variables | instance.engine.env

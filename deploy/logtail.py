@@ -1,0 +1,58 @@
+"""Reading a process's log for a human: what it is doing now, and why it died."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pdserve.deploy.backends.local import LOG_HEAD
+
+_TAIL_BYTES = 64 * 1024
+# "(EngineCore pid=123) INFO 11-22 01:15:52 [cpu_worker.py:97] " and pdserve's own "01:15:52 INFO pdserve.proxy ".
+_VLLM_HEAD = re.compile(
+    r"^(\(\S+ pid=\d+\)\s+)?((DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+\d\d-\d\d \d\d:\d\d:\d\d\s+)?(\[[\w./]+:\d+\]\s*)?"
+)
+_OUR_HEAD = re.compile(r"^\d\d:\d\d:\d\d [A-Z]+ pdserve\.")
+_ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b:? ?\S?")
+# Says only that something else failed; the cause stands above it.
+_CONSEQUENCE = ("Engine core initialization failed", "See root cause above", "Engine process failed to start")
+
+
+def tail(log: Path, lines: int = 15) -> list[str]:
+    """The last lines of the newest start, without blank ones."""
+    return [line for line in _this_start(log) if line.strip()][-lines:]
+
+
+def doing(log: Path) -> str:
+    """The last line that says something, without its time stamp and source."""
+    for line in reversed(_this_start(log)):
+        text = _strip(line)
+        if len(text) > 3 and any(c.isalpha() for c in text) and not text.startswith(("Traceback", "File ")):
+            return text
+    return ""
+
+
+def cause(log: Path) -> str:
+    """The last error that is not merely the consequence of another; "" when there is none."""
+    for line in reversed(_this_start(log)):
+        text = _strip(line)
+        if _ERROR.match(text) and not any(phrase in text for phrase in _CONSEQUENCE):
+            return text
+    return ""
+
+
+def _strip(line: str) -> str:
+    return _OUR_HEAD.sub("", _VLLM_HEAD.sub("", line.rstrip())).strip()
+
+
+def _this_start(log: Path) -> list[str]:
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    lines = [line.rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n")]
+    heads = [i for i, line in enumerate(lines) if line.startswith(LOG_HEAD)]
+    return lines[heads[-1] + 1 :] if heads else lines
