@@ -1,0 +1,229 @@
+"""Real deployments for the end-to-end tests: one at a time, each started once, stopped before the next one starts.
+
+float32 throughout, so that greedy tokens must be equal. The engines can empty their own prefix caches
+(VLLM_SERVER_DEV_MODE), so that a hit is a hit of ours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pdserve import env, topology
+from pdserve import target as targets
+from pdserve.openai_client import Client, Completion, total
+from pdserve.prompts import make_ids
+from pdserve.target import Target
+from pdserve.topology import Topology
+
+PD = """
+name: e2e-pd
+model: demo
+engine:
+  device: cpu
+  dtype: float32
+  max_model_len: 4096
+  max_num_seqs: 8
+  kv_cache_space_gib: 1
+  env: {VLLM_SERVER_DEV_MODE: "1"}
+prefill: [{port: 8110, cpus: "0"}]
+decode: [{port: 8210, cpus: "1"}]
+plain: [{port: 8310, cpus: "0"}]
+cache: {size: 2GiB, admin_port: 8090}
+proxy: {port: 8010}
+"""
+
+# 24 blocks of 128 tokens: eight requests of 300 + 200 tokens do not fit, so the scheduler has to preempt.
+BOTH = """
+name: e2e-both
+model: demo
+engine:
+  device: cpu
+  dtype: float32
+  max_model_len: 2048
+  max_num_seqs: 8
+  kv_cache_space_gib: 1
+  env: {VLLM_SERVER_DEV_MODE: "1"}
+both: [{port: 8120, cpus: "0", max_num_batched_tokens: 512, extra_args: ["--num-gpu-blocks-override", "24"]}]
+plain: [{port: 8310, cpus: "1"}]
+cache: {size: 1GiB, admin_port: 8090}
+proxy: {port: 8010}
+"""
+
+TOPOLOGIES = {"pd": PD, "both": BOTH}
+
+
+@dataclass
+class Deployment:
+    """A running topology and the questions tests ask it."""
+
+    top: Topology
+    target: Target
+    client: Client
+    plain: Client
+
+    def ids(self, count: int, seed: int | None = None) -> tuple[int, ...]:
+        """A prompt of exactly so many tokens that nothing has seen before."""
+        return make_ids(random.Random(seed), self.plain.tokenize, count)
+
+    def reference(self, prompt: Any, **options: Any) -> Completion:
+        """Plain vLLM's answer, computed and not hit."""
+        assert self.plain.reset_prefix_cache()
+        return self.plain.complete(prompt, **options)
+
+    def forget(self) -> None:
+        """Only pdserve's cache can hit after this."""
+        assert self.target.empty_engine_caches()
+
+    def status(self) -> dict[str, Any]:
+        """The cache daemon's own view."""
+        with Client(f"{self.target.admin_url}") as admin:
+            answer: dict[str, Any] = admin.get("/status", timeout=10).json()
+        return answer
+
+    def processes(self) -> dict[str, dict[str, Any]]:
+        """`pdserve status --json`, by process name."""
+        done = run_pdserve("status", self.top.name, "--json")
+        deployment = json.loads(done.stdout)
+        deployment = deployment[0] if isinstance(deployment, list) else deployment
+        return {p["name"]: p for p in deployment["processes"]}
+
+    def pid(self, name: str) -> int:
+        return int(self.processes()[name]["pid"])
+
+    def metric(self, role: str, name: str, **labels: str) -> float:
+        """A metric summed over the engines of a role."""
+        found = 0.0
+        for url in self.target.engines[role]:
+            with Client(url) as engine:
+                found += total(engine.metrics(), name, **labels)
+        return found
+
+    def retrieved(self, *roles: str) -> int:
+        counts = self.target.prompt_tokens_by_source(*roles)
+        assert counts is not None
+        return counts["external_kv_transfer"]
+
+    def wait_idle(self, seconds: float = 30.0) -> None:
+        """No engine works, nothing is leased or reserved."""
+
+        def idle() -> bool:
+            roles = [role for role, urls in self.target.engines.items() if urls]
+            return all(
+                self.metric(role, f"vllm:num_requests_{what}") == 0 for role in roles for what in ("running", "waiting")
+            )
+
+        wait_for(idle, seconds, "an engine still works")
+        left = self.target.wait_for_no_leases(seconds)
+        assert not left, f"left in the cache daemon: {left}"
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> None:
+    """Polls until the condition holds; fails with `what` when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} after {seconds:g} s"
+        time.sleep(0.1)
+
+
+def run_pdserve(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """The installed command, as a user would run it."""
+    command = [sys.executable, "-P", "-m", "pdserve", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+class Stage:
+    """Holds at most one running deployment: two would not fit a small machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = ""
+        self.current: Deployment | None = None
+
+    def get(self, name: str) -> Deployment:
+        if self.current is not None and self.name == name:
+            return self.current
+        self.close()
+        file = self.folder / f"e2e-{name}.yaml"
+        file.write_text(TOPOLOGIES[name])
+        top = topology.load(file)
+        targets.launch(file)
+        self.name, target = name, Target.of(top)
+        self.current = Deployment(top, target, Client(target.url, timeout=120), Client(target.plain_url, timeout=120))
+        for client in (self.current.client, self.current.plain):  # the first requests compile
+            client.complete([11] * 300, max_tokens=2)
+        return self.current
+
+    def close(self) -> None:
+        """Stops what runs, and checks that nothing of it is left."""
+        if self.current is None:
+            return
+        name = self.current.top.name
+        pids = [p["pid"] for p in self.current.processes().values() if p["pid"]]
+        trees = [child for pid in pids if psutil.pid_exists(pid) for child in _tree(pid)]
+        self.current.client.close()
+        self.current.plain.close()
+        self.current = None
+        targets.stop(name)
+        alive = psutil.wait_procs(trees, timeout=10)[1]
+        assert not alive, f"still running after stop: {alive}"
+        assert not list(Path("/dev/shm").glob(f"pdserve-{name}*")), "a shared-memory file was left"
+        assert not (env.run_root() / name / "cache.sock").exists(), "the cache's socket was left"
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed here")
+    stage = Stage(tmp_path_factory.mktemp("e2e"))
+    try:
+        yield stage
+    finally:
+        stage.close()
+
+
+@pytest.fixture
+def pd(stage: Stage) -> Deployment:
+    """One producer, one consumer, a cache, a proxy, and a plain engine to compare with."""
+    return stage.get("pd")
+
+
+@pytest.fixture
+def both(stage: Stage) -> Deployment:
+    """One engine of both roles with very little KV space, a cache, a proxy, and a plain engine."""
+    return stage.get("both")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks these tests, and sorts them so that each deployment starts once and its leak check comes last."""
+    mine = [item for item in items if Path(__file__).parent in item.path.parents]
+    for item in mine:
+        item.add_marker(pytest.mark.e2e)
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(420))  # the first test of a deployment waits for it to start
+
+    def place(item: pytest.Item) -> tuple[bool, bool]:
+        fixtures = getattr(item, "fixturenames", ())
+        return ("both" in fixtures, "leak" in item.name)
+
+    rest = [item for item in items if item not in mine]
+    items[:] = rest + sorted(mine, key=place)
