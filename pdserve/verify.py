@@ -187,7 +187,7 @@ def _warm_up(*clients: Client) -> None:
     """The first requests of an engine compile and allocate; they would only blur the times."""
     for client in clients:
         for count in (7, 300):
-            client.complete([11] * count, max_tokens=2)
+            client.complete([11] * count, max_tokens=2, logprobs=TOP_LOGPROBS)
 
 
 def _verify_case(target: Target, plain: Client, client: Client, case: Case, options: Options) -> Result:
