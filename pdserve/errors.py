@@ -1,15 +1,15 @@
 """Every error that pdserve raises on purpose.
 
-    PdserveError
-    |-- ConfigError          the user's YAML, flag or environment; exit code 2, nothing was started
-    |-- StartError           a process could not be brought up; exit code 1
-    |-- RequestError         the client's request is wrong; carries the HTTP status and the OpenAI error type
-    |-- UpstreamError        an engine refused, broke or was late; carries the HTTP status to answer with
-    |-- CacheError           the cache cannot do what was asked; callers treat it as a miss
-    |   |-- CacheUnavailable     no daemon, or it did not answer before the deadline
-    |   |-- CacheFull            no space could be reserved
-    |   `-- ProtocolError        the peer speaks another version or sent a malformed frame
-    `-- UnsupportedError     a model, engine version or setting that pdserve refuses, with the reason
+PdserveError
+|-- ConfigError          the user's YAML, flag or environment; exit code 2, nothing was started
+|-- StartError           a process could not be brought up; exit code 1
+|-- RequestError         the client's request is wrong; carries the HTTP status and the OpenAI error type
+|-- UpstreamError        an engine refused, broke or was late; carries the HTTP status to answer with
+|-- CacheError           the cache cannot do what was asked; callers treat it as a miss
+|   |-- CacheUnavailable     no daemon, or it did not answer before the deadline
+|   |-- CacheFull            no space could be reserved
+|   `-- ProtocolError        the peer speaks another version or sent a malformed frame
+`-- UnsupportedError     a model, engine version or setting that pdserve refuses, with the reason
 """
 
 from __future__ import annotations
@@ -39,7 +39,14 @@ class StartError(PdserveError):
 class RequestError(PdserveError):
     """The client's fault: answered with `status` and an OpenAI-shaped body."""
 
-    def __init__(self, status: int, message: str, type_: str = "invalid_request_error", param: str | None = None, code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type_: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ):
         self.status, self.message, self.type, self.param, self.code = status, message, type_, param, code
         super().__init__(message)
 

@@ -10,9 +10,74 @@ from typing import Any, NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 # vLLM's own buckets for the same quantities, so that one dashboard reads both.
-TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
-ITL_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-E2E_BUCKETS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+TTFT_BUCKETS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+    640.0,
+    2560.0,
+)
+ITL_BUCKETS = (
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
+E2E_BUCKETS = (
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+    960.0,
+    1920.0,
+    7680.0,
+)
 OP_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -24,14 +89,24 @@ class Metric(NamedTuple):
 
 
 PROXY = {
-    "requests_total": Metric(Counter, "Requests answered, by endpoint, route (pd, local, passthrough) and HTTP status", ("endpoint", "route", "status")),
+    "requests_total": Metric(
+        Counter,
+        "Requests answered, by endpoint, route (pd, local, passthrough) and HTTP status",
+        ("endpoint", "route", "status"),
+    ),
     "requests_running": Metric(Gauge, "Requests being served now", ("endpoint",)),
     "request_aborted_total": Metric(Counter, "Requests whose client left before the end", ("endpoint",)),
-    "time_to_first_token_seconds": Metric(Histogram, "Request arrival to first streamed event", ("route",), TTFT_BUCKETS),
-    "inter_token_latency_seconds": Metric(Histogram, "Time between two streamed events of one request", ("route",), ITL_BUCKETS),
+    "time_to_first_token_seconds": Metric(
+        Histogram, "Request arrival to first streamed event", ("route",), TTFT_BUCKETS
+    ),
+    "inter_token_latency_seconds": Metric(
+        Histogram, "Time between two streamed events of one request", ("route",), ITL_BUCKETS
+    ),
     "e2e_request_latency_seconds": Metric(Histogram, "Request arrival to last byte", ("route",), E2E_BUCKETS),
     "prefill_leg_seconds": Metric(Histogram, "Time of the prefill leg on the producer", ("instance",), TTFT_BUCKETS),
-    "leg_failures_total": Metric(Counter, "Failed legs by instance and reason (connect, timeout, status, broken)", ("instance", "leg", "reason")),
+    "leg_failures_total": Metric(
+        Counter, "Failed legs by instance and reason (connect, timeout, status, broken)", ("instance", "leg", "reason")
+    ),
     "instance_up": Metric(Gauge, "1 while the instance answers its health probe", ("instance", "role")),
 }
 
@@ -42,10 +117,18 @@ CACHE = {
     "cache_stored_bytes_total": Metric(Counter, "Bytes of committed chunks"),
     "cache_loaded_chunks_total": Metric(Counter, "Chunks that a client reported loaded, by tier", ("tier",)),
     "cache_loaded_bytes_total": Metric(Counter, "Bytes of chunks that a client reported loaded, by tier", ("tier",)),
-    "cache_digest_failures_total": Metric(Counter, "Chunks dropped because their bytes did not match their digest", ("tier",)),
-    "cache_evictions_total": Metric(Counter, "Chunks removed, by reason (capacity, dropped, cleared, corrupt)", ("tier", "reason")),
-    "cache_reserve_failures_total": Metric(Counter, "Reservations refused, by reason (full, exists, too_large)", ("reason",)),
-    "cache_expired_total": Metric(Counter, "Leases and reservations taken back, by kind and reason (timeout, client_gone)", ("kind", "reason")),
+    "cache_digest_failures_total": Metric(
+        Counter, "Chunks dropped because their bytes did not match their digest", ("tier",)
+    ),
+    "cache_evictions_total": Metric(
+        Counter, "Chunks removed, by reason (capacity, dropped, cleared, corrupt)", ("tier", "reason")
+    ),
+    "cache_reserve_failures_total": Metric(
+        Counter, "Reservations refused, by reason (full, exists, too_large)", ("reason",)
+    ),
+    "cache_expired_total": Metric(
+        Counter, "Leases and reservations taken back, by kind and reason (timeout, client_gone)", ("kind", "reason")
+    ),
     "cache_capacity_bytes": Metric(Gauge, "Size of the tier", ("tier",)),
     "cache_used_bytes": Metric(Gauge, "Bytes in use in the tier, reservations included", ("tier",)),
     "cache_chunks": Metric(Gauge, "Chunks that can be hit", ("tier",)),

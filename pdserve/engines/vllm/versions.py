@@ -15,7 +15,9 @@ def check(version: str) -> None:
     """Raises UnsupportedError when `version` (e.g. "0.32.0+cpu") is outside the supported range."""
     found = re.match(r"(\d+)\.(\d+)", version)
     if not found:
-        raise UnsupportedError(f"vLLM reports the version {version!r}, which is not understood. pdserve supports {range_text()}.")
+        raise UnsupportedError(
+            f"vLLM reports the version {version!r}, which is not understood. pdserve supports {range_text()}."
+        )
     if not MINIMUM <= (int(found[1]), int(found[2])) < BELOW:
         raise UnsupportedError(
             f"vLLM {version} is outside the supported range {range_text()} (tested with {TESTED}). "

@@ -1,0 +1,107 @@
+"""What a chunk is called and what it looks like: keys (a hash chain over tokens) and layouts. Pure; no I/O.
+
+A prompt is cut into chunks of `chunk_tokens` tokens; what remains is the tail, a chunk with fewer tokens. The key of a
+chunk stands for the whole prefix up to its end, so equal keys mean: same model, same layout, same tokens from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import numpy as np
+from blake3 import blake3
+
+FORMAT_VERSION = 1
+KEY_BYTES = 32
+
+#: (identifier of the image or audio, its first token, how many tokens it covers)
+MediaSpan = tuple[str, int, int]
+
+
+class ChunkLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """How a chunk's bytes are arranged. Two engines share chunks only if every field is equal.
+
+    `opaque-block`: whole engine blocks, in the engine's own packing: [shard][layer][block]. The inside of a block is not
+    interpreted (CPU vLLM packs K and V for its matrix unit), so block size, parallel sizes and instruction set are part of it.
+    """
+
+    kind: str
+    kv_dtype: str
+    layers: int
+    block_tokens: int
+    #: bytes of one block of one layer on one shard
+    block_bytes: int
+    #: how many workers (tensor parallel x pipeline parallel) each hold a part of every token
+    shards: int
+    #: what else must match for the bytes to mean the same: instruction set, backend
+    detail: str = ""
+
+    def shard_bytes(self, tokens: int) -> int:
+        """Bytes of one shard of a chunk of `tokens` tokens."""
+        return -(-tokens // self.block_tokens) * self.block_bytes * self.layers
+
+    def identity(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+
+def root_key(model_fingerprint: str, layout: ChunkLayout, lora: str = "", cache_salt: str = "") -> bytes:
+    """The start of every chain: what must be equal before any token is looked at."""
+    h = blake3(b"pdserve chunk %d\0" % FORMAT_VERSION)
+    for part in (model_fingerprint.encode(), layout.identity(), lora.encode(), cache_salt.encode()):
+        h.update(len(part).to_bytes(8, "little"))
+        h.update(part)
+    return h.digest()
+
+
+class KeyChain:
+    """Keys of one token sequence, computed once and extended as the sequence grows.
+
+    `media` are spans of tokens that stand for an image or audio: their token ids say nothing of the content, so the
+    identifier (a hash of the content) goes into the key of each chunk that they touch.
+    """
+
+    def __init__(self, root: bytes, chunk_tokens: int, media: Iterable[MediaSpan] = ()) -> None:
+        if chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens must be positive, got {chunk_tokens}")
+        self._root = root
+        self._chunk_tokens = chunk_tokens
+        self._media = sorted(media, key=lambda m: m[1])
+        self._keys: list[bytes] = []
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self._chunk_tokens
+
+    def full(self, tokens: Sequence[int]) -> list[bytes]:
+        """Keys of all full chunks of `tokens`. The sequence may only have grown since the last call."""
+        count = len(tokens) // self._chunk_tokens
+        done = len(self._keys)
+        if count > done:
+            fresh = np.asarray(tokens[done * self._chunk_tokens : count * self._chunk_tokens], dtype="<u4")
+            parent = self._keys[-1] if self._keys else self._root
+            for i in range(done, count):
+                start = (i - done) * self._chunk_tokens
+                parent = self._link(parent, fresh[start : start + self._chunk_tokens], i * self._chunk_tokens)
+                self._keys.append(parent)
+        return self._keys[:count]
+
+    def tail(self, tokens: Sequence[int]) -> bytes | None:
+        """Key of the remainder after the full chunks; None when there is none."""
+        count = len(tokens) // self._chunk_tokens
+        rest = tokens[count * self._chunk_tokens :]
+        if not rest:
+            return None
+        keys = self.full(tokens)
+        return self._link(keys[-1] if keys else self._root, np.asarray(rest, dtype="<u4"), count * self._chunk_tokens)
+
+    def _link(self, parent: bytes, tokens: np.ndarray, start: int) -> bytes:
+        # The token count is hashed with the tokens, so a tail never equals a full chunk or a longer tail.
+        h = blake3(parent)
+        h.update(len(tokens).to_bytes(4, "little"))
+        h.update(tokens.tobytes())
+        end = start + len(tokens)
+        for identifier, first, length in self._media:
+            if first < end and first + length > start:
+                h.update(msgspec.msgpack.encode((identifier, first - start)))
+        return h.digest()

@@ -1,0 +1,178 @@
+"""The KV connector that vLLM loads (`kv_connector_module_path: pdserve.engines.vllm.connector`): hands each call to one of two halves.
+
+vLLM makes one of these in its scheduler and one in each worker. An exception that leaves a worker-side call kills the
+engine, so those calls are fenced: it is logged, and the request's tokens are computed instead.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from vllm import __version__ as vllm_version
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+
+from pdserve import log
+from pdserve.engines.vllm import layout, versions
+from pdserve.engines.vllm.messages import StepPlan
+from pdserve.engines.vllm.scheduler_side import SchedulerSide
+from pdserve.engines.vllm.worker_side import WorkerSide
+from pdserve.errors import CacheError, ConfigError
+from pdserve.transfer.client import CacheClient
+
+T = TypeVar("T")
+#: vLLM before 0.27 has no such class: failures are reported by block, through get_finished
+TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
+
+
+class PdserveConnector(KVConnectorBase_V1):
+    """Saves every computed chunk to the host's cache daemon and loads what is there, asynchronously both ways."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        log.setup()
+        versions.check(vllm_version)
+        layout.check_supported(vllm_config, kv_cache_config)
+        self._log = log.get("connector")
+        self._config = kv_cache_config
+        self._layout = layout.chunk_layout(vllm_config, kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        socket = transfer.get_from_extra_config("pdserve.socket", None)
+        if not socket:
+            raise ConfigError(
+                "kv_connector_extra_config.pdserve.socket", "is missing", "Give the path of the cache daemon's socket."
+            )
+        instance = transfer.get_from_extra_config("pdserve.instance", "") or f"engine-{transfer.engine_id}"
+        self._failed_blocks: set[int] = set()
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            fingerprint = layout.model_fingerprint(
+                vllm_config, transfer.get_from_extra_config("pdserve.model_fingerprint", "")
+            )
+            client = CacheClient(socket, f"{instance}/scheduler")
+            self._scheduler = SchedulerSide(
+                client, self._layout, fingerprint, workers=self._layout.shards, instance=instance
+            )
+            self._connect(client)
+            self._log.info("%s: role %s, model %s, layout %s", instance, transfer.kv_role, fingerprint, self._layout)
+        else:
+            rank = vllm_config.parallel_config.rank % self._layout.shards
+            # The engine id is the same in all ranks of one engine and in no other engine.
+            writer = str(transfer.engine_id or uuid.uuid4().hex)
+            self._worker = WorkerSide(
+                CacheClient(socket, f"{instance}/worker-{rank}"), rank=rank, shards=self._layout.shards, writer=writer
+            )
+
+    def _connect(self, client: CacheClient) -> None:
+        try:
+            client.connect()
+        except CacheError:
+            return  # the client has warned once; it connects when the daemon is there
+        assert self._scheduler is not None
+        self._scheduler.check_chunk_tokens(client.chunk_tokens)
+
+    def _fenced(self, what: str, call: Callable[[], T], instead: T) -> T:
+        try:
+            return call()
+        except Exception:  # noqa: BLE001 - the border to the engine
+            self._log.exception("%s failed; the engine goes on without it", what)
+            return instead
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        # A handover that is lost is computed by the consumer: never a reason to recompute on the producer.
+        return False
+
+    # ---- workers ----
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        assert self._worker is not None
+        names = self._config.kv_cache_groups[0].layer_names
+        self._worker.register(layout.host_pages(kv_caches, names, self._layout, self._config.num_blocks))
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        worker, plan = self._worker, self._plan()
+        if worker is not None and plan is not None:
+            self._fenced("starting loads", lambda: worker.start_loads(plan), None)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are asynchronous: a request runs only after its load has ended."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Whole steps are saved, after they ran."""
+
+    def wait_for_save(self) -> None:
+        worker, plan = self._worker, self._plan()
+        if worker is not None and plan is not None:
+            self._fenced("starting saves", lambda: worker.start_saves(plan), None)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        if self._worker is not None and isinstance(kv_connector_metadata, StepPlan):
+            self._worker.before_overwrite(kv_connector_metadata)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        sent, received, failed, _ = self._finished()
+        return TransferResults(finished_sending=sent, finished_recving=received, failed_recving=failed)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        sent, received, _, blocks = self._finished()
+        if TransferResults is None:
+            self._failed_blocks |= blocks
+        return sent, received
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        blocks, self._failed_blocks = self._failed_blocks, set()
+        return blocks
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        worker = self._worker
+        return self._fenced("reporting", worker.report, None) if worker is not None else None
+
+    def _finished(self) -> tuple[set[str], set[str], set[str], set[int]]:
+        assert self._worker is not None
+        return self._fenced("collecting results", self._worker.finished, (set(), set(), set(), set()))
+
+    def _plan(self) -> StepPlan | None:
+        plan = self._connector_metadata
+        return plan if isinstance(plan, StepPlan) else None
+
+    # ---- scheduler ----
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        scheduler = self._scheduler
+        assert scheduler is not None
+        return self._fenced("looking up", lambda: scheduler.matched(request, num_computed_tokens), (0, False))
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        assert self._scheduler is not None
+        self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        assert self._scheduler is not None
+        return self._scheduler.plan(scheduler_output)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        assert self._scheduler is not None
+        self._scheduler.reported(connector_output)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        assert self._scheduler is not None
+        return self._scheduler.finished(request)
+
+    def take_events(self) -> Iterable[Any]:
+        return ()
+
+    # ---- both ----
+
+    def shutdown(self) -> None:
+        for half in (self._worker, self._scheduler):
+            if half is not None:
+                self._fenced("closing", half.close, None)

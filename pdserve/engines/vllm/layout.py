@@ -1,0 +1,125 @@
+"""What vLLM declares about its KV cache, as a ChunkLayout; what pdserve cannot handle is refused here, at start."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+
+from pdserve import fingerprint, log
+from pdserve.chunk import ChunkLayout
+from pdserve.errors import UnsupportedError
+from pdserve.transfer.staging import HostPages
+
+
+def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Raises UnsupportedError for a model or setting whose KV this connector would not carry faithfully."""
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        kinds = ", ".join(sorted({type(g.kv_cache_spec).__name__ for g in groups})) or "none"
+        raise UnsupportedError(
+            f"the model has {len(groups)} KV cache groups ({kinds}); pdserve supports models with one group of full attention. Run it without the pdserve connector."
+        )
+    spec = groups[0].kv_cache_spec
+    if (
+        not isinstance(spec, FullAttentionSpec)
+        or isinstance(spec, SlidingWindowSpec)
+        or getattr(spec, "sliding_window", None)
+    ):
+        raise UnsupportedError(
+            f"the model's KV cache is of kind {type(spec).__name__}; pdserve supports full attention, where a prefix keeps all its blocks. Run it without the pdserve connector."
+        )
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        raise UnsupportedError(
+            "pipeline_parallel_size > 1 is not supported by the pdserve connector yet. Use tensor_parallel_size."
+        )
+    if (
+        getattr(parallel, "decode_context_parallel_size", 1) > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1
+    ):
+        raise UnsupportedError("context parallelism is not supported by the pdserve connector.")
+
+
+def chunk_layout(vllm_config: Any, kv_cache_config: Any) -> ChunkLayout:
+    """The opaque-block layout of this engine. Both sides of the connector compute it from the same declarations."""
+    group = kv_cache_config.kv_cache_groups[0]
+    spec = group.kv_cache_spec
+    kind = "mla" if isinstance(spec, MLAAttentionSpec) else "attention"
+    return ChunkLayout(
+        kind="opaque-block",
+        kv_dtype=str(spec.dtype).removeprefix("torch."),
+        layers=len(group.layer_names),
+        block_tokens=spec.block_size,
+        block_bytes=spec.page_size_bytes,
+        shards=vllm_config.parallel_config.tensor_parallel_size,
+        # The packing inside a block depends on the attention code that the machine's instruction set selects.
+        detail=f"{kind} kv_heads={getattr(spec, 'num_kv_heads', 0)} head={getattr(spec, 'head_size', 0)} {_backend(vllm_config)}",
+    )
+
+
+def _backend(vllm_config: Any) -> str:
+    device = vllm_config.device_config.device_type
+    layout = getattr(getattr(vllm_config, "cache_config", None), "kv_cache_layout", None)
+    if device == "cpu":
+        amx = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+        return f"cpu {torch.backends.cpu.get_cpu_capability()} amx={amx} {layout}"
+    return f"{device} {getattr(getattr(vllm_config, 'attention_config', None), 'backend', None)} {layout}"
+
+
+def model_fingerprint(vllm_config: Any, override: str = "") -> str:
+    """Stands for the model's numbers: configuration, dtype, quantisation, weights. `override` replaces it all."""
+    if override:
+        return f"override:{override}"
+    model = vllm_config.model_config
+    config = fingerprint.of_config(
+        model.hf_config.to_dict(), str(model.dtype), str(model.quantization), str(vllm_config.cache_config.cache_dtype)
+    )
+    if str(vllm_config.load_config.load_format) in ("dummy", "LoadFormat.DUMMY"):
+        return f"{config}:dummy:{model.seed}"
+    folder = _weights_folder(model)
+    weights = fingerprint.of_weights(folder) if folder else None
+    if weights is None:
+        weights = hashlib.sha256(f"{model.model}@{model.revision}".encode()).hexdigest()[:32]
+        log.get("connector").warning(
+            "no weight files found for %s: the cache tells models apart by name and revision only. Set pdserve.model_fingerprint to be sure.",
+            model.model,
+        )
+    return f"{config}:{weights}"
+
+
+def _weights_folder(model: Any) -> Path | None:
+    path = Path(model.model)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return None
+
+
+def host_pages(
+    kv_caches: dict[str, torch.Tensor], layer_names: list[str], layout: ChunkLayout, num_blocks: int
+) -> HostPages:
+    """Maps the registered tensors. Raises UnsupportedError when they are not what vLLM declared."""
+    bases, strides = [], []
+    for name in layer_names:
+        tensor = kv_caches.get(name)
+        if tensor is None:
+            raise UnsupportedError(f"vLLM declared a KV cache for layer {name} but registered none")
+        block = tensor[0]
+        size = block.numel() * tensor.element_size()
+        if tensor.shape[0] != num_blocks or size != layout.block_bytes or not block.is_contiguous():
+            raise UnsupportedError(
+                f"layer {name}: KV cache of shape {tuple(tensor.shape)}, strides {tensor.stride()} is not {num_blocks} contiguous blocks of {layout.block_bytes} bytes as declared; "
+                "pdserve does not guess layouts. Report this vLLM version and backend."
+            )
+        bases.append(tensor.data_ptr())
+        strides.append(tensor.stride(0) * tensor.element_size())
+    return HostPages(bases, strides, layout.block_bytes, num_blocks)

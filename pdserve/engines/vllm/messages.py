@@ -1,0 +1,94 @@
+"""What the scheduler's half of the connector and the workers' half tell each other. vLLM carries these between its processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+
+@dataclass
+class ChunkSave:
+    key: bytes
+    parent: bytes
+    tokens: int
+    block_ids: list[int]
+
+
+@dataclass
+class SaveJob:
+    """Chunks of one request that are complete once this step has run."""
+
+    request_id: str
+    chunks: list[ChunkSave]
+
+
+@dataclass
+class ChunkLoad:
+    key: bytes
+    offset: int
+    tokens: int
+    shard_bytes: int
+    stride: int
+    digests: list[int]
+    #: one per engine block of the chunk; None where the engine has that block already
+    block_ids: list[int | None]
+
+
+@dataclass
+class LoadJob:
+    """Chunks under a lease, to be copied into the request's blocks."""
+
+    request_id: str
+    daemon_id: str
+    chunks: list[ChunkLoad]
+
+
+@dataclass
+class StepPlan(KVConnectorMetadata):
+    """Scheduler to workers, once a step."""
+
+    loads: list[LoadJob] = field(default_factory=list)
+    saves: list[SaveJob] = field(default_factory=list)
+    #: finished requests whose blocks are kept until their saves are done: report them when they are
+    awaiting: set[str] = field(default_factory=set)
+    preempted: set[str] = field(default_factory=set)
+
+
+@dataclass
+class LoadResult:
+    chunks: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+    corrupt: list[bytes] = field(default_factory=list)
+    error: str = ""
+
+    def merged(self, other: LoadResult) -> LoadResult:
+        """Two ranks' results for one request: they load side by side, so time is the slower one's, and bytes add up."""
+        return LoadResult(
+            max(self.chunks, other.chunks),
+            self.nbytes + other.nbytes,
+            max(self.seconds, other.seconds),
+            self.corrupt + other.corrupt,
+            self.error or other.error,
+        )
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    """Workers to scheduler, once a step; vLLM adds up the ranks' reports."""
+
+    #: save jobs done, by request
+    saved: dict[str, int] = field(default_factory=dict)
+    loaded: dict[str, LoadResult] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
+        assert isinstance(other, WorkerReport)
+        saved = dict(self.saved)
+        for request_id, count in other.saved.items():
+            saved[request_id] = saved.get(request_id, 0) + count
+        loaded = dict(self.loaded)
+        for request_id, other_result in other.loaded.items():
+            mine = loaded.get(request_id)
+            loaded[request_id] = other_result if mine is None else mine.merged(other_result)
+        return WorkerReport(saved, loaded)

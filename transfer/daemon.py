@@ -1,0 +1,289 @@
+"""The cache process of a host: one arena, one index, a unix socket for the engines, HTTP for people and Prometheus.
+
+The loop only moves keys and offsets, so one thread serves it all. Started by `pdserve cache serve`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from pdserve import log, metrics
+from pdserve.errors import ConfigError, ProtocolError, StartError
+from pdserve.transfer import admin, arena, wire
+from pdserve.transfer.eviction import POLICIES
+from pdserve.transfer.store import Store
+
+EXPIRE_EVERY_S = 1.0
+HELLO_S = 5.0
+#: a client that does not read its answers is let go before it fills our memory
+MAX_UNSENT = 32 << 20
+_OPS = {
+    wire.Lookup: "lookup",
+    wire.Reserve: "reserve",
+    wire.Commit: "commit",
+    wire.Abort: "abort",
+    wire.Release: "release",
+    wire.Ping: "ping",
+}
+
+
+class Daemon:
+    """State of the process: what the connections share. No globals, so a test may hold two."""
+
+    def __init__(self, *, name: str, size: int, chunk_tokens: int, policy: str = "lru") -> None:
+        if policy not in POLICIES:
+            raise ConfigError("cache.policy", f"unknown policy {policy!r}", f"Known: {', '.join(sorted(POLICIES))}.")
+        self.name, self.chunk_tokens = name, chunk_tokens
+        self.daemon_id = uuid.uuid4().hex
+        self.started = time.time()
+        self.registry = CollectorRegistry()
+        self.metrics = metrics.build(metrics.CACHE, self.registry)
+        self.log = log.get("cache")
+        self.arena = arena.create(arena.path_for(name), size, self._progress(size))
+        self.store = Store(self.arena.size, POLICIES[policy](), self.metrics)
+        self.clients: dict[int, _Connection] = {}
+        self._next_client = 0
+        self._op_seconds = {op: self.metrics["cache_op_seconds"].labels(op) for op in _OPS.values()}
+
+    def _progress(self, size: int) -> Any:
+        last = [time.monotonic()]
+
+        def tell(done: int) -> None:
+            if time.monotonic() - last[0] > 1:
+                last[0] = time.monotonic()
+                self.log.info("touching shared memory: %d of %d MiB", done >> 20, size >> 20)
+
+        return tell
+
+    def protocol(self) -> _Connection:
+        self._next_client += 1
+        return _Connection(self, self._next_client)
+
+    def welcome(self) -> wire.Welcome:
+        return wire.Welcome(wire.VERSION, self.daemon_id, str(self.arena.path), self.arena.size, self.chunk_tokens)
+
+    def answer(self, message: wire.Request, client: int) -> wire.Reply:
+        """One request, carried out on the store."""
+        started = time.perf_counter()
+        now = time.monotonic()
+        reply: wire.Reply
+        match message:
+            case wire.Lookup():
+                reply = wire.LookupReply(message.id, *self.store.lookup(message.keys, client, now))
+            case wire.Reserve():
+                reply = wire.ReserveReply(message.id, self.store.reserve(message.items, message.writer, client, now))
+            case wire.Commit():
+                reply = wire.Ok(message.id, self.store.commit(message.items, client))
+            case wire.Abort():
+                reply = wire.Ok(message.id, self.store.abort(message.reservations, client))
+            case wire.Release():
+                reply = wire.Ok(message.id, self._release(message, client))
+            case wire.Ping():
+                reply = wire.Ok(message.id)
+            case _:
+                raise ProtocolError(f"a {type(message).__name__} is not expected here")
+        self._op_seconds[_OPS[type(message)]].observe(time.perf_counter() - started)
+        return reply
+
+    def _release(self, message: wire.Release, client: int) -> int:
+        if message.loaded_chunks:
+            self.metrics["cache_loaded_chunks_total"].labels("dram").inc(message.loaded_chunks)
+            self.metrics["cache_loaded_bytes_total"].labels("dram").inc(message.loaded_bytes)
+        if message.corrupt:
+            self.metrics["cache_digest_failures_total"].labels("dram").inc(len(message.corrupt))
+            self.log.error("digest mismatch in dram, dropped: %s", " ".join(k.hex()[:16] for k in message.corrupt))
+            self.store.drop(message.corrupt, "corrupt")
+        return int(self.store.release(message.lease, client))
+
+    def refresh_gauges(self) -> None:
+        """Brings the gauges up to date; called when somebody looks."""
+        stats = self.store.stats()
+        self.metrics["cache_used_bytes"].labels("dram").set(stats["used_bytes"])
+        self.metrics["cache_chunks"].labels("dram").set(stats["chunks"])
+        self.metrics["cache_leases"].set(stats["leases"])
+        self.metrics["cache_reservations"].set(stats["reservations"])
+        self.metrics["cache_clients"].set(len(self.clients))
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "pid": os.getpid(),
+            "daemon_id": self.daemon_id,
+            "uptime_s": round(time.time() - self.started, 1),
+            "chunk_tokens": self.chunk_tokens,
+            "arena": str(self.arena.path),
+            "clients": [c.label for c in self.clients.values()],
+            **self.store.stats(),
+        }
+
+    def close(self) -> None:
+        self.arena.close()
+        with contextlib.suppress(FileNotFoundError):
+            self.arena.path.unlink()
+
+
+class _Connection(asyncio.Protocol):
+    """One engine process. Its end releases all that it held."""
+
+    def __init__(self, daemon: Daemon, client: int) -> None:
+        self._daemon, self.client, self.label = daemon, client, "?"
+        self._reader = wire.FrameReader()
+        self._greeted = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: asyncio.Transport = transport  # type: ignore[assignment]
+        self._hello_timer = asyncio.get_running_loop().call_later(HELLO_S, self._late)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for frame in self._reader.feed(data):
+                self._handle(wire.decode_request(frame))
+        except ProtocolError as e:
+            self._daemon.log.warning("client %s refused: %s", self.label, e)
+            self._transport.write(wire.encode(wire.Refused(0, str(e))))
+            self._transport.close()
+
+    def _handle(self, message: wire.Request) -> None:
+        if self._transport.is_closing():
+            return
+        if isinstance(message, wire.Hello):
+            self._greet(message)
+        elif not self._greeted:
+            raise ProtocolError("the first message must be a greeting")
+        else:
+            self._transport.write(wire.encode(self._daemon.answer(message, self.client)))
+            if self._transport.get_write_buffer_size() > MAX_UNSENT:
+                self._daemon.log.warning("client %s does not read its answers: closed", self.label)
+                self._transport.abort()
+
+    def _greet(self, message: wire.Hello) -> None:
+        if message.version != wire.VERSION:
+            raise ProtocolError(
+                f"this daemon speaks protocol version {wire.VERSION}, the client {message.version}: install the same pdserve on both sides"
+            )
+        self._hello_timer.cancel()
+        self._greeted = True
+        self.label = f"{message.name} (pid {message.pid})"
+        self._daemon.clients[self.client] = self
+        self._daemon.log.info("client %s connected", self.label)
+        self._transport.write(wire.encode(self._daemon.welcome()))
+
+    def _late(self) -> None:
+        if not self._greeted:
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._hello_timer.cancel()
+        self._daemon.clients.pop(self.client, None)
+        self._daemon.store.client_gone(self.client)
+        if self._greeted:
+            self._daemon.log.info("client %s left", self.label)
+
+
+class _AdminServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the daemon has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        yield
+
+
+async def serve(daemon: Daemon, path: Path, admin_host: str, admin_port: int, stop: asyncio.Event) -> None:
+    """Listens until `stop` is set, then closes everything."""
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    previous = os.umask(0o177)  # the socket is the user's alone
+    try:
+        server = await loop.create_unix_server(daemon.protocol, str(path))
+    finally:
+        os.umask(previous)
+    # Bound here, not by uvicorn, which would end the whole process when the port is taken.
+    listener = socket.create_server((admin_host, admin_port), backlog=64)
+    http = _AdminServer(uvicorn.Config(admin.make_app(daemon), log_level="warning", access_log=False, lifespan="off"))
+    http_task = asyncio.create_task(http.serve(sockets=[listener]))
+    expirer = asyncio.create_task(_expire(daemon))
+    host, port = listener.getsockname()[:2]
+    daemon.log.info(
+        "ready: %s, %.2f GiB, chunks of %d tokens, admin http://%s:%d",
+        path,
+        daemon.arena.size / 2**30,
+        daemon.chunk_tokens,
+        host,
+        port,
+    )
+    try:
+        await stop.wait()
+    finally:
+        expirer.cancel()
+        server.close()
+        for connection in list(daemon.clients.values()):
+            connection._transport.abort()
+        http.should_exit = True
+        await asyncio.wait([http_task, expirer], timeout=5)
+        listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+async def _expire(daemon: Daemon) -> None:
+    while True:
+        await asyncio.sleep(EXPIRE_EVERY_S)
+        daemon.store.expire(time.monotonic())
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Any:
+    """Holds a lock beside the socket, so that a second daemon cannot take the first one's arena away."""
+    lock = path.with_suffix(".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise StartError(f"another cache daemon already serves {path}") from e
+        yield
+        lock.unlink(missing_ok=True)
+
+
+def main(args: argparse.Namespace) -> int:
+    """`pdserve cache serve`: args has socket, size (bytes), chunk_tokens, admin_host, admin_port, name."""
+    log.setup()
+    path = Path(args.socket)
+    if len(str(path)) > 100:
+        raise ConfigError(
+            "cache.socket",
+            f"{path} is longer than a unix socket's path may be",
+            "Set PDSERVE_RUN_DIR to a shorter folder.",
+        )
+    with _only_one(path):
+        daemon = Daemon(name=args.name, size=args.size, chunk_tokens=args.chunk_tokens)
+        try:
+            uvloop.run(_run(daemon, path, args))
+        finally:
+            daemon.close()
+    return 0
+
+
+async def _run(daemon: Daemon, path: Path, args: argparse.Namespace) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        await serve(daemon, path, args.admin_host, args.admin_port, stop)
+    except OSError as e:
+        raise StartError(f"cannot listen on {args.admin_host}:{args.admin_port} or {path}: {e}") from e

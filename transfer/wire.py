@@ -1,0 +1,209 @@
+"""The protocol between engines and the cache daemon: bytes in, messages out. No sockets here.
+
+A frame is a 4-byte little-endian length and a msgpack message. KV bytes never travel here: they are in the shared arena,
+and messages carry keys, offsets, leases. Every list is bounded before anything is built from it. The first message each
+way is a greeting that carries the version; another version is refused in words.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from pdserve.chunk import KEY_BYTES
+from pdserve.errors import ProtocolError
+
+VERSION = 1
+MAX_FRAME = 8 << 20
+MAX_ITEMS = 65536
+MAX_SHARDS = 1024
+_LENGTH = 4
+
+Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+OptionalKey = Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES)]
+Name = Annotated[str, msgspec.Meta(max_length=200)]
+U64 = Annotated[int, msgspec.Meta(ge=0)]
+Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class _Message(msgspec.Struct, array_like=True, frozen=True):
+    pass
+
+
+# ---- what a client says ----
+
+
+class Hello(_Message, tag=1):
+    version: int
+    name: Name
+    pid: int
+
+
+class Lookup(_Message, tag=2):
+    """Longest committed run from the first key on. What is found stays pinned until the lease is released or ends."""
+
+    id: Id
+    keys: Annotated[list[Key], msgspec.Meta(max_length=MAX_ITEMS)]
+
+
+class ReserveItem(_Message):
+    key: Key
+    #: key of the chunk before it, empty for the first: a parent outlives its children
+    parent: OptionalKey
+    shard: Annotated[int, msgspec.Meta(ge=0, lt=MAX_SHARDS)]
+    shards: Annotated[int, msgspec.Meta(ge=1, le=MAX_SHARDS)]
+    shard_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+    tokens: Annotated[int, msgspec.Meta(ge=1, le=2**24)]
+
+    def __post_init__(self) -> None:
+        if self.shard >= self.shards:
+            raise ValueError(f"shard {self.shard} of {self.shards}")
+
+
+class Reserve(_Message, tag=3):
+    """Space for chunks. `writer` names the engine: its workers fill the shards of one chunk together."""
+
+    id: Id
+    writer: Name
+    items: Annotated[list[ReserveItem], msgspec.Meta(max_length=MAX_ITEMS)]
+
+
+class CommitItem(_Message):
+    reservation: Id
+    digest: U64
+
+
+class Commit(_Message, tag=4):
+    """The bytes are written. A chunk becomes visible when all its shards are."""
+
+    id: Id
+    items: Annotated[list[CommitItem], msgspec.Meta(max_length=MAX_ITEMS)]
+
+
+class Abort(_Message, tag=5):
+    id: Id
+    reservations: Annotated[list[Id], msgspec.Meta(max_length=MAX_ITEMS)]
+
+
+class Release(_Message, tag=6):
+    """Gives a lease back; says what was read, and which chunks did not match their digest."""
+
+    id: Id
+    lease: Id
+    loaded_chunks: Annotated[int, msgspec.Meta(ge=0, le=MAX_ITEMS)] = 0
+    loaded_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**50)] = 0
+    corrupt: Annotated[list[Key], msgspec.Meta(max_length=MAX_ITEMS)] = []
+
+
+class Ping(_Message, tag=7):
+    id: Id
+
+
+# ---- what the daemon says ----
+
+
+class Welcome(_Message, tag=20):
+    version: int
+    #: new at every start: offsets of another daemon mean nothing
+    daemon_id: str
+    arena_path: str
+    arena_bytes: int
+    chunk_tokens: int
+
+
+class Found(_Message):
+    offset: int
+    tokens: int
+    shard_bytes: int
+    #: distance from one shard's start to the next one's
+    stride: int
+    digests: list[int]
+
+
+class LookupReply(_Message, tag=21):
+    id: int
+    #: 0 when nothing was found
+    lease: int
+    found: list[Found]
+    #: how many of the keys after the found ones are being written now, without a gap
+    pending: int
+
+
+GRANTED, EXISTS, BUSY, FULL, TOO_LARGE = range(5)
+
+
+class Grant(_Message):
+    #: GRANTED; EXISTS (committed already); BUSY (being written by somebody); FULL; TOO_LARGE
+    status: int
+    reservation: int = 0
+    offset: int = 0
+
+
+class ReserveReply(_Message, tag=22):
+    id: int
+    grants: list[Grant]
+
+
+class Ok(_Message, tag=23):
+    id: int
+    #: how many of the items were carried out
+    count: int = 0
+
+
+class Refused(_Message, tag=24):
+    id: int
+    reason: str
+
+
+Request = Hello | Lookup | Reserve | Commit | Abort | Release | Ping
+Reply = Welcome | LookupReply | ReserveReply | Ok | Refused
+
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder = msgspec.msgpack.Decoder(Request)
+_reply_decoder = msgspec.msgpack.Decoder(Reply)
+
+
+def encode(message: Request | Reply) -> bytes:
+    """One frame. Raises ProtocolError when it would be over the bound."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME:
+        raise ProtocolError(f"a {type(message).__name__} of {len(body)} bytes is over the bound of {MAX_FRAME}")
+    return len(body).to_bytes(_LENGTH, "little") + body
+
+
+class FrameReader:
+    """Collects bytes and gives back whole frames. Buffers at most one frame of at most MAX_FRAME."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes | memoryview) -> list[bytes]:
+        """The frames that `data` completes, in order. Raises ProtocolError on a length over the bound."""
+        self._buffer += data
+        frames = []
+        start = 0
+        while len(self._buffer) - start >= _LENGTH:
+            length = int.from_bytes(self._buffer[start : start + _LENGTH], "little")
+            if length > MAX_FRAME:
+                raise ProtocolError(f"a frame of {length} bytes is over the bound of {MAX_FRAME}")
+            if len(self._buffer) - start < _LENGTH + length:
+                break
+            frames.append(bytes(self._buffer[start + _LENGTH : start + _LENGTH + length]))
+            start += _LENGTH + length
+        del self._buffer[:start]
+        return frames
+
+
+def decode_request(frame: bytes) -> Request:
+    try:
+        return _request_decoder.decode(frame)
+    except msgspec.MsgspecError as e:
+        raise ProtocolError(f"not a request of version {VERSION}: {e}") from e
+
+
+def decode_reply(frame: bytes) -> Reply:
+    try:
+        return _reply_decoder.decode(frame)
+    except msgspec.MsgspecError as e:
+        raise ProtocolError(f"not a reply of version {VERSION}: {e}") from e
