@@ -1,0 +1,53 @@
+# make demo     everything from nothing: installs, starts the CPU topology, sends requests, shows what came of them, stops
+# make test     everything from nothing: installs, lint, types, all tests
+# ENGINE=cuda   installs CUDA vLLM instead of the CPU build (then use the gpu-* topologies; the demo needs the CPU build)
+PYTHON ?= python3
+ENGINE ?= cpu
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format typecheck unit e2e bench-quick clean
+
+help:
+	@echo "make demo [KEEP=1]   install what is missing, start, show, stop (KEEP=1 leaves it running)"
+	@echo "make test            install what is missing, then lint, types and all tests"
+	@echo "make setup           only install; quick when nothing changed"
+	@echo "make lint | typecheck | unit | e2e | bench-quick | format | clean"
+
+setup:
+	@$(PYTHON) scripts/setup.py --engine $(ENGINE)
+
+demo: setup
+	@$(BIN)/pdserve demo $(if $(KEEP),--keep)
+
+# pytest last, so that its closing line is the last one.
+test: setup
+	@$(MAKE) --no-print-directory lint typecheck
+	@$(BIN)/pytest
+
+lint:
+	@$(BIN)/ruff check .
+
+format:
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format --quiet .
+
+# The folders at the top are installed as pdserve.X, which mypy cannot follow: it gets a view in which they lie there.
+typecheck:
+	@rm -rf .typecheck && mkdir .typecheck && cp -rs $(CURDIR)/pdserve .typecheck/pdserve
+	@for part in transfer kernels proxy deploy; do cp -rs $(CURDIR)/$$part .typecheck/pdserve/$$part; done
+	@MYPYPATH=.typecheck $(BIN)/mypy -p pdserve
+
+unit: setup
+	@$(BIN)/pytest -m "not e2e and not gpu"
+
+e2e: setup
+	@$(BIN)/pytest -m e2e
+
+bench-quick: setup
+	@$(BIN)/pdserve bench quick
+
+# Ends what runs from this checkout before its environment goes; the demo model in ~/.cache/pdserve stays.
+clean:
+	@if [ -x $(BIN)/pdserve ]; then $(BIN)/pdserve stop --all; fi
+	@rm -rf .venv .typecheck .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
