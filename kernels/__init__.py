@@ -87,4 +87,6 @@ def _check(addresses: np.ndarray, nbytes: int, area: np.ndarray) -> None:
     if nbytes <= 0 or nbytes % 8:
         raise ValueError(f"piece size {nbytes} is not a positive multiple of 8")
     if area.dtype != np.uint8 or not area.flags.c_contiguous or area.size < addresses.size * nbytes:
-        raise ValueError(f"area must be contiguous uint8 of at least {addresses.size * nbytes} bytes, got {area.dtype} {area.size}")
+        raise ValueError(
+            f"area must be contiguous uint8 of at least {addresses.size * nbytes} bytes, got {area.dtype} {area.size}"
+        )

@@ -57,7 +57,13 @@ def cpu_library(build_root: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=build_root) as folder:
         made = Path(folder) / "lib.so"
         try:
-            done = subprocess.run([cxx, *FLAGS, str(sources[0]), "-o", str(made)], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+            done = subprocess.run(
+                [cxx, *FLAGS, str(sources[0]), "-o", str(made)],
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+                check=False,
+            )
         except (OSError, subprocess.TimeoutExpired) as e:
             raise BuildError(f"{cxx} could not be run: {e}") from e
         if done.returncode:

@@ -205,8 +205,7 @@ class _AdminServer(uvicorn.Server):
 async def serve(daemon: Daemon, path: Path, admin_host: str, admin_port: int, stop: asyncio.Event) -> None:
     """Listens until `stop` is set, then closes everything."""
     loop = asyncio.get_running_loop()
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+    path.unlink(missing_ok=True)  # noqa: ASYNC240 - before anything is served
     previous = os.umask(0o177)  # the socket is the user's alone
     try:
         server = await loop.create_unix_server(daemon.protocol, str(path))
@@ -236,8 +235,7 @@ async def serve(daemon: Daemon, path: Path, admin_host: str, admin_port: int, st
         http.should_exit = True
         await asyncio.wait([http_task, expirer], timeout=5)
         listener.close()
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+        path.unlink(missing_ok=True)  # noqa: ASYNC240 - nothing is served any more
 
 
 async def _expire(daemon: Daemon) -> None:

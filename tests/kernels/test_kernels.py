@@ -77,13 +77,16 @@ def test_moved_and_truncated_data_changes_the_digest():
     assert kernels.digest(swapped) != kernels.digest(data)
 
 
-@pytest.mark.parametrize(("addresses", "nbytes", "area"), [
-    (np.zeros(2, np.int64), 8, np.zeros(16, np.uint8)),
-    (np.zeros(2, np.uint64), 7, np.zeros(16, np.uint8)),
-    (np.zeros(2, np.uint64), 0, np.zeros(16, np.uint8)),
-    (np.zeros(3, np.uint64), 8, np.zeros(16, np.uint8)),
-    (np.zeros(2, np.uint64), 8, np.zeros(32, np.uint8)[::2]),
-])
+@pytest.mark.parametrize(
+    ("addresses", "nbytes", "area"),
+    [
+        (np.zeros(2, np.int64), 8, np.zeros(16, np.uint8)),
+        (np.zeros(2, np.uint64), 7, np.zeros(16, np.uint8)),
+        (np.zeros(2, np.uint64), 0, np.zeros(16, np.uint8)),
+        (np.zeros(3, np.uint64), 8, np.zeros(16, np.uint8)),
+        (np.zeros(2, np.uint64), 8, np.zeros(32, np.uint8)[::2]),
+    ],
+)
 def test_wrong_shapes_are_refused_before_memory_is_touched(addresses, nbytes, area):
     with pytest.raises(ValueError, match="must be|not a positive"):
         kernels.gather(addresses, nbytes, area)

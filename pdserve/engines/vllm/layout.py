@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from pdserve import fingerprint, log
 from pdserve.chunk import ChunkLayout
@@ -24,11 +24,7 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
             f"the model has {len(groups)} KV cache groups ({kinds}); pdserve supports models with one group of full attention. Run it without the pdserve connector."
         )
     spec = groups[0].kv_cache_spec
-    if (
-        not isinstance(spec, FullAttentionSpec)
-        or isinstance(spec, SlidingWindowSpec)
-        or getattr(spec, "sliding_window", None)
-    ):
+    if not isinstance(spec, FullAttentionSpec):
         raise UnsupportedError(
             f"the model's KV cache is of kind {type(spec).__name__}; pdserve supports full attention, where a prefix keeps all its blocks. Run it without the pdserve connector."
         )
