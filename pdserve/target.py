@@ -241,6 +241,18 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def find_running(name: str | None) -> Target:
+    """A deployment that runs now, by URL or name; without one, the only one there is. Nothing is started."""
+    if name is not None and "://" in name:
+        found = _running_at(name)
+        return Target.of(found) if found else Target(url=name, plain_url="")
+    up = [top for top in running() if name in (None, top.name)]
+    if len(up) != 1:
+        problem = f"{name} does not run" if name else f"{len(up)} deployments run"
+        raise ConfigError("target", problem, "Name one that runs (pdserve status lists them), or give a URL.")
+    return Target.of(up[0])
+
+
 def running() -> list[Topology]:
     """The deployments of this user whose proxy answers now."""
     found = []
