@@ -74,8 +74,11 @@ class Endpoint:
             body = await read_body(scope, receive, self._settings)
             async with watching(receive, client):
                 await self._told(exchange, self._serve(exchange, body))
-        except ClientGone:
-            client.lifetime.on(Event.GONE)
+        except (ClientGone, ClientStuck) as left:
+            if str(left):
+                _log.warning("%s: %s", exchange.endpoint, left)
+            if not client.lifetime.over:
+                client.lifetime.on(Event.GONE)
         except RequestError as error:  # from reading the body
             await self._fail(exchange, error.status, openai.request_error(error))
         except asyncio.CancelledError:
@@ -95,13 +98,12 @@ class Endpoint:
                 await relay.broken_off(client, exchange.endpoint, error)
             else:
                 await self._fail(exchange, error.status, error.body or openai.error_json(error.status, str(error)))
-        except ClientStuck as stuck:
-            _log.warning("%s: %s", exchange.endpoint, stuck)
-            client.lifetime.on(Event.GONE)
+        except ClientStuck:
+            raise
         except Exception:
             _log.exception("a bug in the proxy ended a request to %s", exchange.endpoint)
-            if client.started:
-                raise
+            if client.started or client.lifetime.over:
+                raise  # the server closes the connection, which is all that can still be said
             text = "The proxy failed on this request; its log says why."
             await self._fail(exchange, 500, openai.error_json(500, text, "internal_error"))
 

@@ -129,7 +129,10 @@ class Fleet:
     async def _watch(self, instance: Instance) -> None:
         while True:
             await asyncio.sleep(self.probe_every)
-            await self.probe(instance)
+            try:
+                await self.probe(instance)
+            except Exception:  # noqa: BLE001 - a bug met by one probe must not freeze the view of this instance for good
+                _log.exception("the probe of %s failed in an unforeseen way", instance.name)
 
     async def _status(self, instance: Instance) -> int:
         async with instance.upstream.request(b"GET", b"/health", (), b"", self.deadlines.connect) as answer:

@@ -33,6 +33,7 @@ from pdserve.proxy.upstream import Answer, LegFailure
 ATTEMPTS = 2  # instances tried per leg: one failure is seen through, a failing fleet is not hammered
 REPLY_LIMIT = 16 * 1024 * 1024
 ANSWER_LIMIT = 512 * 1024 * 1024
+NOBODY = "No engine that can answer is up."
 _THEIR_LOAD = (408, 429)  # 4xx that say something of the producer, not of the request
 
 
@@ -65,6 +66,8 @@ class Splitter:
 
     async def generate(self, exchange: Exchange, ask: openai.Ask) -> None:
         """A completion. Raises RequestError or UpstreamError; if the response had begun the client has been told."""
+        if not self._fleet.ready:
+            raise RequestError(503, NOBODY, "service_unavailable")  # before a producer works for nothing
         why = self._why_local(exchange, ask)
         handover = None
         if not why:
@@ -103,6 +106,8 @@ class Splitter:
                 handover = await self._prefill_on(instance, exchange, body, deadline)
             except LegFailure as failure:
                 self._fleet.failed(instance, "prefill", failure)
+                if failure.reason == "timeout":
+                    break  # the time for this stage is used up
                 continue
             exchange.prefill = instance.name
             return handover, ""
@@ -151,7 +156,7 @@ class Splitter:
                 if exchange.client.started or failure.reason == "timeout":
                     raise
                 last = failure
-        raise last or RequestError(503, "No engine that can answer is up.", "service_unavailable")
+        raise last or RequestError(503, NOBODY, "service_unavailable")
 
     async def _decode_on(self, instance: Instance, exchange: Exchange, body: bytes) -> None:
         client = exchange.client

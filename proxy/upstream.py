@@ -59,7 +59,7 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
-        self.has_head = self.complete = self._counted = False
+        self.has_head = self.complete = self._counted = self._kept = False
         self.error: _Broken | None = None
         self.chunks: deque[bytes] = deque()
         self._held = 0
@@ -114,6 +114,7 @@ class _Connection(asyncio.Protocol):
         if self.status < 200:  # 100 Continue and the like: the answer is still to come
             self.headers = []
             return
+        self._kept = self._parser.should_keep_alive()  # only to be asked now: afterwards the parser has forgotten
         self.complete = True
 
     # What the pool and the answer call.
@@ -150,7 +151,7 @@ class _Connection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        return self.complete and not self.closed and not self.chunks and self._parser.should_keep_alive()
+        return self.complete and not self.closed and not self.chunks and self._kept
 
     def abort(self) -> None:
         self.closed = True

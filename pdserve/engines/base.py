@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pdserve.engines.body import Body
+
+if TYPE_CHECKING:
+    from pdserve.launching import Context
+    from pdserve.topology import Instance
 
 
 class Dialect(Protocol):
@@ -38,13 +42,13 @@ class Dialect(Protocol):
 
 
 class Command(Protocol):
-    """How an engine process is started. Pure: topology in, plan out; `instance` and `context` are deploy's structs."""
+    """How an engine process is started. Pure: topology in, words out."""
 
-    def argv(self, instance: Any, context: Any) -> list[str]:
+    def argv(self, instance: Instance, context: Context) -> list[str]:
         """The command line."""
 
-    def environment(self, instance: Any, context: Any) -> dict[str, str]:
+    def environment(self, instance: Instance, context: Context) -> dict[str, str]:
         """The variables to add to the environment."""
 
-    def ready_url(self, instance: Any, context: Any) -> str:
+    def ready_url(self, instance: Instance, context: Context) -> str:
         """Answers 200 once the engine can serve."""

@@ -24,7 +24,8 @@ def check_policy(make: Callable[[], Policy], facts: Facts = Facts("/v1/completio
     before = [(d.name, d.in_flight) for d in fleet]
     policy = make()
     for _ in range(20):
-        assert any(policy.pick(facts, fleet) is d for d in fleet), "it must return one of the objects it was given"
+        chosen = policy.pick(facts, fleet)
+        assert any(chosen is d for d in fleet), "it must return one of the objects it was given"
     assert [(d.name, d.in_flight) for d in fleet] == before, "it must not change the candidates"
 
     # The fleet shrinks and grows while the policy's own state goes on.

@@ -127,7 +127,9 @@ class Rig:
         found = []
         for task in asyncio.all_tasks() - self.baseline:
             what = getattr(task.get_coro(), "__qualname__", "")
-            if (not task.done() and not task.get_name().startswith(known) and "run_asgi" in what + task.get_name()) or "watching" in what:
+            if (
+                not task.done() and not task.get_name().startswith(known) and "run_asgi" in what + task.get_name()
+            ) or "watching" in what:
                 found.append(task)
         return found
 
@@ -135,7 +137,7 @@ class Rig:
 async def _until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     """Waits for a condition; its bound is generous because it is only ever reached when the test fails."""
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event to set
             await asyncio.sleep(0.005)
 
 
@@ -157,9 +159,9 @@ async def _rig(
         ps = [await start(f"prefill-{i}") for i in range(producers)]
         ds = [await start(f"decode-{i}") for i in range(consumers)]
         bs = [await start(f"both-{i}") for i in range(both)]
-        instances = [(e.name, e.name.rpartition("-")[0], e.url) for e in ps + ds + bs]
-        given = {"deadlines": QUICK, "probe_every": 0.05, **settings}
-        app = proxy_app.build(Settings(tuple(instances), **given))
+        instances = tuple((e.name, e.name.rpartition("-")[0], e.url) for e in ps + ds + bs)
+        given = {"instances": instances, "deadlines": QUICK, "probe_every": 0.05, **settings}
+        app = proxy_app.build(Settings(**given))
         async with serving(app, given["deadlines"]) as (url, server), httpx.AsyncClient(timeout=20) as client:
             made = Rig(url, app, ps, ds + bs, client, server, set(asyncio.all_tasks()))
             yield made
