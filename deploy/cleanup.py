@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from pdserve.deploy import state
-from pdserve.deploy.backends.local import kill_all, marked, session_members
+from pdserve.deploy.backends.local import end_session, kill_all, marked, session_members
 from pdserve.deploy.supervise import STOP_ORDER
 
 # Longer than the supervisor's own worst case (three groups in turn, each with its grace), so that it normally finishes.
@@ -42,11 +42,10 @@ def sweep(deployment: state.Deployment, grace: float = GRACE_SECONDS) -> list[st
         group = [record for record in fresh.processes if record.role in roles and record.pid]
         leaders = {record.pid: record.created for record in group if record.pid}
         if members := _members(leaders):
-            for pid in leaders:
-                if pid in members:
-                    _send(pid, signal.SIGTERM)
+            for pid in set(leaders) & set(members):
+                _send(pid, signal.SIGTERM)
             _wait(leaders, grace)
-            stuck = kill_all(_members(leaders))
+            stuck = [pid for sid, created in leaders.items() for pid in end_session(sid, created)]
             names = ", ".join(record.name for record in group)
             done.append(f"ended what was left of {names}" + (f" (pids {stuck} cannot be killed)" if stuck else ""))
     if strays := marked(fresh.run_dir):

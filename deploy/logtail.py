@@ -12,6 +12,21 @@ _TAIL_BYTES = 64 * 1024
 _VLLM_HEAD = re.compile(
     r"^(\(\S+ pid=\d+\)\s+)?((DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+\d\d-\d\d \d\d:\d\d:\d\d\s+)?(\[[\w./]+:\d+\]\s*)?"
 )
+# vLLM's lines, newest stage first, and what they mean to who waits.
+_STAGES = (
+    ("Application startup complete", "answering"),
+    ("Available routes are", "opening its port"),
+    ("Starting vLLM server", "opening its port"),
+    ("init engine (", "preparing the API"),
+    ("Capturing CUDA graphs", "capturing CUDA graphs"),
+    ("KV cache size: ", "warming up"),
+    ("Dynamo bytecode transform", "compiling"),
+    ("Loading weights took", "making room for the KV cache"),
+    ("Starting to load model", "loading the weights"),
+    ("world_size=", "starting workers"),
+    ("Initializing a V1 LLM engine", "starting workers"),
+    ("Resolved architecture", "starting the engine"),
+)
 _OUR_HEAD = re.compile(r"^\d\d:\d\d:\d\d [A-Z]+ pdserve\.")
 _ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b:? ?\S?")
 # Says only that something else failed; the cause stands above it.
@@ -24,12 +39,22 @@ def tail(log: Path, lines: int = 15) -> list[str]:
 
 
 def doing(log: Path) -> str:
-    """The last line that says something, without its time stamp and source."""
+    """What a process is at: the stage that its newest telling line stands for, else that line itself."""
+    newest = ""
     for line in reversed(_this_start(log)):
         text = _strip(line)
-        if len(text) > 3 and any(c.isalpha() for c in text) and not text.startswith(("Traceback", "File ")):
+        if stage := next((words for phrase, words in _STAGES if phrase in text), ""):
+            return stage
+        if "%|" in text:  # a progress bar
             return text
-    return ""
+        if not newest and _says_something(line, text):
+            newest = text
+    return newest or "starting up"
+
+
+def _says_something(line: str, text: str) -> bool:
+    noise = ("Traceback", "File ", "warn")
+    return len(text) > 3 and any(c.isalpha() for c in text) and not text.startswith(noise) and "WARNING" not in line
 
 
 def cause(log: Path) -> str:

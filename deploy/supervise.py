@@ -30,6 +30,7 @@ class Settings:
     backoff: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 30.0)  # before restart 1, 2, ...; no more restarts in a row
     steady_after: float = 120.0  # up for this long: earlier deaths are forgotten
     stop_grace: float = 25.0  # for a process to end by itself before it is killed
+    starting_grace: float = 3.0  # the same while it starts: it serves nobody, and vLLM does not listen before it is up
     probe_every: float = 0.25
     watch_every: float = 2.0
     unhealthy_after: int = 3  # probes missed in a row
@@ -72,7 +73,7 @@ class Supervisor:
     def stop(self) -> None:
         """Asks `run` to take everything down and return. Called twice: without grace."""
         if self._stop.is_set():
-            self.settings = replace(self.settings, stop_grace=0.0)
+            self.settings = replace(self.settings, stop_grace=0.0, starting_grace=0.0)
         self._stop.set()
 
     async def run(self) -> None:
@@ -204,14 +205,16 @@ class Supervisor:
 
     async def _end(self, entry: _Entry) -> None:
         handle, detail = entry.handle, ""
+        starting = entry.record.state == "starting"
         if handle is not None:
             if entry.record.state != "failed":
                 self._set(entry, "stopping", "")
             self.backend.interrupt(handle)
             begun = time.monotonic()
             while self.backend.exit_code(handle) is None:
-                if time.monotonic() - begun >= self.settings.stop_grace:
-                    detail = "did not end by itself and was killed"
+                grace = self.settings.starting_grace if starting else self.settings.stop_grace
+                if time.monotonic() - begun >= grace:
+                    detail = "" if starting else "did not end by itself and was killed"
                     break
                 await asyncio.sleep(0.05)
             await asyncio.to_thread(self.backend.kill, handle)

@@ -118,7 +118,7 @@ _Override = msgspec.defstruct(
         ("host", str, "127.0.0.1"),
         ("gpus", tuple[Annotated[int, Meta(ge=0)], ...], ()),
         ("cpus", int | str, ""),
-        *((f.name, f.type | msgspec.UnsetType, msgspec.UNSET) for f in msgspec.structs.fields(Engine)),  # type: ignore[operator]
+        *((f.name, f.type | msgspec.UnsetType, msgspec.UNSET) for f in msgspec.structs.fields(Engine)),
     ],
     frozen=True,
     kw_only=True,
@@ -202,7 +202,7 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node)
         if isinstance(key, str) and key in seen:
             raise ConfigError(key, f"given twice (again in line {key_node.start_mark.line + 1})", "Keep one of them.")
         seen.add(key if isinstance(key, str) else None)

@@ -18,7 +18,7 @@ class Handle:
 
 
 class Backend(Protocol):
-    """Runs processes in one place (this machine, a cluster). No method raises because a process is gone already.
+    """Runs processes in one place (this machine, a cluster). No method raises because a process is gone.
 
     A process brings children (an engine's workers). They belong to it: `kill` and `remains` speak of all of them.
     """
@@ -33,7 +33,7 @@ class Backend(Protocol):
         """Asks the process to end in its own way, children included."""
 
     def kill(self, handle: Handle) -> None:
-        """Ends the process and everything that it started."""
+        """Ends the process and all that it started, the children being asked first; waits a few seconds at most."""
 
     def remains(self, handle: Handle) -> list[int]:
         """The pids of the process and its descendants that are still alive."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
@@ -17,6 +20,7 @@ from pdserve.errors import StartError
 
 MARKER = "PDSERVE_DEPLOYMENT"  # set to the run directory in every process we start; children inherit it
 LOG_HEAD = "--- pdserve: "
+CHILDREN_SECONDS = 5.0  # for the children of a process that is gone to end by themselves
 _PR_SET_PDEATHSIG = 1
 _SAME_AGE = 2.0  # seconds; start times are counted from a boot time that a clock correction can move a little
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -59,8 +63,9 @@ class LocalBackend:
             os.kill(handle.pid, signal.SIGTERM)
 
     def kill(self, handle: Handle) -> None:
-        kill_all(self.remains(handle))
-        self.exit_code(handle)  # takes the zombie away
+        self.exit_code(handle)  # takes the zombie away, here and below
+        end_session(handle.pid, handle.created)
+        self.exit_code(handle)
 
     def remains(self, handle: Handle) -> list[int]:
         self.exit_code(handle)
@@ -106,6 +111,44 @@ def session_members(sid: int, created: float) -> list[int]:
     return [pid for pid in psutil.pids() if _session_of(pid) == sid and not _is_zombie(pid)]
 
 
+def end_session(sid: int, created: float, seconds: float = CHILDREN_SECONDS) -> list[int]:
+    """Ends all that is left of a session: asked first, killed after `seconds`. Returns what cannot be killed.
+
+    Asking matters: an engine's workers and Python's resource tracker then remove their shared memory by themselves.
+    What they leave all the same is removed here.
+    """
+    members = session_members(sid, created)
+    if not members:
+        return []
+    shared = _shared_memory_of(members)
+    for pid in members:
+        _send(pid, signal.SIGTERM)
+    deadline = time.monotonic() + seconds
+    while members and time.monotonic() < deadline:
+        time.sleep(0.05)
+        members = session_members(sid, created)
+    stuck = kill_all(members)
+    left = {path for path in shared if path.exists()}
+    for path in left - _shared_memory_of(psutil.pids()) if left else ():
+        path.unlink(missing_ok=True)
+    return stuck
+
+
+# Names that Python's multiprocessing gives to shared memory and semaphores.
+_ANONYMOUS = re.compile(r"(/dev/shm/(?:psm_\w+|sem\.\w+-\w+))")
+
+
+def _shared_memory_of(pids: list[int]) -> set[Path]:
+    """Unnamed (by a human) shared memory that these processes have mapped."""
+    found: set[str] = set()
+    for pid in pids:
+        try:
+            found.update(_ANONYMOUS.findall(Path(f"/proc/{pid}/maps").read_text()))
+        except OSError:
+            continue  # gone, or another user's
+    return {Path(path) for path in found}
+
+
 def marked(run_dir: str) -> list[int]:
     """Live processes that carry our marker for this run directory (all but those that overwrote their environment)."""
     found = []
@@ -121,16 +164,18 @@ def marked(run_dir: str) -> list[int]:
 def kill_all(pids: list[int], seconds: float = 5.0) -> list[int]:
     """SIGKILL, then waits until they are gone; returns those that are not (stuck in the kernel)."""
     for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+        _send(pid, signal.SIGKILL)
     deadline = time.monotonic() + seconds
     alive = list(pids)
     while alive and time.monotonic() < deadline:
         alive = [pid for pid in alive if psutil.pid_exists(pid) and not _is_zombie(pid)]
         time.sleep(0.02 if alive else 0)
     return alive
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _session_of(pid: int) -> int | None:
