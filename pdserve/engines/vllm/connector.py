@@ -160,12 +160,16 @@ class PdserveConnector(KVConnectorBase_V1):
         return self._scheduler.plan(scheduler_output)
 
     def update_connector_output(self, connector_output: Any) -> None:
-        assert self._scheduler is not None
-        self._scheduler.reported(connector_output)
+        scheduler = self._scheduler
+        assert scheduler is not None
+        self._fenced("taking the workers' report", lambda: scheduler.reported(connector_output), None)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        assert self._scheduler is not None
-        return self._scheduler.finished(request)
+        scheduler = self._scheduler
+        assert scheduler is not None
+        params = self._fenced("handing over", lambda: scheduler.handover(request), None)
+        # Not fenced: to free blocks that are still being copied would store wrong bytes under a right key.
+        return scheduler.finished(request), params
 
     def take_events(self) -> Iterable[Any]:
         return ()

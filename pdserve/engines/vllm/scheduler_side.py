@@ -66,9 +66,11 @@ class Tracked:
     loading: Hit | None = None  # handed to the workers; the lease lives until they are done
     loading_from: int = 0
     no_load: bool = False  # a load failed once: this request computes
+    no_save: bool = False
     next_chunk: int = 0  # full chunks before this are stored, being stored, or not worth it
     tail_done: bool = False
     outstanding: int = 0  # save jobs times workers that have not reported yet
+    cached_tokens: int = 0  # of the prompt, when it was first scheduled: from the engine's own cache and from ours
     handover: Handover | None = None
     result: LoadResult | None = None
     finished: bool = False
@@ -223,7 +225,12 @@ class SchedulerSide:
             return
         local = hit.end - external
         tracked.loading, tracked.loading_from = hit, local
-        self._loads.append(LoadJob(request.request_id, hit.daemon_id, self._chunk_loads(tracked, hit, local)))
+        try:
+            job = LoadJob(request.request_id, hit.daemon_id, self._chunk_loads(tracked, hit, local))
+        except Exception:  # noqa: BLE001 - the request waits for a report now: an empty job fails at once and is recomputed
+            self._log.exception("planning a load failed request_id=%s", request.request_id)
+            job = LoadJob(request.request_id, "", [])
+        self._loads.append(job)
 
     def _chunk_loads(self, tracked: Tracked, hit: Hit, local: int) -> list[ChunkLoad]:
         size = self._layout.block_tokens
@@ -266,6 +273,8 @@ class SchedulerSide:
         self._loads, self._awaiting = [], set()
         self._busy = output.total_num_scheduled_tokens > 0
         for new in output.scheduled_new_reqs:
+            if (tracked := self._requests.get(new.req_id)) is not None:
+                tracked.cached_tokens = new.num_computed_tokens
             self._advance(plan, new.req_id, new.num_computed_tokens, output)
         cached = output.scheduled_cached_reqs
         for request_id, new_blocks, computed in zip(
@@ -282,8 +291,16 @@ class SchedulerSide:
 
     def _advance(self, plan: StepPlan, request_id: str, computed: int, output: Any) -> None:
         tracked = self._requests.get(request_id)
-        if tracked is None:
+        if tracked is None or tracked.no_save:
             return
+        try:
+            self._plan_saves(plan, tracked, computed, output)
+        except Exception:  # noqa: BLE001 - the border to the engine: this request is not stored, and runs on
+            tracked.no_save = True
+            self._log.exception("storing failed request_id=%s", request_id)
+
+    def _plan_saves(self, plan: StepPlan, tracked: Tracked, computed: int, output: Any) -> None:
+        request_id = tracked.request.request_id
         # Only tokens that are final: drafted ones may be rejected, and a token sampled in a step that is still running has no id yet.
         known = min(computed + output.num_scheduled_tokens.get(request_id, 0), tracked.request.num_tokens)
         chunks = self._full_chunks(tracked, known) + self._tail_chunk(tracked, known)
@@ -325,21 +342,22 @@ class SchedulerSide:
 
     # ---- ending ----
 
-    def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
-        """(keep the blocks until the workers report, what the prefill leg's answer carries)."""
+    def finished(self, request: Any) -> bool:
+        """Whether vLLM must keep the request's blocks until the workers have reported."""
         tracked = self._requests.get(request.request_id)
-        params = self._handover(request, tracked)
         if tracked is None:
-            return False, params
+            return False
         self._release_hit(tracked)
         tracked.finished = True
         keep = tracked.outstanding > 0
         if keep:
             self._awaiting.add(request.request_id)
         self._forget_if_done(request.request_id, tracked)
-        return keep, params
+        return keep
 
-    def _handover(self, request: Any, tracked: Tracked | None) -> dict[str, Any] | None:
+    def handover(self, request: Any) -> dict[str, Any] | None:
+        """What the answer of a prefill leg carries to the consumer; ask before finished()."""
+        tracked = self._requests.get(request.request_id)
         asked = request.kv_transfer_params or {}
         if not asked.get("do_remote_decode") or request.status.name not in (
             "FINISHED_LENGTH_CAPPED",
@@ -357,7 +375,7 @@ class SchedulerSide:
             "pdserve.transfer_id": uuid.uuid4().hex,
             "pdserve.num_tokens": stored,
             "pdserve.source": self._instance,
-            "pdserve.cached_tokens": max(0, request.num_cached_tokens or 0),
+            "pdserve.cached_tokens": tracked.cached_tokens if tracked is not None else 0,
             # Routers written for other connectors look at these.
             "remote_engine_id": self._instance,
             "remote_block_ids": [],
