@@ -102,14 +102,20 @@ def request_error(error: RequestError) -> bytes:
     return error_json(error.status, error.message, error.type, error.param, error.code)
 
 
-def engine_error(status: int, body: bytes, instance: str) -> bytes:
-    """An engine's own error, unchanged if it is a JSON object; plain text is put into OpenAI's shape."""
+def is_object(body: bytes) -> bool:
     try:
         Body(body)
-        return body
     except ValueError:
-        text = body[:500].decode("utf-8", "replace").strip() or "no message"
-        return error_json(status, f"The engine {instance} answered {status}: {text}")
+        return False
+    return True
+
+
+def engine_error(status: int, body: bytes, instance: str) -> bytes:
+    """An engine's own error, unchanged if it is a JSON object; plain text is put into OpenAI's shape."""
+    if is_object(body):
+        return body
+    text = body[:500].decode("utf-8", "replace").strip() or "no message"
+    return error_json(status, f"The engine {instance} answered {status}: {text}")
 
 
 def error_event(endpoint: str, body: bytes) -> bytes:

@@ -5,6 +5,7 @@
                                   4xx -> the client's mistake: returned as it is, not tried again
                                   5xx, no connection, broken off, late -> another producer, then route "local"
       decode leg on a consumer    no connection, or broken off before the first byte -> another consumer
+                                  (an answer that is not JSON counts as broken off)
                                   an error status -> returned as it is
                                   broken off later -> the stream ends with an error event
 
@@ -178,6 +179,8 @@ class Splitter:
     async def _answer_whole(self, instance: Instance, exchange: Exchange, answer: Answer, body: bytes) -> None:
         """An answer that is not a stream, whatever its status. It is complete here, so its status is true."""
         headers = openai.headers_out(answer.headers)
+        if answer.status < 300 and exchange.endpoint in openai.SPLIT and not openai.is_object(body):
+            raise LegFailure(502, "its answer is not a JSON object", instance.name, "broken")
         if answer.status >= 400:
             if answer.status >= 500:
                 self._metrics["leg_failures_total"].labels(instance.name, "decode", "status").inc()

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -62,9 +63,20 @@ class Processes:
         port = free_port()
         return self._start(["-c", PROXY, "--port", str(port), *words], port)
 
-    def _start(self, words: list[str], port: int) -> str:
+    def rust_router(self, producer: str, consumer: str) -> str | None:
+        """vllm-router in its PD mode, where it is installed: the neighbour to be measured against."""
+        binary = Path(sys.executable).parent / "vllm-router"
+        if not binary.exists():
+            return None
+        port = free_port()
+        words = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
+        words += ["--vllm-pd-disaggregation", "--kv-connector", "nixl", "--policy", "round_robin"]
+        return self._start([*words, "--prefill", producer, "--decode", consumer], port, str(binary))
+
+    def _start(self, words: list[str], port: int, program: str = sys.executable) -> str:
         quiet = {**os.environ, "PDSERVE_LOG_LEVEL": "error"}
-        self.running.append(subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, env=quiet))
+        out = subprocess.DEVNULL
+        self.running.append(subprocess.Popen([program, *words], stdout=out, stderr=out, env=quiet))
         url = f"http://127.0.0.1:{port}"
         for _ in range(400):
             with contextlib.suppress(OSError, httpx.HTTPError):
@@ -113,9 +125,9 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         print("  " + str(row["row"]).ljust(22) + "".join(c.rjust(12) for c in cells))
 
 
-async def ttft(direct: str, local: str, pd: str, words: int, times: int) -> list[dict[str, Any]]:
+async def ttft(urls: dict[str, str], words: int, times: int) -> list[dict[str, Any]]:
     body = json.dumps({"model": "fake", "prompt": "word " * words, "stream": True, "max_tokens": 4}).encode()
-    ups = {name: Upstream(name, url) for name, url in (("direct", direct), ("proxy, local", local), ("proxy, PD", pd))}
+    ups = {name: Upstream(name, url) for name, url in urls.items()}
     found = await alternate({n: (lambda u=u: first_token(u, body)) for n, u in ups.items()}, times)  # type: ignore[misc]
     return summary(found, "direct")
 
@@ -136,9 +148,9 @@ async def rate(url: str, streams: int, tokens: int, requests: int) -> tuple[floa
     return requests / took, requests * (tokens + 1) / took, statistics.quantiles(firsts, n=100)[98] * 1000
 
 
-async def rates(direct: str, local: str, pd: str, streams: int, tokens: int, requests: int) -> list[dict[str, Any]]:
+async def rates(urls: dict[str, str], streams: int, tokens: int, requests: int) -> list[dict[str, Any]]:
     rows, base = [], 0.0
-    for name, url in (("direct", direct), ("proxy, local", local), ("proxy, PD", pd)):
+    for name, url in urls.items():
         await rate(url, streams, tokens, max(20, requests // 10))
         per_s, events, p99 = await rate(url, streams, tokens, requests)
         base = base or per_s
@@ -213,11 +225,14 @@ def run(quick: bool) -> dict[str, Any]:
         engine, producer = start.engine(), start.engine()
         local = start.proxy("--decode", engine, "--model", "fake")
         pd = start.proxy("--prefill", producer, "--decode", engine, "--model", "fake")
+        urls = {"direct": engine, "proxy, local": local, "proxy, PD": pd}
+        if router := start.rust_router(producer, engine):
+            urls["vllm-router, PD"] = router
         found = {
-            "TTFT, prompt of 2,000 words": uvloop.run(ttft(engine, local, pd, 2000, times)),
-            "TTFT, prompt of 80,000 words (400 kB)": uvloop.run(ttft(engine, local, pd, 80_000, times // 10)),
-            "8 tokens each, 16 streams": uvloop.run(rates(engine, local, pd, 16, 8, times * 2)),
-            "500 tokens each, 16 streams": uvloop.run(rates(engine, local, pd, 16, 500, times // 5)),
+            "TTFT, prompt of 2,000 words": uvloop.run(ttft(urls, 2000, times)),
+            "TTFT, prompt of 80,000 words (400 kB)": uvloop.run(ttft(urls, 80_000, times // 10)),
+            "8 tokens each, 16 streams": uvloop.run(rates(urls, 16, 8, times * 2)),
+            "500 tokens each, 16 streams": uvloop.run(rates(urls, 16, 500, times // 5)),
             "HTTP client alone, TTFT": uvloop.run(clients(engine, 2000, times)),
         }
     return found

@@ -162,7 +162,10 @@ async def _rig(
         instances = tuple((e.name, e.name.rpartition("-")[0], e.url) for e in ps + ds + bs)
         given = {"instances": instances, "deadlines": QUICK, "probe_every": 0.05, **settings}
         app = proxy_app.build(Settings(**given))
-        async with serving(app, given["deadlines"]) as (url, server), httpx.AsyncClient(timeout=20) as client:
+        async with (
+            serving(app, given["deadlines"]) as (url, server),
+            httpx.AsyncClient(timeout=20, verify=False) as client,
+        ):
             made = Rig(url, app, ps, ds + bs, client, server, set(asyncio.all_tasks()))
             yield made
             await made.settled()
@@ -170,14 +173,15 @@ async def _rig(
 
 @contextlib.asynccontextmanager
 async def serving(app: Any, deadlines: Deadlines) -> AsyncIterator[tuple[str, uvicorn.Server]]:
+    """As Server.serve does it, but without its ten ticks a second and its signal handlers, which are a process's own."""
     config = proxy_app.serve_config(app, deadlines)
+    config.load()
     server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0), backlog=512)) as bound:
-        # Its signal handlers belong to a process of its own; here the loop is the test's.
-        task = asyncio.create_task(server._serve([bound]))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        await server.startup(sockets=[bound])
         try:
-            await _until(lambda: server.started or task.done())
-            yield f"http://127.0.0.1:{bound.getsockname()[1]}", server
+            yield url, server
         finally:
-            server.should_exit = True
-            await task
+            await server.shutdown(sockets=[bound])

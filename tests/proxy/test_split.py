@@ -228,7 +228,9 @@ async def test_a_consumer_that_is_gone_is_replaced(stream: bool, rig: Any) -> No
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("fault", [Fault("reset"), Fault("garbage"), Fault("cut", after=0), Fault("torn", after=0)])
+@pytest.mark.parametrize(
+    "fault", [Fault("reset"), Fault("garbage"), Fault("rubbish"), Fault("cut", after=0), Fault("torn", after=0)]
+)
 async def test_a_consumer_that_breaks_off_before_the_first_byte_is_replaced(
     fault: Fault, stream: bool, rig: Any
 ) -> None:

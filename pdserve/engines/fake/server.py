@@ -92,7 +92,7 @@ class FakeEngine:
     max_model_len: int = 4096
     hands_over: bool = True
     healthy: bool = True
-    faults: deque[Fault] = field(default_factory=deque)  # one for each coming request, health and models not counted
+    faults: deque[Fault | None] = field(default_factory=deque)  # one for each coming POST; None lets it be
     always: Fault | None = None
     seen: list[Seen] = field(default_factory=list)
     keep: int = 10_000
