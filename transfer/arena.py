@@ -67,7 +67,8 @@ def create(path: Path, size: int, progress: Callable[[int], None] = lambda done:
     except (OSError, ValueError) as e:
         path.unlink()
         raise StartError(
-            f"cannot take {size / 2**30:.2f} GiB in {SHM} ({e}); {free_shared_memory() / 2**30:.2f} GiB are free. Lower cache.size or enlarge {SHM}."
+            f"cannot take {size / 2**30:.2f} GiB in {SHM} ({e}); {free_shared_memory() / 2**30:.2f} GiB are free. "
+            f"Lower cache.size or enlarge {SHM}."
         ) from e
     finally:
         os.close(fd)

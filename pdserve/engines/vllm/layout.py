@@ -21,12 +21,14 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
     if len(groups) != 1:
         kinds = ", ".join(sorted({type(g.kv_cache_spec).__name__ for g in groups})) or "none"
         raise UnsupportedError(
-            f"the model has {len(groups)} KV cache groups ({kinds}); pdserve supports models with one group of full attention. Run it without the pdserve connector."
+            f"the model has {len(groups)} KV cache groups ({kinds}); pdserve supports models with one group of full attention. "
+            "Run it without the pdserve connector."
         )
     spec = groups[0].kv_cache_spec
     if not isinstance(spec, FullAttentionSpec):
         raise UnsupportedError(
-            f"the model's KV cache is of kind {type(spec).__name__}; pdserve supports full attention, where a prefix keeps all its blocks. Run it without the pdserve connector."
+            f"the model's KV cache is of kind {type(spec).__name__}; pdserve supports full attention, "
+            "where a prefix keeps all its blocks. Run it without the pdserve connector."
         )
     parallel = vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
@@ -81,7 +83,8 @@ def model_fingerprint(vllm_config: Any, override: str = "") -> str:
     if weights is None:
         weights = hashlib.sha256(f"{model.model}@{model.revision}".encode()).hexdigest()[:32]
         log.get("connector").warning(
-            "no weight files found for %s: the cache tells models apart by name and revision only. Set pdserve.model_fingerprint to be sure.",
+            "no weight files found for %s: the cache tells models apart by name and revision only. "
+            "Set pdserve.model_fingerprint to be sure.",
             model.model,
         )
     return f"{config}:{weights}"
@@ -113,8 +116,8 @@ def host_pages(
         size = block.numel() * tensor.element_size()
         if tensor.shape[0] != num_blocks or size != layout.block_bytes or not block.is_contiguous():
             raise UnsupportedError(
-                f"layer {name}: KV cache of shape {tuple(tensor.shape)}, strides {tensor.stride()} is not {num_blocks} contiguous blocks of {layout.block_bytes} bytes as declared; "
-                "pdserve does not guess layouts. Report this vLLM version and backend."
+                f"layer {name}: KV cache of shape {tuple(tensor.shape)}, strides {tensor.stride()} is not "
+                f"{num_blocks} contiguous blocks of {layout.block_bytes} bytes as declared; pdserve does not guess layouts. Report this vLLM version and backend."
             )
         bases.append(tensor.data_ptr())
         strides.append(tensor.stride(0) * tensor.element_size())

@@ -151,7 +151,8 @@ class SchedulerSide:
         """Takes the daemon's chunk size. Raises UnsupportedError when it does not fit the engine's blocks."""
         if chunk_tokens % self._layout.block_tokens:
             raise UnsupportedError(
-                f"chunks of {chunk_tokens} tokens are not whole engine blocks of {self._layout.block_tokens} tokens. Set cache.chunk_tokens to a multiple of it."
+                f"chunks of {chunk_tokens} tokens are not whole engine blocks of {self._layout.block_tokens} tokens. "
+                "Set cache.chunk_tokens to a multiple of it."
             )
         self._chunk_tokens = chunk_tokens
 
