@@ -196,6 +196,7 @@ def _verify_case(target: Target, plain: Client, client: Client, case: Case, opti
 
     plain.reset_prefix_cache()
     reference, again = ask(plain), ask(plain)
+    emptied = target.empty_engine_caches()
     at_start = target.retrieved_tokens()
     cold = ask(client)
     at_cold = target.retrieved_tokens()
@@ -216,17 +217,19 @@ def _verify_case(target: Target, plain: Client, client: Client, case: Case, opti
         ttft_cold=cold.ttft,
         ttft_warm=warm.ttft,
     )
-    result.problems = _case_problems(target, result)
+    result.problems = _case_problems(target, result, emptied)
     return result
 
 
-def _case_problems(target: Target, r: Result) -> list[str]:
+def _case_problems(target: Target, r: Result, emptied: bool) -> list[str]:
     problems = [f"{name}: {c.reason}" for name, c in (("cold", r.cold), ("warm", r.warm)) if not c.same]
     # Whole chunks before the last token: at least those must come back. The engine itself computes the last token.
     whole = (r.prompt_tokens - 1) // target.chunk_tokens * target.chunk_tokens
     if target.has_cache and (r.warm_cached or 0) < whole:
         problems.append(f"warm: {r.warm_cached or 0} tokens cached, at least {whole} expected")
-    if target.is_pd and r.retrieved_cold is not None and r.retrieved_cold < whole:
+    if emptied and target.has_cache and r.retrieved_warm is not None and r.retrieved_warm < whole:
+        problems.append(f"warm: {r.retrieved_warm} tokens came from the cache, at least {whole} expected")
+    if emptied and target.is_pd and r.retrieved_cold is not None and r.retrieved_cold < whole:
         problems.append(f"cold: {r.retrieved_cold} tokens handed over, at least {whole} expected")
     return problems
 

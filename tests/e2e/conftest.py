@@ -149,6 +149,7 @@ class Stage:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.name = ""
+        self.shared_memory: set[str] = set()
         self.current: Deployment | None = None
 
     def get(self, name: str) -> Deployment:
@@ -158,6 +159,7 @@ class Stage:
         file = self.folder / f"e2e-{name}.yaml"
         file.write_text(TOPOLOGIES[name])
         top = topology.load(file)
+        self.shared_memory = _shared_memory()
         targets.launch(file)
         self.name, target = name, Target.of(top)
         self.current = Deployment(top, target, Client(target.url, timeout=120), Client(target.plain_url, timeout=120))
@@ -178,7 +180,8 @@ class Stage:
         targets.stop(name)
         alive = psutil.wait_procs(trees, timeout=10)[1]
         assert not alive, f"still running after stop: {alive}"
-        assert not list(Path("/dev/shm").glob(f"pdserve-{name}*")), "a shared-memory file was left"
+        left = _shared_memory() - self.shared_memory - _mapped()  # what is mapped is in use by somebody else
+        assert not left, f"left in /dev/shm: {left}"
         assert not (env.run_root() / name / "cache.sock").exists(), "the cache's socket was left"
 
 
@@ -188,6 +191,22 @@ def _tree(pid: int) -> list[psutil.Process]:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _shared_memory() -> set[str]:
+    return {str(path) for path in Path("/dev/shm").iterdir()}
+
+
+def _mapped() -> set[str]:
+    """Shared-memory files that some process has mapped."""
+    found = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            lines = maps.read_text().splitlines()
+        except OSError:  # it ended just now
+            continue
+        found |= {line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line}
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,8 @@ def test_verify_finds_no_difference(pd: Deployment) -> None:
     done = run_pdserve("verify", pd.top.name, "--json", timeout=500)
     assert done.stdout, done.stderr
     report = json.loads(done.stdout)
-    problems = [report["problems"], *(r["problems"] for r in report["results"])]
-    assert done.returncode == 0, (report["seed"], problems, done.stderr)
+    problems = [*report["problems"], *(f"{r['case']}: {p}" for r in report["results"] for p in r["problems"])]
+    assert done.returncode == 0, "\n".join([f"seed {report['seed']}", *problems, done.stderr])
     assert report["ok"]
     assert report["rule"] == "greedy tokens equal"
     assert report["caches_emptied"]
