@@ -45,7 +45,7 @@ def sweep(deployment: state.Deployment, grace: float = GRACE_SECONDS) -> list[st
             for pid in set(leaders) & set(members):
                 _send(pid, signal.SIGTERM)
             _wait(leaders, grace)
-            stuck = [pid for sid, created in leaders.items() for pid in end_session(sid, created)]
+            stuck = [pid for sid, created in leaders.items() for pid in end_session(sid, created, grace)]
             names = ", ".join(record.name for record in group)
             done.append(f"ended what was left of {names}" + (f" (pids {stuck} cannot be killed)" if stuck else ""))
     if strays := marked(fresh.run_dir):

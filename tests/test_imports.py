@@ -31,7 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.cli_launch": (CORE, "pdserve.deploy", "msgspec", "yaml"),
     "pdserve.cli_status": (CORE, "pdserve.deploy", "msgspec", "rich"),
     "pdserve.cli_stop": (CORE, "pdserve.cli_status", "pdserve.deploy"),
-    "pdserve.chunk": (CORE, "blake3", "numpy"),
+    "pdserve.chunk": (CORE, "blake3", "msgspec", "numpy"),
     "pdserve.engines": (CORE, "msgspec"),
     "pdserve.engines.fake": (CORE, "httptools", "uvloop"),
     # The three that run inside vLLM; the dialect and the command beside them do not.

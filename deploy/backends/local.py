@@ -29,7 +29,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class LocalBackend:
     """Fits backends/base.py. Children get SIGTERM from the kernel when the supervisor dies, however it dies."""
 
-    def __init__(self) -> None:
+    def __init__(self, children_seconds: float = CHILDREN_SECONDS) -> None:
+        self._children_seconds = children_seconds
         self._started: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, process: Process) -> Handle:
@@ -64,7 +65,7 @@ class LocalBackend:
 
     def kill(self, handle: Handle) -> None:
         self.exit_code(handle)  # takes the zombie away, here and below
-        end_session(handle.pid, handle.created)
+        end_session(handle.pid, handle.created, self._children_seconds)
         self.exit_code(handle)
 
     def remains(self, handle: Handle) -> list[int]:

@@ -40,7 +40,7 @@ class Running:
 
     def __init__(self, plan: Plan, settings: Settings = QUICK) -> None:
         self.history: list[tuple[str, str]] = []
-        self.supervisor = Supervisor(plan, LocalBackend(), settings, self._note)
+        self.supervisor = Supervisor(plan, LocalBackend(0.5), settings, self._note)
         self.task = asyncio.create_task(self.supervisor.run())
 
     def _note(self, deployment: state.Deployment) -> None:
