@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
@@ -82,9 +83,10 @@ class Endpoint:
         except RequestError as error:  # from reading the body
             await self._fail(exchange, error.status, openai.request_error(error))
         except asyncio.CancelledError:
-            if not client.lifetime.over:
-                client.lifetime.on(Event.ERROR)
-            raise
+            # The server stops and has waited long enough. The legs are closed already; the client is told.
+            if client.lifetime.over:
+                raise
+            await self._upstream_failed(exchange, UpstreamError(503, "The proxy is stopping."))
 
     async def _told(self, exchange: Exchange, work: Awaitable[None]) -> None:
         client = exchange.client
@@ -93,11 +95,7 @@ class Endpoint:
         except RequestError as error:
             await self._fail(exchange, error.status, openai.request_error(error))
         except UpstreamError as error:
-            if client.started:
-                client.lifetime.on(Event.ERROR)
-                await relay.broken_off(client, exchange.endpoint, error)
-            else:
-                await self._fail(exchange, error.status, error.body or openai.error_json(error.status, str(error)))
+            await self._upstream_failed(exchange, error)
         except ClientStuck:
             raise
         except Exception:
@@ -112,6 +110,13 @@ class Endpoint:
             await self._splitter.generate(exchange, openai.parse(body, self._fleet.models))
         else:
             await self._splitter.pass_on(exchange, body)
+
+    async def _upstream_failed(self, exchange: Exchange, error: UpstreamError) -> None:
+        if exchange.client.started:
+            exchange.client.lifetime.on(Event.ERROR)
+            await relay.broken_off(exchange.client, exchange.endpoint, error)
+        else:
+            await self._fail(exchange, error.status, error.body or openai.error_json(error.status, str(error)))
 
     async def _fail(self, exchange: Exchange, status: int, body: bytes) -> None:
         client = exchange.client
@@ -263,6 +268,9 @@ def main(args: argparse.Namespace) -> int:
         names = ", ".join(name for name, _, _ in settings.instances)
         _log.info("listening on http://%s:%d for %s", args.host, bound.getsockname()[1], names)
         server = uvicorn.Server(serve_config(app, settings.deadlines))
+        # uvicorn raises the signal that stopped it once more when it is done; met by these, an orderly stop exits with 0.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         server.run(sockets=[bound])
     return 0 if server.started else 1
 

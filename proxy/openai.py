@@ -6,6 +6,7 @@ proxy itself must know (that the body is a JSON object, the model's name) or wha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Collection
@@ -111,9 +112,10 @@ def is_object(body: bytes) -> bool:
 
 
 def engine_error(status: int, body: bytes, instance: str) -> bytes:
-    """An engine's own error, unchanged if it is a JSON object; plain text is put into OpenAI's shape."""
-    if is_object(body):
-        return body
+    """An engine's own error, unchanged if it has an error object (OpenAI's and Anthropic's have); else put into one."""
+    with contextlib.suppress(ValueError):
+        if "error" in Body(body):
+            return body
     text = body[:500].decode("utf-8", "replace").strip() or "no message"
     return error_json(status, f"The engine {instance} answered {status}: {text}")
 

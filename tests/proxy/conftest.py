@@ -173,7 +173,7 @@ async def _rig(
 
 @contextlib.asynccontextmanager
 async def serving(app: Any, deadlines: Deadlines) -> AsyncIterator[tuple[str, uvicorn.Server]]:
-    """As Server.serve does it, but without its ten ticks a second and its signal handlers, which are a process's own."""
+    """As Server.serve does it, but without its ten ticks a second and its signal handlers, a process's own."""
     config = proxy_app.serve_config(app, deadlines)
     config.load()
     server = uvicorn.Server(config)

@@ -265,6 +265,15 @@ async def test_an_engines_error_keeps_status_and_shape(stream: bool, rig: Any) -
         assert "Internal Server Error" in reply.json()["error"]["message"]
 
 
+async def test_an_error_of_another_shape_is_put_into_openais(rig: Any) -> None:
+    async with rig() as r:
+        r.d.always = Fault("detail", status=404)
+        reply = await r.post("/v1/embeddings", {"input": "a"})
+        assert (reply.status, reply.headers["content-type"]) == (404, "application/json")
+        assert reply.json()["error"]["code"] == 404
+        assert "Not Found" in reply.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("kind", ["cut", "torn", "early"])
 async def test_a_stream_that_breaks_off_ends_with_an_error_event(kind: str, rig: Any) -> None:
     async with rig() as r:

@@ -31,6 +31,7 @@ class Fault:
 
     kind  status   answers `status` with an OpenAI error
           plain    answers `status` with plain text
+          detail   answers `status` with JSON that is not OpenAI's
           reset    breaks the connection without an answer
           cut      breaks the connection after `after` events (streamed) or half the body
           early    ends the stream in order after `after` events, without [DONE]
@@ -181,6 +182,8 @@ class FakeEngine:
             out.whole(fault.status, Refusal(fault.status, "made to fail", "InternalServerError").body)
         elif fault.kind == "plain":
             out.raw_whole(fault.status, b"Internal Server Error", "text/plain")
+        elif fault.kind == "detail":
+            out.whole(fault.status, {"detail": "Not Found"})
         elif fault.kind == "reset":
             out.cut()
         elif fault.kind == "garbage":
