@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 
 PAGE = 4096
 
@@ -48,6 +48,21 @@ class Allocator:
             self.used += size
             return offset
         return None
+
+    def claim(self, offset: int, size: int) -> bool:
+        """Takes the extent at `offset` (page-aligned), as found in the journal of an earlier daemon. False: not free."""
+        size = align(size)
+        i = bisect_right(self._starts, offset) - 1
+        if offset % PAGE or size <= 0 or i < 0 or offset + size > self._ends[i]:
+            return False
+        start, end = self._starts[i], self._ends[i]
+        left, right = (start, offset), (offset + size, end)
+        kept = [extent for extent in (left, right) if extent[0] < extent[1]]
+        self._starts[i : i + 1] = [extent[0] for extent in kept]
+        self._ends[i : i + 1] = [extent[1] for extent in kept]
+        self._taken[offset] = size
+        self.used += size
+        return True
 
     def free(self, offset: int) -> None:
         """Gives an extent back and joins it with its free neighbours. Raises KeyError if it is not allocated."""

@@ -1,5 +1,8 @@
 """What is in the arena and who holds it: chunks, reservations, leases. Pure: no sockets, no shared memory, time is handed in.
 
+Besides clients, the daemon itself brings chunks in (begin, then publish or discard) and keeps chunks from going while a
+lower tier reads them (hold, unhold).
+
 The life of a chunk:  reserve -> (bytes are written by the client) -> commit of every shard -> visible -> evicted or dropped.
 Nothing is found before its last shard is committed. Space is handed to somebody else only when nobody who may still
 write into it, or read it under a lease, is left:
@@ -9,33 +12,42 @@ write into it, or read it under a lease, is left:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from pdserve.chunk import FORMAT_VERSION
 from pdserve.transfer.allocator import Allocator, align
 from pdserve.transfer.eviction import EvictionPolicy
+from pdserve.transfer.tiers.base import ChunkRecord
 from pdserve.transfer.wire import BUSY, EXISTS, FULL, GRANTED, TOO_LARGE, CommitItem, Found, Grant, ReserveItem
 
 LEASE_S = 30.0
 RESERVATION_S = 60.0
+#: stands among a chunk's open reservations for the daemon's own writing
+_OURS = 0
 
 
 class Chunk:
     """One chunk in the arena, being written (`digests` has gaps) or committed."""
 
     __slots__ = (
+        "below",
         "committed",
         "created",
         "dead",
         "digests",
+        "internal",
         "key",
         "leases",
         "offset",
         "open",
         "parent",
         "shard_bytes",
+        "source",
         "stride",
+        "tag",
         "tokens",
+        "uses",
         "writer",
     )
 
@@ -45,7 +57,12 @@ class Chunk:
         self.digests: list[int | None] = [None] * item.shards
         self.writer, self.offset, self.created = writer, offset, now
         self.open: set[int] = set()  # reservations whose client may still write
-        self.leases = 0
+        self.leases = 0  # clients' leases and our own holds
+        self.tag = item.tag
+        self.internal = False  # the daemon itself brings it in, no client may join
+        self.source = "dram"  # the tier it came from, until a client has loaded it from here
+        self.below: set[str] = set()  # lower tiers that have it, or have been asked to take it
+        self.uses = 0  # loads since it is here
         self.committed = False
         self.dead = False  # not in the index any more; the space goes with the last holder
 
@@ -56,6 +73,12 @@ class Chunk:
     @property
     def payload_bytes(self) -> int:
         return self.shard_bytes * len(self.digests)
+
+    def record(self) -> ChunkRecord:
+        """What is kept beside the bytes in any other tier. Only of a committed chunk."""
+        digests = [d for d in self.digests if d is not None]
+        assert len(digests) == len(self.digests)
+        return ChunkRecord(FORMAT_VERSION, self.key, self.parent, self.tokens, self.shard_bytes, digests, self.tag)
 
 
 class _Reservation:
@@ -84,6 +107,10 @@ class Store:
         self._leases: dict[int, _Lease] = {}
         self._next_id = 1
         self._largest = 0
+        self._chunks = 0
+        #: told when a chunk becomes visible, and when one that was visible is gone
+        self.on_committed: list[Callable[[Chunk], None]] = []
+        self.on_forgotten: list[Callable[[Chunk], None]] = []
         for name in ("cache_capacity_bytes", "cache_used_bytes", "cache_chunks"):
             self._m[name].labels("dram")
         self._m["cache_capacity_bytes"].labels("dram").set(self.allocator.capacity)
@@ -101,12 +128,9 @@ class Store:
         pending = 0
         for key in keys[len(chunks) :]:
             chunk = self._index.get(key)
-            if chunk is None or chunk.committed:
+            if chunk is None or chunk.committed or chunk.internal:
                 break
             pending += 1
-        self._m["cache_lookups_total"].inc()
-        self._m["cache_lookup_chunks_total"].labels("hit").inc(len(chunks))
-        self._m["cache_lookup_chunks_total"].labels("miss").inc(len(keys) - len(chunks))
         if not chunks:
             return 0, [], pending
         for chunk in reversed(chunks):  # the root last: a parent is never older than its children
@@ -116,7 +140,8 @@ class Store:
         lease = self._new_id()
         self._leases[lease] = _Lease(chunks, client, now + LEASE_S)
         found = [
-            Found(c.offset, c.tokens, c.shard_bytes, c.stride, [d for d in c.digests if d is not None]) for c in chunks
+            Found(c.offset, c.tokens, c.shard_bytes, c.stride, [d for d in c.digests if d is not None], c.source)
+            for c in chunks
         ]
         return lease, found, pending
 
@@ -127,6 +152,36 @@ class Store:
             return False
         self._end_lease(lease)
         return True
+
+    def loaded(self, lease: int, client: int, count: int) -> list[Chunk]:
+        """The first `count` chunks of the lease were read by its client. Returns them, their `source` still as it was."""
+        held = self._leases.get(lease)
+        if held is None or held.client != client:
+            return []
+        for chunk in held.chunks[:count]:
+            chunk.uses += 1
+        return held.chunks[:count]
+
+    def peek(self, key: bytes) -> Chunk | None:
+        """The chunk as it is, committed or not; no use is counted."""
+        return self._index.get(key)
+
+    def hold(self, chunk: Chunk) -> None:
+        """Keeps a committed chunk and its space until unhold()."""
+        self._policy.pin(chunk.key)
+        chunk.leases += 1
+
+    def unhold(self, chunk: Chunk) -> None:
+        chunk.leases -= 1
+        if chunk.dead:
+            self._free_if_unheld(chunk)
+        else:
+            self._policy.unpin(chunk.key)
+
+    def victim(self) -> Chunk | None:
+        """What would be evicted next."""
+        key = self._policy.victim()
+        return None if key is None else self._index[key]
 
     def drop(self, keys: list[bytes], reason: str) -> int:
         """Takes committed chunks out of the cache now; returns how many were there."""
@@ -166,10 +221,9 @@ class Store:
             chunk.digests[held.shard] = item.digest
             counted += 1
             if all(d is not None for d in chunk.digests):
-                chunk.committed = True
-                self._policy.add(chunk.key, chunk.parent)
                 self._m["cache_stored_chunks_total"].inc()
                 self._m["cache_stored_bytes_total"].inc(chunk.payload_bytes)
+                self._commit(chunk)
         return counted
 
     def abort(self, reservations: list[int], client: int) -> int:
@@ -184,6 +238,41 @@ class Store:
             self._forget(held.chunk)
             count += 1
         return count
+
+    def begin(self, record: ChunkRecord, source: str, now: float, offset: int | None = None) -> Chunk | None:
+        """Space for a chunk that the daemon brings in from `source`, evicting where needed; at `offset` if given. None: no
+        room, or the key is there already. End with publish() or discard()."""
+        size = align(record.shard_bytes) * len(record.digests)
+        if record.key in self._index or size > self.allocator.capacity:
+            return None
+        if offset is None:
+            offset = self._make_room(size, record.parent)
+        elif not self.allocator.claim(offset, size):
+            return None
+        if offset is None:
+            return None
+        item = ReserveItem(
+            record.key, record.parent, 0, len(record.digests), record.shard_bytes, record.tokens, record.tag
+        )
+        chunk = self._index[record.key] = Chunk(item, "", offset, now)
+        chunk.internal, chunk.source = True, source
+        chunk.open.add(_OURS)
+        return chunk
+
+    def publish(self, chunk: Chunk, digests: list[int]) -> bool:
+        """The bytes are in place and verified. False when it was taken back meanwhile."""
+        chunk.open.discard(_OURS)
+        if chunk.dead:
+            self._free_if_unheld(chunk)
+            return False
+        chunk.digests = list(digests)
+        self._commit(chunk)
+        return True
+
+    def discard(self, chunk: Chunk) -> None:
+        """The bytes did not come, or are wrong."""
+        chunk.open.discard(_OURS)
+        self._forget(chunk)
 
     # ---- time and clients ----
 
@@ -213,7 +302,7 @@ class Store:
 
     def stats(self) -> dict[str, int]:
         return {
-            "chunks": sum(c.committed for c in self._index.values()),
+            "chunks": self._chunks,
             "used_bytes": self.allocator.used,
             "capacity_bytes": self.allocator.capacity,
             "leases": len(self._leases),
@@ -252,10 +341,22 @@ class Store:
 
     def _may_join(self, chunk: Chunk, item: ReserveItem, writer: str) -> bool:
         """Another worker of the same engine brings its own shard of a chunk that is being written."""
-        if chunk.writer != writer or len(chunk.digests) != item.shards or chunk.shard_bytes != item.shard_bytes:
+        if (
+            chunk.internal
+            or chunk.writer != writer
+            or len(chunk.digests) != item.shards
+            or chunk.shard_bytes != item.shard_bytes
+        ):
             return False
         taken = any(self._reservations[r].shard == item.shard for r in chunk.open)
         return item.shard < item.shards and chunk.digests[item.shard] is None and not taken
+
+    def _commit(self, chunk: Chunk) -> None:
+        chunk.committed, chunk.internal = True, False
+        self._chunks += 1
+        self._policy.add(chunk.key, chunk.parent)
+        for tell in self.on_committed:
+            tell(chunk)
 
     def _make_room(self, size: int, parent: bytes) -> int | None:
         self._largest = max(self._largest, size)
@@ -277,7 +378,10 @@ class Store:
         chunk.dead = True
         del self._index[chunk.key]
         if chunk.committed:
+            self._chunks -= 1
             self._policy.remove(chunk.key)
+            for tell in self.on_forgotten:
+                tell(chunk)
         self._free_if_unheld(chunk)
 
     def _free_if_unheld(self, chunk: Chunk) -> None:
@@ -287,11 +391,7 @@ class Store:
 
     def _end_lease(self, lease: int) -> None:
         for chunk in self._leases.pop(lease).chunks:
-            chunk.leases -= 1
-            if chunk.dead:
-                self._free_if_unheld(chunk)
-            else:
-                self._policy.unpin(chunk.key)
+            self.unhold(chunk)
 
     def _new_id(self) -> int:
         self._next_id += 1

@@ -14,7 +14,7 @@ import msgspec
 from pdserve.chunk import KEY_BYTES
 from pdserve.errors import ProtocolError
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME = 8 << 20
 MAX_ITEMS = 65536
 MAX_SHARDS = 1024
@@ -22,6 +22,7 @@ _LENGTH = 4
 
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 OptionalKey = Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES)]
+Tag = Annotated[bytes, msgspec.Meta(max_length=16)]
 Name = Annotated[str, msgspec.Meta(max_length=200)]
 U64 = Annotated[int, msgspec.Meta(ge=0)]
 Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -55,6 +56,8 @@ class ReserveItem(_Message):
     shards: Annotated[int, msgspec.Meta(ge=1, le=MAX_SHARDS)]
     shard_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
     tokens: Annotated[int, msgspec.Meta(ge=1, le=2**24)]
+    #: whose chunk it is, opaque to the daemon: what `DELETE /cache?salt=` and pin quotas go by
+    tag: Tag = b""
 
     def __post_init__(self) -> None:
         if self.shard >= self.shards:
@@ -119,6 +122,8 @@ class Found(_Message):
     #: distance from one shard's start to the next one's
     stride: int
     digests: list[int]
+    #: where it was until somebody asked for it
+    tier: str = "dram"
 
 
 class LookupReply(_Message, tag=21):
@@ -128,6 +133,9 @@ class LookupReply(_Message, tag=21):
     found: list[Found]
     #: how many of the keys after the found ones are being written now, without a gap
     pending: int
+    #: how many of them are on their way up from a lower tier: ask again shortly. Never more than the daemon expects to
+    #: have within seconds; a key that turns out to be unreadable is simply not found next time.
+    loading: int = 0
 
 
 GRANTED, EXISTS, BUSY, FULL, TOO_LARGE = range(5)

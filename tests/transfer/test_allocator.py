@@ -28,6 +28,14 @@ class Machine(RuleBasedStateMachine):
             self.pages[first : first + n] = [True] * n
             self.held[offset] = n
 
+    @rule(first=st.integers(0, PAGES), n=st.integers(1, 8))
+    def claim(self, first, n):
+        fits = first + n <= PAGES and not any(self.pages[first : first + n])
+        assert self.a.claim(first * PAGE, n * PAGE) == fits
+        if fits:
+            self.pages[first : first + n] = [True] * n
+            self.held[first * PAGE] = n
+
     @rule(data=st.data())
     def free(self, data):
         if self.held:

@@ -33,6 +33,8 @@ class ChunkRecord(msgspec.Struct, frozen=True, array_like=True):
     #: bytes of one shard; the payload is the shards one after another, without the arena's page padding
     shard_bytes: int
     digests: list[int]
+    #: whose it is, opaque (see wire.ReserveItem)
+    tag: bytes = b""
 
     @property
     def payload_bytes(self) -> int:

@@ -1,0 +1,535 @@
+"""The disk tier: segment files that only grow, an index in memory, whole segments thrown away when the cap is reached.
+
+Bytes go straight between the page-aligned arena and the disk (O_DIRECT where the file system allows it). Writes come one
+at a time: one stream is what a disk is fastest at, and a record is either whole or cut off at the next start. A read
+takes the header along with the payload and believes neither the index nor the file: header, key and digests must agree.
+
+Trouble stays here: a disk that is full, read-only or broken refuses writes (and is tried again later) while reads go on;
+what cannot be read is dropped. `stats()["state"]` says what is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from blake3 import blake3
+
+from pdserve import log
+from pdserve.errors import StartError
+from pdserve.transfer import faults
+from pdserve.transfer.allocator import PAGE, align
+from pdserve.transfer.tiers import segments
+from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, TierError
+from pdserve.transfer.tiers.segments import Place
+
+MIN_SIZE = 64 << 20
+DEFAULT_MIN_FREE = 1 << 30
+RETRY_S = 5.0
+#: part of a segment's bytes that compaction may carry over when the segment goes; the cap keeps room for it
+KEEP_SHARE = 4
+INDEX_FILE = "index"
+_INDEX_MAGIC = b"pdserveI"
+
+
+class _Segment:
+    """One file. `used` is the clock of its last use: the segment with the lowest goes first."""
+
+    __slots__ = ("direct", "doomed", "end", "fd", "keys", "name", "path", "readers", "used")
+
+    def __init__(self, name: segments.SegmentName, path: Path, fd: int, direct: bool) -> None:
+        self.name, self.path, self.fd, self.direct = name, path, fd, direct
+        self.end = PAGE
+        self.keys: set[bytes] = set()
+        self.used = 0
+        self.readers = 0
+        self.doomed = False
+
+    @property
+    def number(self) -> int:
+        return self.name.number
+
+
+class _Entry:
+    __slots__ = ("hits", "place", "segment")
+
+    def __init__(self, segment: _Segment, place: Place, hits: int = 0) -> None:
+        self.segment, self.place, self.hits = segment, place, hits
+
+
+class _IndexSegment(msgspec.Struct, frozen=True, array_like=True):
+    name: segments.SegmentName
+    end: int
+    used: int
+    places: list[Place]
+
+
+class _IndexFile(msgspec.Struct, frozen=True, array_like=True):
+    format: int
+    segments: list[_IndexSegment]
+
+
+class DiskTier:
+    """See base.Tier. `indexed`: contains() is a look into a dictionary, so the daemon's loop may ask."""
+
+    name = "disk"
+    indexed = True
+
+    def __init__(
+        self,
+        path: Path,
+        size: int,
+        *,
+        min_free: int = DEFAULT_MIN_FREE,
+        segment_bytes: int = 0,
+        fault: faults.Fault = faults.none,
+    ) -> None:
+        if size < MIN_SIZE and not segment_bytes:
+            raise StartError(
+                f"a disk tier of {size} bytes is too small to be of use: give at least {MIN_SIZE >> 20} MiB"
+            )
+        self.path, self.size, self.min_free = path, size // PAGE * PAGE, min_free
+        self.segment_bytes = align(segment_bytes or min(max(size // 64, 32 << 20), 8 << 30))
+        self._fault = fault
+        self._log = log.get("disk")
+        self._lock = threading.Lock()  # the index; never held across I/O
+        self._writing = threading.Lock()  # whoever appends, evicts or rewrites files
+        self._index: dict[bytes, _Entry] = {}
+        self._segments: dict[int, _Segment] = {}
+        self._current: _Segment | None = None
+        self._clock = 0
+        self._state, self._retry_at = "ok", 0.0
+        self._counts = dict.fromkeys(("evicted_chunks", "moved_chunks", "quarantined_chunks", "quarantined_bytes"), 0)
+        self._closed = False
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock_file = self._take_lock()
+            self._load()
+        except OSError as e:
+            raise TierError(f"the disk tier cannot use {path}: {e}") from e
+
+    # ---- the contract ----
+
+    def contains(self, keys: list[bytes]) -> list[ChunkRecord | None]:
+        index = self._index
+        return [e.place.record if (e := index.get(k)) is not None else None for k in keys]
+
+    def get(self, record: ChunkRecord, into: list[np.ndarray], deadline: float) -> bool:
+        with self._lock:
+            entry = self._index.get(record.key)
+            if entry is None:
+                return False
+            segment, place = entry.segment, entry.place
+            segment.readers += 1
+            entry.hits += 1
+            self._use(segment)
+        try:
+            head = segments.read_record(segment.fd, place, into, deadline)
+        except OSError as e:
+            self.quarantine(record.key)
+            raise TierError(f"disk: reading {segment.path.name} at {place.offset}: {e}") from e
+        finally:
+            self._read_done(segment)
+        found = segments.read_header(head, segment.number, place.offset)
+        if found is None or not found[1] or found[0].record != record:
+            if self._index.get(record.key) is not entry:
+                return False  # deleted or moved while it was read
+            self.quarantine(record.key, mark=False)
+            raise CorruptChunk(f"disk: {segment.path.name} at {place.offset} does not hold what the index says")
+        return True
+
+    def put(self, record: ChunkRecord, payload: list[np.ndarray], deadline: float) -> bool:
+        if record.key in self._index:
+            return True
+        if self._retry_at > time.monotonic() or self._closed:
+            return False
+        if not self._writing.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise TierError("disk: busy until the deadline passed")
+        try:
+            return self._put(record, payload, deadline)
+        except OSError as e:
+            self._failed(e)
+            raise TierError(f"disk: {self._state}") from e
+        finally:
+            self._writing.release()
+
+    def delete(self, keys: list[bytes]) -> int:
+        """Also on the disk: what was deleted does not come back with a restart."""
+        gone = [e for k in keys if (e := self._drop(k)) is not None]
+        for entry in gone:
+            with contextlib.suppress(OSError, TierError):  # read-only, say; the digests still guard what may come back
+                self._mark_dead(entry)
+        return len(gone)
+
+    def stats(self) -> dict[str, int | float | str]:
+        with self._lock:
+            used = self._used()
+            return {
+                "chunks": len(self._index),
+                "used_bytes": used,
+                "capacity_bytes": self.size,
+                "state": self._state,
+                "segments": len(self._segments),
+                "direct": int(all(s.direct for s in self._segments.values())),
+                **self._counts,
+            }
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        got = self._writing.acquire(timeout=5.0)
+        try:
+            if got:
+                with contextlib.suppress(OSError):  # without it the next start scans
+                    self.save_index()
+            with self._lock:
+                for segment in self._segments.values():
+                    if segment.readers == 0:
+                        os.close(segment.fd)
+                    segment.doomed = True
+                self._segments.clear()
+                self._index = {}
+        finally:
+            if got:
+                self._writing.release()
+        os.close(self._lock_file)
+
+    # ---- beyond the contract ----
+
+    def touch(self, keys: list[bytes]) -> None:
+        """The chunks were used elsewhere (in DRAM): a sign that their copies here are worth keeping, too."""
+        with self._lock:
+            for key in keys:
+                if (entry := self._index.get(key)) is not None:
+                    entry.hits += 1
+                    self._use(entry.segment)
+
+    def quarantine(self, key: bytes, *, mark: bool = True) -> None:
+        """What stands there is wrong or unreadable: never looked at again, the space goes with its segment. `mark`: say so
+        in its header, too; not when something else may stand there."""
+        entry = self._drop(key)
+        if entry is not None:
+            self._counts["quarantined_chunks"] += 1
+            self._counts["quarantined_bytes"] += entry.place.total
+            if mark:
+                with contextlib.suppress(OSError, TierError):
+                    self._mark_dead(entry)
+
+    def records(self) -> list[ChunkRecord]:
+        with self._lock:
+            return [e.place.record for e in self._index.values()]
+
+    def clear(self) -> int:
+        with self._writing, self._lock:
+            (self.path / INDEX_FILE).unlink(missing_ok=True)
+            count = len(self._index)
+            self._index.clear()
+            self._current = None
+            doomed = list(self._segments.values())
+            for segment in doomed:
+                self._remove(segment)
+            self._segments.clear()
+        return count
+
+    def save_index(self) -> None:
+        """The index as a file, so that the next start need not read every header. Checked when it is read."""
+        with self._lock:
+            listed = [(s, [self._index[k].place for k in s.keys]) for s in self._segments.values()]
+        content = _IndexFile(
+            segments.DISK_FORMAT, [_IndexSegment(s.name, s.end, s.used, sorted_places(p)) for s, p in listed]
+        )
+        body = msgspec.msgpack.encode(content)
+        fresh = self.path / (INDEX_FILE + ".new")
+        with fresh.open("wb") as f:
+            f.write(_INDEX_MAGIC + blake3(body).digest() + body)
+            f.flush()
+            self._fault("disk.index.write")
+            os.fsync(f.fileno())
+        self._fault("disk.index.rename")
+        fresh.replace(self.path / INDEX_FILE)
+
+    # ---- writing; self._writing is held ----
+
+    def _put(self, record: ChunkRecord, payload: list[np.ndarray], deadline: float) -> bool:
+        if record.key in self._index:
+            return True
+        # The offset is not known yet, and does not change the header's length by a page but at a page's edge: leave one.
+        total = len(segments.header(2**62, 2**62 // PAGE * PAGE, record)) + segments.payload_on_disk(record)
+        if not self._make_room(total, deadline):
+            return False
+        self._append(record, payload, deadline)
+        self._state = "ok"
+        return True
+
+    def _append(
+        self, record: ChunkRecord, payload: list[np.ndarray], deadline: float, moved: _Entry | None = None
+    ) -> None:
+        segment = self._segment_for(segments.payload_on_disk(record))
+        head = segments.header(segment.number, segment.end, record)
+        self._fault("disk.put.begin")
+        segments.write_record(segment.fd, segment.end, head, payload, deadline)
+        self._fault("disk.put.written")
+        place = Place(segment.end, len(head), record)
+        with self._lock:
+            segment.end = place.end
+            self._use(segment)
+            wanted = self._index.get(record.key) is moved  # not if it was deleted while it was moved
+            if wanted:
+                self._found(segment, place)
+        if not wanted:
+            self._mark_dead(_Entry(segment, place))
+
+    def _segment_for(self, payload: int) -> _Segment:
+        current = self._current
+        if current is not None and (current.end == PAGE or current.end + payload + PAGE <= self.segment_bytes):
+            return current
+        if current is not None:
+            with contextlib.suppress(OSError):  # without it the next start scans
+                self.save_index()
+        name = segments.SegmentName(segments.DISK_FORMAT, max(self._segments, default=0) + 1, time.time())
+        path = self.path / f"{name.number:08d}.seg"
+        fd, direct = segments.open_file(str(path), os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        segment = self._current = _Segment(name, path, fd, direct)
+        with self._lock:
+            self._segments[name.number] = segment
+            self._use(segment)
+        segments.write_record(fd, 0, segments.first_page(name), [], time.monotonic() + 10)
+        self._fault("disk.segment.created")
+        return segment
+
+    def _failed(self, error: OSError) -> None:
+        """A write did not go through: say why, cut its traces off, and leave the disk alone for a moment."""
+        words = {errno.ENOSPC: "full", errno.EDQUOT: "full", errno.EROFS: "read-only"}
+        state = words.get(error.errno or 0, f"failing: {error.strerror or error}")
+        if state != self._state:
+            self._log.warning("disk tier %s: writes are refused for now (%s); serving goes on", state, error)
+        self._state, self._retry_at = state, time.monotonic() + RETRY_S
+        current, self._current = self._current, None
+        if current is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(current.fd, current.end)
+            with self._lock:
+                if current.end == PAGE and not current.keys:  # not one more empty file with each attempt
+                    del self._segments[current.number]
+                    self._remove(current)
+
+    def _make_room(self, total: int, deadline: float) -> bool:
+        """Keeps under the cap and above the floor of free space by throwing the least used segments away."""
+        limit = self.size - min(self.segment_bytes, self.size // 8) // KEEP_SHARE - self._index_allowance()
+        if total + PAGE > limit:
+            return False
+        while self._used() + total + PAGE > limit or self._free() < self.min_free + total:
+            victim = min(
+                (s for s in self._segments.values() if s is not self._current), key=lambda s: s.used, default=None
+            )
+            if victim is None:
+                victim, self._current = self._current, None
+            if victim is None:
+                if self._state != "no free space":
+                    self._log.warning(
+                        "disk tier: %s has less than %d MiB free; nothing is written", self.path, self.min_free >> 20
+                    )
+                self._state, self._retry_at = "no free space", time.monotonic() + RETRY_S
+                return False
+            self._evict(victim, deadline)
+        return True
+
+    def _evict(self, victim: _Segment, deadline: float) -> None:
+        """Throws a segment away, but carries those of its chunks over that were read since they were written."""
+        budget = (victim.end - PAGE) // KEEP_SHARE
+        with self._lock:
+            hot = sorted((self._index[k] for k in victim.keys if self._index[k].hits), key=lambda e: -e.hits)
+        for entry in hot:
+            budget -= entry.place.total
+            if budget < 0 or self._free() < entry.place.total:
+                break
+            try:
+                self._move(entry, deadline)
+            except (OSError, TierError) as e:
+                self._log.warning("disk tier: a chunk was not carried over: %s", e)
+                break
+        self._fault("disk.compact.unlink")
+        with self._lock:
+            for key in victim.keys:
+                del self._index[key]
+                self._counts["evicted_chunks"] += 1
+            del self._segments[victim.number]
+            self._remove(victim)
+
+    def _move(self, entry: _Entry, deadline: float) -> None:
+        record = entry.place.record
+        shards = [segments.aligned(record.shard_bytes)[: record.shard_bytes] for _ in record.digests]
+        head = segments.read_record(entry.segment.fd, entry.place, shards, deadline)
+        found = segments.read_header(head, entry.segment.number, entry.place.offset)
+        if found is None or not found[1] or found[0].record != record:
+            return
+        self._fault("disk.compact.read")
+        if self._current is entry.segment:
+            self._current = None
+        # Not verified by digest here: whoever reads it does that, whatever its place.
+        self._append(record, shards, deadline, entry)
+        self._counts["moved_chunks"] += 1
+        self._fault("disk.compact.moved")
+
+    # ---- small things ----
+
+    def _use(self, segment: _Segment) -> None:
+        self._clock += 1
+        segment.used = self._clock
+
+    def _used(self) -> int:
+        return sum(s.end for s in list(self._segments.values()))
+
+    def _index_allowance(self) -> int:
+        return 4096 + 256 * len(self._index)
+
+    def _free(self) -> int:
+        facts = os.statvfs(self.path)
+        return facts.f_bavail * facts.f_frsize
+
+    def _drop(self, key: bytes) -> _Entry | None:
+        with self._lock:
+            entry = self._index.pop(key, None)
+            if entry is not None:
+                entry.segment.keys.discard(key)
+            return entry
+
+    def _mark_dead(self, entry: _Entry) -> None:
+        with self._lock:
+            if entry.segment.doomed:
+                return
+            entry.segment.readers += 1  # only so that the file stays open
+        try:
+            self._fault("disk.delete")
+            dead = segments.header(entry.segment.number, entry.place.offset, entry.place.record, live=False)
+            segments.write_record(entry.segment.fd, entry.place.offset, dead, [], time.monotonic() + 5)
+        finally:
+            self._read_done(entry.segment)
+
+    def _read_done(self, segment: _Segment) -> None:
+        with self._lock:
+            segment.readers -= 1
+            if segment.doomed and segment.readers == 0:
+                os.close(segment.fd)
+
+    def _remove(self, segment: _Segment) -> None:
+        """self._lock is held."""
+        segment.path.unlink(missing_ok=True)
+        segment.doomed = True
+        if segment.readers == 0:
+            os.close(segment.fd)
+
+    # ---- starting ----
+
+    def _take_lock(self) -> int:
+        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            os.close(fd)
+            raise StartError(f"another cache daemon already uses the disk tier in {self.path}") from e
+        return fd
+
+    def _load(self) -> None:
+        files = sorted(self.path.glob("[0-9]*.seg"))
+        known = {s.name: s for s in read_index(self.path / INDEX_FILE)}
+        clocks = {name.number: s.used for name, s in known.items()}
+        told = time.monotonic()
+        for done, file in enumerate(files):
+            if time.monotonic() - told > 1:
+                told = time.monotonic()
+                self._log.info("reading segments: %d of %d", done, len(files))
+            segment = self._open(file)
+            if segment is not None:
+                self._read_segment(segment, known.get(segment.name))
+        # Segments that the index does not know are newer than those that it does.
+        order = sorted(self._segments.values(), key=lambda s: (s.number not in clocks, clocks.get(s.number, s.number)))
+        for segment in order:
+            self._use(segment)
+        if files:
+            self._log.info("%d chunks in %d segments of %s", len(self._index), len(self._segments), self.path)
+
+    def _open(self, file: Path) -> _Segment | None:
+        try:
+            fd, direct = segments.open_file(str(file), os.O_RDWR)
+        except OSError as e:
+            if e.errno not in (errno.EROFS, errno.EACCES):
+                self._log.warning("segment %s cannot be opened: %s", file.name, e)
+                return None
+            fd, direct = segments.open_file(str(file), os.O_RDONLY)
+        number = int(file.stem) if file.stem.isdigit() else -1
+        try:
+            page = memoryview(segments.aligned(PAGE))
+            got = os.preadv(fd, [page], 0)
+        except OSError as e:
+            self._log.warning("segment %s cannot be read: %s", file.name, e)
+            os.close(fd)
+            return None
+        name = segments.read_first_page(page[:got])
+        if name is None or name.number != number:
+            # Of another version, or damaged at its very start: nothing in it can be hit, and it must not eat the cap.
+            self._log.warning("segment %s is not of this version or damaged: removed", file.name)
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                file.unlink()
+            return None
+        return _Segment(name, file, fd, direct)
+
+    def _read_segment(self, segment: _Segment, known: _IndexSegment | None) -> None:
+        size = os.fstat(segment.fd).st_size
+        if known is not None and known.end <= size:
+            for place in known.places:
+                if place.end <= known.end:
+                    self._found(segment, place)
+            segment.end = known.end
+        for item in self._scan(segment, size):
+            if isinstance(item, int):
+                segment.end = item
+            elif item.live:
+                self._found(segment, item.place)
+        if size > segment.end:
+            self._log.info("segment %s: a torn tail of %d bytes is cut off", segment.path.name, size - segment.end)
+            with contextlib.suppress(OSError):
+                os.ftruncate(segment.fd, segment.end)
+        self._segments[segment.number] = segment
+
+    def _scan(self, segment: _Segment, size: int) -> Iterator[segments.Scanned | int]:
+        try:
+            yield from segments.scan(segment.fd, segment.number, segment.end, size)
+        except OSError as e:
+            self._log.warning("segment %s cannot be read to its end: %s", segment.path.name, e)
+            # Nothing is cut off: it may be readable another time.
+
+    def _found(self, segment: _Segment, place: Place) -> None:
+        """The newest copy of a key is the one that counts."""
+        old = self._index.get(place.record.key)
+        if old is not None:
+            old.segment.keys.discard(place.record.key)
+        self._index[place.record.key] = _Entry(segment, place)
+        segment.keys.add(place.record.key)
+
+
+def sorted_places(places: list[Place]) -> list[Place]:
+    return sorted(places, key=lambda p: p.offset)
+
+
+def read_index(path: Path) -> list[_IndexSegment]:
+    """What the index file says; nothing when there is none, or when it is damaged or of another version."""
+    try:
+        data = path.read_bytes()
+        body = memoryview(data)[len(_INDEX_MAGIC) + 32 :]
+        if data[: len(_INDEX_MAGIC)] != _INDEX_MAGIC or blake3(body).digest() != data[len(_INDEX_MAGIC) :][:32]:
+            return []
+        content = msgspec.msgpack.decode(body, type=_IndexFile)
+    except (OSError, msgspec.MsgspecError):
+        return []
+    return content.segments if content.format == segments.DISK_FORMAT else []
