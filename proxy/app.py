@@ -58,7 +58,7 @@ class Endpoint:
         client.extra.append((b"x-request-id", rid.encode()))
         query = b"?" + scope["query_string"] if scope["query_string"] else b""
         path, headers = scope["raw_path"].partition(b"?")[0] + query, openai.headers_in(scope["headers"], rid)
-        exchange = Exchange(b"GET" if self._path in openai.FETCHED else b"POST", self._path, path, headers, client)
+        exchange = Exchange(b"GET" if self._path in openai.FETCHED else b"POST", self._path, path, headers, rid, client)
         client.on_first = lambda seconds: self._first_token(exchange, seconds)
         running = self._metrics["requests_running"].labels(self._path)
         running.inc()
@@ -77,7 +77,7 @@ class Endpoint:
                 await self._told(exchange, self._serve(exchange, body))
         except (ClientGone, ClientStuck) as left:
             if str(left):
-                _log.warning("%s: %s", exchange.endpoint, left)
+                _log.warning("request %s: %s", exchange.request_id, left)
             if not client.lifetime.over:
                 client.lifetime.on(Event.GONE)
         except RequestError as error:  # from reading the body
@@ -99,7 +99,7 @@ class Endpoint:
         except ClientStuck:
             raise
         except Exception:
-            _log.exception("a bug in the proxy ended a request to %s", exchange.endpoint)
+            _log.exception("request %s: a bug in the proxy ended it", exchange.request_id)
             if client.started or client.lifetime.over:
                 raise  # the server closes the connection, which is all that can still be said
             text = "The proxy failed on this request; its log says why."

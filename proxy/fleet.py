@@ -101,10 +101,10 @@ class Fleet:
         left = [i for i in of if i not in but]
         return policy.pick(facts, left) if left else None
 
-    def failed(self, instance: Instance, leg: str, failure: LegFailure) -> None:
+    def failed(self, instance: Instance, leg: str, failure: LegFailure, rid: str) -> None:
         """Notes a failed leg. Only a refused connection says something of the instance as a whole."""
         self.metrics["leg_failures_total"].labels(instance.name, leg, failure.reason).inc()
-        _log.warning("%s leg failed: %s", leg, failure)
+        _log.warning("request %s: %s leg failed: %s", rid, leg, failure)
         if failure.reason == "connect" and failure.status == 502:
             self._set_up(instance, False, "it refuses connections")
 

@@ -46,6 +46,7 @@ class Exchange:
     endpoint: str
     path: bytes
     headers: list[tuple[bytes, bytes]]
+    request_id: str
     client: Client
     route: str = "local"
     prefill: str = ""
@@ -106,7 +107,7 @@ class Splitter:
             try:
                 handover = await self._prefill_on(instance, exchange, body, deadline)
             except LegFailure as failure:
-                self._fleet.failed(instance, "prefill", failure)
+                self._fleet.failed(instance, "prefill", failure, exchange.request_id)
                 if failure.reason == "timeout":
                     break  # the time for this stage is used up
                 continue
@@ -153,7 +154,7 @@ class Splitter:
                 with instance.serving():
                     return await self._decode_on(instance, exchange, body)
             except LegFailure as failure:
-                self._fleet.failed(instance, "decode", failure)
+                self._fleet.failed(instance, "decode", failure, exchange.request_id)
                 if exchange.client.started or failure.reason == "timeout":
                     raise
                 last = failure
