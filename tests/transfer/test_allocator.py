@@ -1,6 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
 from pdserve.transfer.allocator import PAGE, Allocator, align
 
 PAGES = 40

@@ -1,6 +1,5 @@
 """The real daemon over a real socket and real shared memory: what engines and operators meet."""
 
-import contextlib
 import json
 import os
 import signal
@@ -9,11 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
+
 from pdserve import kernels
 from pdserve.errors import CacheUnavailable
 from pdserve.transfer import wire
@@ -24,53 +23,6 @@ CHUNK = 1 << 20
 
 def key(i: int) -> bytes:
     return i.to_bytes(32, "little")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        return s.getsockname()[1]
-
-
-class Running:
-    """A daemon in a process of its own, through the command's own entry."""
-
-    def __init__(self, folder: Path, name: str, size: int = 64 << 20) -> None:
-        self.socket, self.port, self.name = folder / "c.sock", free_port(), name
-        code = (
-            "import argparse,sys\nfrom pdserve.transfer import daemon\n"
-            f"sys.exit(daemon.main(argparse.Namespace(socket={str(self.socket)!r},size={size},chunk_tokens=256,admin_host='127.0.0.1',admin_port={self.port},name={name!r})))"
-        )
-        self.process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 30
-        while True:
-            with contextlib.suppress(OSError):
-                self.get("/healthz")
-                return
-            if self.process.poll() is not None:
-                raise AssertionError(self.process.communicate(timeout=5)[1])
-            assert time.monotonic() < deadline, "the daemon did not come up"
-            time.sleep(0.05)
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as r:
-            return r.read().decode()
-
-    def status(self) -> dict:
-        return json.loads(self.get("/status"))
-
-    def stop(self, number: int = signal.SIGTERM) -> str:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        _, err = self.process.communicate(timeout=20)
-        return err
-
-
-@pytest.fixture
-def daemon(tmp_path):
-    running = Running(tmp_path, f"test-{os.getpid()}-{time.monotonic_ns()}")
-    yield running
-    running.stop()
-    Path(f"/dev/shm/pdserve-{running.name}.arena").unlink(missing_ok=True)
 
 
 def store(client: CacheClient, i: int, data: np.ndarray, parent: bytes = b"") -> bool:
@@ -93,9 +45,9 @@ def load(client: CacheClient, i: int) -> np.ndarray | None:
     return data
 
 
-def test_bytes_written_by_one_client_are_read_by_another(daemon):
+def test_bytes_written_by_one_client_are_read_by_another(cache_daemon):
     rng = np.random.default_rng()
-    a, b = CacheClient(daemon.socket, "a"), CacheClient(daemon.socket, "b")
+    a, b = CacheClient(cache_daemon.socket, "a"), CacheClient(cache_daemon.socket, "b")
     chunks = {i: rng.integers(0, 256, CHUNK, dtype=np.uint8) for i in range(8)}
     for i, data in chunks.items():
         assert store(a, i, data)
@@ -103,31 +55,33 @@ def test_bytes_written_by_one_client_are_read_by_another(daemon):
     for i, data in chunks.items():
         assert (load(b, i) == data).all()
     assert load(b, 99) is None
-    metrics = daemon.get("/metrics")
+    metrics = cache_daemon.get("/metrics")
     assert "pdserve_cache_stored_chunks_total 8.0" in metrics
     assert 'pdserve_cache_loaded_chunks_total{tier="dram"} 8.0' in metrics
-    listed = json.loads(daemon.get("/cache/objects?limit=3"))
+    listed = json.loads(cache_daemon.get("/cache/objects?limit=3"))
     assert (listed["total"], len(listed["objects"]), listed["objects"][0]["tokens"]) == (8, 3, 256)
     a.close()
     b.close()
 
 
-def test_a_client_that_dies_leaves_no_lease_and_no_reservation(daemon):
+def test_a_client_that_dies_leaves_no_lease_and_no_reservation(cache_daemon):
     code = (
         "import os,sys\nfrom pdserve.transfer.client import CacheClient\nfrom pdserve.transfer import wire\n"
-        f"c=CacheClient({str(daemon.socket)!r},'dies')\n"
+        f"c=CacheClient({str(cache_daemon.socket)!r},'dies')\n"
         "k=[i.to_bytes(32,'little') for i in range(2)]\n"
         "g=c.reserve('w',[wire.ReserveItem(k[0],b'',0,1,4096,256)],5)\nc.commit([wire.CommitItem(g[0].reservation,1)],5)\n"
         "c.reserve('w',[wire.ReserveItem(k[1],b'',0,1,4096,256)],5)\nassert c.lookup(k,5).pending==1\n"
         "print('ready',flush=True)\nsys.stdin.read()"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    ) as child:
         assert child.stdout.readline() == "ready\n"
-        before = daemon.status()
+        before = cache_daemon.status()
         assert (before["leases"], before["reservations"], len(before["clients"])) == (1, 1, 1)
         child.kill()
     deadline = time.monotonic() + 5
-    while (after := daemon.status())["clients"] and time.monotonic() < deadline:
+    while (after := cache_daemon.status())["clients"] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert (after["leases"], after["reservations"], after["chunks"], after["used_bytes"]) == (0, 0, 1, 4096)
 
@@ -140,16 +94,16 @@ def test_no_daemon_is_one_quick_error_and_one_warning(tmp_path, caplog):
     assert [r.levelname for r in caplog.records if r.name == "pdserve.cache-client"].count("WARNING") <= 1
 
 
-def test_a_client_reconnects_to_a_new_daemon_by_itself(tmp_path):
+def test_a_client_reconnects_to_a_new_daemon_by_itself(tmp_path, start_cache):
     name = f"test-{os.getpid()}-re"
-    first = Running(tmp_path, name)
+    first = start_cache(tmp_path, name)
     client = CacheClient(first.socket, "x")
     assert store(client, 1, np.zeros(4096, np.uint8))
     old = client.daemon_id
     first.stop(signal.SIGKILL)
     with pytest.raises(CacheUnavailable):
         client.lookup([key(1)], 1)
-    second = Running(tmp_path, name)
+    second = start_cache(tmp_path, name)
     deadline = time.monotonic() + 5
     while True:
         try:
@@ -164,30 +118,30 @@ def test_a_client_reconnects_to_a_new_daemon_by_itself(tmp_path):
     assert not Path(f"/dev/shm/pdserve-{name}.arena").exists()
 
 
-def test_a_hung_daemon_costs_one_deadline_and_then_nothing(daemon):
-    client = CacheClient(daemon.socket, "x")
+def test_a_hung_daemon_costs_one_deadline_and_then_nothing(cache_daemon):
+    client = CacheClient(cache_daemon.socket, "x")
     client.ping(5)
-    os.kill(daemon.process.pid, signal.SIGSTOP)
+    os.kill(cache_daemon.process.pid, signal.SIGSTOP)
     try:
         with pytest.raises(CacheUnavailable, match="did not answer within 50 ms"):
             client.lookup([key(1)], 0.05)
         with pytest.raises(CacheUnavailable, match="a moment ago"):
             client.lookup([key(1)], 5)
     finally:
-        os.kill(daemon.process.pid, signal.SIGCONT)
+        os.kill(cache_daemon.process.pid, signal.SIGCONT)
     time.sleep(1.1)
     assert client.lookup([key(1)], 5).found == []  # the late answer to the first call is not taken for this one's
     client.close()
 
 
-def test_garbage_and_wrong_versions_are_refused_in_words_and_hurt_nobody(daemon):
-    good = CacheClient(daemon.socket, "good")
+def test_garbage_and_wrong_versions_are_refused_in_words_and_hurt_nobody(cache_daemon):
+    good = CacheClient(cache_daemon.socket, "good")
     good.ping(5)
 
     def talk(data: bytes) -> bytes:
         with socket.socket(socket.AF_UNIX) as s:
             s.settimeout(10)
-            s.connect(str(daemon.socket))
+            s.connect(str(cache_daemon.socket))
             s.sendall(data)
             return s.recv(65536)
 
@@ -204,29 +158,29 @@ def test_garbage_and_wrong_versions_are_refused_in_words_and_hurt_nobody(daemon)
     good.close()
 
 
-def test_the_socket_is_its_owners_alone_and_a_second_daemon_is_refused(daemon, tmp_path):
-    assert daemon.socket.stat().st_mode & 0o777 == 0o600
-    assert Path(f"/dev/shm/pdserve-{daemon.name}.arena").stat().st_mode & 0o777 == 0o600
+def test_the_socket_is_its_owners_alone_and_a_second_daemon_is_refused(cache_daemon, tmp_path, start_cache):
+    assert cache_daemon.socket.stat().st_mode & 0o777 == 0o600
+    assert Path(f"/dev/shm/pdserve-{cache_daemon.name}.arena").stat().st_mode & 0o777 == 0o600
     with pytest.raises(AssertionError, match="another cache daemon already serves"):
-        Running(tmp_path, daemon.name)
-    daemon.get("/healthz")
+        start_cache(tmp_path, cache_daemon.name)
+    cache_daemon.get("/healthz")
 
 
-def test_nothing_is_left_after_a_graceful_stop(tmp_path):
-    running = Running(tmp_path, f"test-{os.getpid()}-stop")
+def test_nothing_is_left_after_a_graceful_stop(tmp_path, start_cache):
+    running = start_cache(tmp_path, f"test-{os.getpid()}-stop")
     running.stop()
     assert running.process.returncode == 0
     assert not running.socket.exists()
     assert not Path(f"/dev/shm/pdserve-{running.name}.arena").exists()
 
 
-def test_concurrent_clients_see_only_whole_chunks(daemon):
+def test_concurrent_clients_see_only_whole_chunks(cache_daemon):
     """Six clients store and load the same forty keys at once; every load is digest-checked, the cache is too small for all."""
     errors, loaded = [], []
 
     def work(seed: int) -> None:
         rng = np.random.default_rng(seed)
-        client = CacheClient(daemon.socket, f"c{seed}")
+        client = CacheClient(cache_daemon.socket, f"c{seed}")
         try:
             for _ in range(150):
                 i = int(rng.integers(40))
@@ -251,14 +205,14 @@ def test_concurrent_clients_see_only_whole_chunks(daemon):
     assert not errors
     assert loaded
     deadline = time.monotonic() + 5
-    while (status := daemon.status())["clients"] and time.monotonic() < deadline:
+    while (status := cache_daemon.status())["clients"] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert (status["leases"], status["reservations"]) == (0, 0)
 
 
-def test_file_descriptors_and_memory_stay_flat_over_many_operations(daemon):
-    client = CacheClient(daemon.socket, "x")
-    proc = Path(f"/proc/{daemon.process.pid}")
+def test_file_descriptors_and_memory_stay_flat_over_many_operations(cache_daemon):
+    client = CacheClient(cache_daemon.socket, "x")
+    proc = Path(f"/proc/{cache_daemon.process.pid}")
 
     def work(n: int) -> None:
         for i in range(n):

@@ -2,6 +2,7 @@ import random
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pdserve.transfer.eviction import POLICIES, LeafFirstLru
 
 

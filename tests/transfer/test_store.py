@@ -4,12 +4,13 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from prometheus_client import CollectorRegistry
+
 from pdserve import metrics
 from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.eviction import LeafFirstLru
 from pdserve.transfer.store import LEASE_S, RESERVATION_S, Store
 from pdserve.transfer.wire import BUSY, EXISTS, FULL, GRANTED, TOO_LARGE, CommitItem, ReserveItem
-from prometheus_client import CollectorRegistry
 
 
 def make(pages: int) -> Store:

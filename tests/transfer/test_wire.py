@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pdserve.errors import ProtocolError
 from pdserve.transfer import wire
 

@@ -127,7 +127,7 @@ class WorkerSide:
     # ---- threads ----
 
     def _run(self, jobs: queue.Queue[Any], work: Callable[[Any], None]) -> None:
-        _leave_compute_core()
+        _any_core()
         try:
             self._client.connect()  # now rather than in the first request: mapping the arena takes a while
         except CacheError as e:
@@ -249,9 +249,7 @@ class WorkerSide:
             self._report.saved[job.request_id] = self._report.saved.get(job.request_id, 0) + 1
 
 
-def _leave_compute_core() -> None:
-    """CPU vLLM binds its threads to the cores that compute; a copying thread inherits that and would take turns with them."""
-    mine = os.sched_getaffinity(0)
-    others = set(range(os.cpu_count() or 1)) - mine
-    if others:
-        os.sched_setaffinity(0, others)
+def _any_core() -> None:
+    """CPU vLLM binds its process to the cores that compute, and a thread inherits that: a copy would always take turns
+    with the computation, while another core may be idle."""
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))

@@ -1,0 +1,285 @@
+"""The scheduler's half over the real index (store.py), without sockets or an engine."""
+
+import time
+import types
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from pdserve import metrics
+from pdserve.chunk import ChunkLayout
+from pdserve.errors import CacheUnavailable, UnsupportedError
+from pdserve.transfer import wire
+from pdserve.transfer.eviction import LeafFirstLru
+from pdserve.transfer.store import Store
+
+pytest.importorskip("vllm", reason="the connector's messages derive from vLLM's classes")
+from pdserve.engines.vllm import scheduler_side
+from pdserve.engines.vllm.messages import LoadResult, StepPlan, WorkerReport
+from pdserve.engines.vllm.scheduler_side import SchedulerSide
+
+BLOCK, CHUNK = 4, 8
+LAYOUT = ChunkLayout(kind="opaque-block", kv_dtype="float32", layers=2, block_tokens=BLOCK, block_bytes=512, shards=1)
+
+
+class DirectClient:
+    """CacheClient's calls, straight into a Store."""
+
+    def __init__(self, store: Store, chunk_tokens: int = CHUNK) -> None:
+        self.store, self.chunk_tokens, self.connected, self.daemon_id = store, chunk_tokens, True, "d1"
+        self.released = []
+
+    def connect(self, timeout=0):
+        if not self.connected:
+            raise CacheUnavailable("none")
+
+    def lookup(self, keys, timeout):
+        self.connect()
+        return wire.LookupReply(1, *self.store.lookup(keys, 1, 0.0))
+
+    def release(self, lease, timeout, loaded_chunks=0, loaded_bytes=0, corrupt=None):
+        self.released.append((loaded_chunks, corrupt or []))
+        self.store.drop(corrupt or [], "corrupt")
+        return int(self.store.release(lease, 1))
+
+    def close(self):
+        pass
+
+
+class Status:
+    def __init__(self, name):
+        self.name = name
+
+
+def request(rid, tokens, **extra):
+    fields = dict(
+        request_id=rid, prompt_token_ids=list(tokens), all_token_ids=list(tokens), num_prompt_tokens=len(tokens), num_tokens=len(tokens), kv_transfer_params=None,
+        lora_request=None, cache_salt=None, mm_features=[], status=Status("FINISHED_LENGTH_CAPPED"),
+    )  # fmt: skip
+    return types.SimpleNamespace(**{**fields, **extra})
+
+
+def step(scheduled, new=(), cached=(), preempted=(), resumed=()):
+    """new: (request id, tokens computed before); cached: (request id, new block ids, tokens computed before)."""
+    return types.SimpleNamespace(
+        preempted_req_ids=set(preempted), num_scheduled_tokens=scheduled, total_num_scheduled_tokens=sum(scheduled.values()),
+        scheduled_new_reqs=[types.SimpleNamespace(req_id=r, num_computed_tokens=n) for r, n in new],
+        scheduled_cached_reqs=types.SimpleNamespace(
+            req_ids=[c[0] for c in cached], new_block_ids=[c[1] for c in cached], num_computed_tokens=[c[2] for c in cached], resumed_req_ids=set(resumed)),
+    )  # fmt: skip
+
+
+def output(report=None, received=()):
+    return types.SimpleNamespace(kv_connector_worker_meta=report, finished_recving=set(received))
+
+
+@pytest.fixture
+def world(monkeypatch):
+    monkeypatch.setattr(scheduler_side, "MIN_TOKENS", 2)
+    store = Store(1 << 22, LeafFirstLru(), metrics.build(metrics.CACHE, CollectorRegistry()))
+    client = DirectClient(store)
+    return types.SimpleNamespace(
+        store=store, client=client, side=SchedulerSide(client, LAYOUT, "model", workers=1, instance="prefill-0")
+    )
+
+
+def commit(store, saves):
+    """What a worker does with a save job, less the bytes."""
+    for job in saves:
+        items = [wire.ReserveItem(c.key, c.parent, 0, 1, LAYOUT.shard_bytes(c.tokens), c.tokens) for c in job.chunks]
+        grants = store.reserve(items, "w", 2, 0.0)
+        store.commit([wire.CommitItem(g.reservation, 7) for g in grants if g.status == wire.GRANTED], 2)
+
+
+def compute_all(world, rid, tokens, **extra):
+    """Runs a prompt through in one step and stores what the plan says."""
+    r = request(rid, tokens, **extra)
+    assert world.side.matched(r, 0) == (0, False)
+    world.side.allocated(r, list(range(-(-len(tokens) // BLOCK))), 0)
+    plan = world.side.plan(step({rid: len(tokens)}, new=[(rid, 0)]))
+    commit(world.store, plan.saves)
+    return r, plan
+
+
+def test_full_chunks_and_the_tail_are_stored_from_their_own_blocks(world):
+    _, plan = compute_all(world, "a", range(19))
+    (job,) = plan.saves
+    assert [(c.tokens, c.block_ids) for c in job.chunks] == [(8, [0, 1]), (8, [2, 3]), (3, [4])]
+    assert [c.parent for c in job.chunks] == [b"", job.chunks[0].key, job.chunks[1].key]
+
+
+def test_chunked_prefill_stores_each_chunk_in_the_step_that_completes_it(world):
+    r = request("a", range(19))
+    world.side.matched(r, 0)
+    world.side.allocated(r, [10, 11, 12], 0)
+    first = world.side.plan(step({"a": 10}, new=[("a", 0)]))
+    assert [c.block_ids for j in first.saves for c in j.chunks] == [[10, 11]]
+    second = world.side.plan(step({"a": 9}, cached=[("a", ([13, 14],), 10)]))
+    assert [c.block_ids for j in second.saves for c in j.chunks] == [[12, 13], [14]]
+
+
+def test_generated_tokens_are_stored_by_full_chunks_once_their_ids_are_known(world):
+    r, _ = compute_all(world, "a", range(14))
+    r.all_token_ids += [50, 51]
+    r.num_tokens = 15  # one is sampled but its id is not known here yet, as under asynchronous scheduling
+    assert not world.side.plan(step({"a": 1}, cached=[("a", None, 15)])).saves
+    r.num_tokens = 16
+    (job,) = world.side.plan(step({"a": 1}, cached=[("a", None, 16)])).saves
+    assert [(c.tokens, c.block_ids) for c in job.chunks] == [(8, [2, 3])]
+
+
+def test_the_same_prompt_is_a_full_hit_loaded_into_the_new_blocks(world):
+    compute_all(world, "a", range(19))
+    again = request("b", range(19))
+    assert world.side.matched(again, 0) == (19, True)
+    world.side.allocated(again, [30, 31, 32, 33, 34], 19)
+    (job,) = world.side.plan(step({})).loads
+    assert [c.block_ids for c in job.chunks] == [[30, 31], [32, 33], [34]]
+    assert world.store.stats()["leases"] == 1
+    world.side.reported(output(WorkerReport(loaded={"b": LoadResult(3, 100, 0.1)}), received=["b"]))
+    assert world.store.stats()["leases"] == 0
+    assert world.client.released[-1] == (3, [])
+    assert not world.side.plan(step({"b": 1}, new=[("b", 18)])).saves  # nothing to store again
+
+
+def test_what_the_engine_has_itself_is_not_loaded(world):
+    compute_all(world, "a", range(19))
+    again = request("b", range(19))
+    assert world.side.matched(again, 12) == (7, True)  # its own cache ends inside the second chunk
+    world.side.allocated(again, [0, 1, 2, 33, 34], 7)
+    (job,) = world.side.plan(step({})).loads
+    assert [c.block_ids for c in job.chunks] == [[None, 33], [34]]
+
+
+def test_a_shared_prefix_hits_up_to_where_the_prompts_part(world):
+    compute_all(world, "a", range(19))
+    assert world.side.matched(request("b", [*range(17), 99, 99, 99]), 0) == (16, True)
+
+
+@pytest.mark.parametrize(
+    "change", [{"cache_salt": "x"}, {"lora_request": types.SimpleNamespace(lora_name="l", lora_path="/l")}]
+)
+def test_another_salt_or_lora_never_hits(world, change):
+    compute_all(world, "a", range(19))
+    assert world.side.matched(request("b", range(19), **change), 0) == (0, False)
+
+
+def test_too_little_to_be_worth_it_is_neither_stored_nor_loaded(world):
+    _, plan = compute_all(world, "a", range(17))
+    assert [c.tokens for j in plan.saves for c in j.chunks] == [8, 8]
+    assert world.side.matched(request("b", range(17)), 16) == (0, False)
+    assert world.store.stats()["leases"] == 0
+
+
+def test_a_request_that_never_gets_blocks_gives_its_lease_back(world):
+    compute_all(world, "a", range(19))
+    again = request("b", range(19))
+    world.side.matched(again, 0)
+    assert world.side.finished(again) is False
+    assert world.store.stats()["leases"] == 0
+
+
+def test_blocks_are_kept_until_every_worker_has_reported_its_saves(world):
+    world.side._workers = 2
+    r, _ = compute_all(world, "a", range(19))
+    assert world.side.finished(r) is True
+    assert world.side.plan(step({})).awaiting == {"a"}
+    world.side.reported(output(WorkerReport(saved={"a": 1})))
+    assert "a" in world.side._requests
+    world.side.reported(output(WorkerReport(saved={"a": 1})))
+    assert not world.side._requests
+
+
+def test_with_nothing_outstanding_blocks_go_at_once(world):
+    r, _ = compute_all(world, "a", range(19))
+    world.side.reported(output(WorkerReport(saved={"a": 1})))
+    assert world.side.finished(r) is False
+    assert not world.side._requests
+
+
+def test_a_failed_load_is_recomputed_reported_and_not_tried_again(world):
+    compute_all(world, "a", range(19))
+    again = request("b", range(19))
+    world.side.matched(again, 0)
+    world.side.allocated(again, [30, 31, 32, 33, 34], 19)
+    (job,) = world.side.plan(step({})).loads
+    bad = job.chunks[1].key
+    world.side.reported(
+        output(WorkerReport(loaded={"b": LoadResult(1, 10, 0.1, [bad], "digest mismatch")}), received=["b"])
+    )
+    assert world.client.released[-1] == (1, [bad])
+    assert world.side.matched(again, 0) == (0, False)
+    world.side.allocated(again, [30, 31, 32, 33, 34], 0)
+    plan = world.side.plan(step({"b": 19}, new=[("b", 0)]))
+    commit(world.store, plan.saves)
+    assert world.side.matched(request("c", range(19)), 0) == (19, True)  # what was recomputed is there again
+
+
+def test_after_a_preemption_the_new_blocks_count(world):
+    r, _ = compute_all(world, "a", range(14))
+    r.all_token_ids += [50, 51]
+    r.num_tokens = 16
+    plan = world.side.plan(step({"a": 16}, cached=[("a", ([70, 71, 72, 73],), 0)], preempted=["z"], resumed=["a"]))
+    assert plan.preempted == {"z"}
+    assert [c.block_ids for j in plan.saves for c in j.chunks] == [[72, 73]]
+
+
+def test_the_producers_answer_says_what_it_has_stored(world):
+    r, _ = compute_all(world, "a", range(19), kv_transfer_params={"do_remote_decode": True})
+    params = world.side.handover(r)
+    assert (params["do_remote_prefill"], params["pdserve.num_tokens"], params["pdserve.source"]) == (
+        True,
+        19,
+        "prefill-0",
+    )
+    r.status = Status("FINISHED_ABORTED")
+    assert world.side.handover(r) is None
+
+
+def test_the_consumer_waits_for_promised_chunks_and_then_loads_them(world):
+    again = request("b", range(19), kv_transfer_params={"do_remote_prefill": True, "pdserve.num_tokens": 19})
+    assert world.side.matched(again, 0) == (None, False)
+    world.side._requests["b"].handover.polled_at = 0
+    compute_all(world, "a", range(19))
+    assert world.side.matched(again, 0) == (19, True)
+
+
+def test_the_consumer_gives_up_on_chunks_that_do_not_come(world, monkeypatch):
+    monkeypatch.setattr(scheduler_side, "HANDOVER_START_S", 0.05)
+    again = request("b", range(19), kv_transfer_params={"do_remote_prefill": True, "pdserve.num_tokens": 19})
+    ends = time.monotonic() + 10
+    while (answer := world.side.matched(again, 0)) == (None, False):
+        assert time.monotonic() < ends
+    assert answer == (0, False)
+    assert world.side.matched(again, 0) == (0, False)
+    assert world.store.stats()["leases"] == 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"do_remote_prefill": True},
+        {"do_remote_prefill": True, "pdserve.num_tokens": "many"},
+        {"do_remote_prefill": False, "pdserve.num_tokens": 9},
+    ],
+)
+def test_strange_handover_params_are_no_reason_to_wait(world, params):
+    assert world.side.matched(request("b", range(19), kv_transfer_params=params), 0) == (0, False)
+
+
+def test_without_a_daemon_everything_is_a_miss_and_nothing_is_planned(world):
+    world.client.connected = False
+    r = request("a", range(19))
+    assert world.side.matched(r, 0) == (0, False)
+    world.side.allocated(r, [0, 1, 2, 3, 4], 0)
+    assert world.side.plan(step({"a": 19}, new=[("a", 0)])) == StepPlan()
+    assert world.side.finished(r) is False
+
+
+def test_prompt_embeddings_are_left_alone(world):
+    assert world.side.matched(request("a", [], prompt_token_ids=None), 0) == (0, False)
+
+
+def test_a_chunk_size_that_does_not_fit_the_blocks_is_refused_with_the_fix(world):
+    with pytest.raises(UnsupportedError, match=r"10 tokens are not whole engine blocks of 4 .*cache\.chunk_tokens"):
+        world.side.check_chunk_tokens(10)

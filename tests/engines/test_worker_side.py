@@ -1,0 +1,190 @@
+"""The workers' half with a real daemon, real shared memory and plain arrays for the engine's blocks."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from pdserve.errors import CacheError
+from pdserve.transfer.client import CacheClient
+from pdserve.transfer.staging import HostPages
+
+pytest.importorskip("vllm", reason="the connector's messages derive from vLLM's classes")
+from pdserve.engines.vllm.messages import ChunkLoad, ChunkSave, LoadJob, SaveJob, StepPlan
+from pdserve.engines.vllm.worker_side import WorkerSide
+
+LAYERS, BLOCKS, BLOCK_BYTES = 3, 16, 4096
+
+
+class Engine:
+    """A worker with `LAYERS` tensors of blocks, filled at random."""
+
+    def __init__(self, socket, rank=0, shards=1, writer="w"):
+        self.kv = np.random.default_rng().integers(0, 256, (LAYERS, BLOCKS, BLOCK_BYTES), dtype=np.uint8)
+        self.side = WorkerSide(CacheClient(socket, f"worker-{rank}"), rank=rank, shards=shards, writer=writer)
+        self.side.register(
+            HostPages([self.kv[i].ctypes.data for i in range(LAYERS)], [BLOCK_BYTES] * LAYERS, BLOCK_BYTES, BLOCKS)
+        )
+
+    def save(self, rid, *chunks):
+        self.side.start_saves(StepPlan(saves=[SaveJob(rid, [ChunkSave(k, p, 256, b) for k, p, b in chunks])]))
+
+    def wait(self, what, seconds=10):
+        deadline = time.monotonic() + seconds
+        while not (got := what()):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        return got
+
+
+def key(i):
+    return i.to_bytes(32, "little")
+
+
+def job(client, rid, keys, blocks):
+    reply = client.lookup(keys, 5)
+    assert len(reply.found) == len(keys)
+    chunks = [
+        ChunkLoad(k, f.offset, f.tokens, f.shard_bytes, f.stride, f.digests, b)
+        for k, f, b in zip(keys, reply.found, blocks, strict=True)
+    ]
+    return LoadJob(rid, client.daemon_id, chunks), reply.lease
+
+
+@pytest.fixture
+def engines(cache_daemon):
+    made = []
+
+    def make(**kw):
+        made.append(Engine(cache_daemon.socket, **kw))
+        return made[-1]
+
+    yield make
+    for e in made:
+        e.side.close()
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("pdserve-")]
+
+
+def test_blocks_saved_by_one_engine_are_loaded_by_another_bit_for_bit(cache_daemon, engines):
+    a, b = engines(), engines(writer="v")
+    a.save("r", (key(1), b"", [3, 1]), (key(2), key(1), [7]))
+    assert a.wait(a.side.report).saved == {"r": 1}
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    load, lease = job(client, "q", [key(1), key(2)], [[0, 5], [9]])
+    before = b.kv.copy()
+    b.side.start_loads(StepPlan(loads=[load]))
+    _, received, failed, _ = b.wait(lambda: (got := b.side.finished())[1] and got)
+    assert (received, failed) == ({"q"}, set())
+    assert (b.kv[:, [0, 5, 9]] == a.kv[:, [3, 1, 7]]).all()
+    others = [i for i in range(BLOCKS) if i not in (0, 5, 9)]
+    assert (b.kv[:, others] == before[:, others]).all()
+    assert b.side.report().loaded["q"].nbytes == 3 * LAYERS * BLOCK_BYTES
+    client.release(lease, 5)
+    client.close()
+
+
+def test_blocks_that_the_engine_has_are_left_alone(cache_daemon, engines):
+    a, b = engines(), engines(writer="v")
+    a.save("r", (key(1), b"", [3, 1]))
+    a.wait(a.side.report)
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    load, _ = job(client, "q", [key(1)], [[None, 5]])
+    before = b.kv.copy()
+    b.side.start_loads(StepPlan(loads=[load]))
+    b.wait(lambda: b.side.finished()[1])
+    assert (b.kv[:, 5] == a.kv[:, 1]).all()
+    assert (np.delete(b.kv, 5, axis=1) == np.delete(before, 5, axis=1)).all()
+    client.close()
+
+
+def test_ranks_fill_one_chunk_together_and_each_reads_its_own_part(cache_daemon, engines):
+    ranks = [engines(rank=r, shards=2) for r in (0, 1)]
+    for e in ranks:
+        e.save("r", (key(1), b"", [2]))
+    for e in ranks:
+        e.wait(e.side.report)
+    readers = [engines(rank=r, shards=2, writer="v") for r in (0, 1)]
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    load, _ = job(client, "q", [key(1)], [[4]])
+    for e in readers:
+        e.side.start_loads(StepPlan(loads=[load]))
+        assert e.wait(lambda e=e: e.side.finished()[1]) == {"q"}
+    for a, b in zip(ranks, readers, strict=True):
+        assert (b.kv[:, 4] == a.kv[:, 2]).all()
+    client.close()
+
+
+@pytest.mark.parametrize("flips", range(3))
+def test_a_flipped_bit_in_the_arena_is_a_failed_load_that_names_the_chunk(cache_daemon, engines, flips):
+    a, b = engines(), engines(writer="v")
+    a.save("r", (key(1), b"", [3]), (key(2), key(1), [4]))
+    a.wait(a.side.report)
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    load, _ = job(client, "q", [key(1), key(2)], [[0], [1]])
+    at = load.chunks[1].offset + int(np.random.default_rng().integers(LAYERS * BLOCK_BYTES))
+    client.arena.bytes[at] ^= 1 << flips
+    b.side.start_loads(StepPlan(loads=[load]))
+    _, received, failed, blocks = b.wait(lambda: (got := b.side.finished())[1] and got)
+    assert (received, failed, blocks) == ({"q"}, {"q"}, {0, 1})
+    result = b.side.report().loaded["q"]
+    assert result.corrupt == [key(2)]
+    assert "digest mismatch" in result.error
+    client.close()
+
+
+def test_a_restarted_daemon_between_lookup_and_load_is_a_failed_load(engines):
+    b = engines()
+    b.side.start_loads(StepPlan(loads=[LoadJob("q", "another daemon", [])]))
+    _, received, failed, _ = b.wait(lambda: (got := b.side.finished())[1] and got)
+    assert (received, failed) == ({"q"}, {"q"})
+
+
+def test_saves_without_a_daemon_end_quickly_and_report(tmp_path):
+    e = Engine(tmp_path / "none.sock")
+    e.save("r", (key(1), b"", [3]))
+    assert e.wait(e.side.report).saved == {"r": 1}
+    e.side.close()
+
+
+def test_awaited_requests_are_reported_once_their_saves_are_done(engines):
+    e = engines()
+    e.save("r", (key(1), b"", [3]))
+    e.side.start_saves(StepPlan(awaiting={"r"}))
+    assert e.wait(lambda: e.side.finished()[0]) == {"r"}
+    assert e.side.finished()[0] == set()
+    e.side.start_saves(StepPlan(awaiting={"gone"}))
+    assert e.side.finished()[0] == {"gone"}  # nothing outstanding: at once
+
+
+def test_saves_of_a_preempted_request_that_have_not_begun_never_read_its_blocks(cache_daemon, engines):
+    e = engines()
+    os.kill(
+        cache_daemon.process.pid, signal.SIGSTOP
+    )  # the first save hangs in its reservation, the second one in the queue
+    try:
+        e.save("r", (key(1), b"", [3]))
+        e.save("r", (key(2), key(1), [4]))
+        time.sleep(0.1)
+        e.side.before_overwrite(StepPlan(preempted={"r"}))
+        e.kv[:] = 0  # overwritten
+    finally:
+        os.kill(cache_daemon.process.pid, signal.SIGCONT)
+    saved = 0
+    while saved < 2:
+        saved += e.wait(e.side.report).saved["r"]
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    assert client.lookup([key(1)], 5).found == []
+    assert client.lookup([key(2)], 5).found == []
+    assert cache_daemon.status()["reservations"] == 0
+    client.close()
+
+
+def test_closing_twice_or_calling_after_close_is_harmless(cache_daemon):
+    e = Engine(cache_daemon.socket)
+    e.side.close()
+    with pytest.raises(CacheError):
+        e.side._client.ping(1)
+    e.side.close()
