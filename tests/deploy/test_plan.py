@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pdserve import topology
+from pdserve import topology, topology_yaml
 from pdserve.deploy import plan as plans
 from pdserve.deploy.plan import Plan, Process
 
@@ -82,7 +82,7 @@ def test_the_parts_accept_these_command_lines() -> None:
 def test_policies_of_the_topology_are_those_of_the_proxy() -> None:
     from pdserve.proxy.policies import base
 
-    assert set(topology._choices("proxy.policy")) == set(base.names())
+    assert set(topology_yaml.choices("proxy.policy", topology._SECTIONS)) == set(base.names())
 
 
 def cpus(text: str, cores: int) -> list[str]:

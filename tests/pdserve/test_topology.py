@@ -101,6 +101,7 @@ CASES = [
     ('[{port: 8100, cpus: "0"}]', "{port: 8100}", "prefill: {'port': 8100} is a mapping", "Give a list"),
     ('{port: 8100, cpus: "0"}', "8100", "prefill[0]: 8100 is a number", "mapping"),
     ('cpus: "0"', "env: {A: 1}", "prefill[0].env.A: 1 is a number", "quotes"),
+    ('cpus: "0"', "env: {1: a}", "1: this key in line 5 is not text", "quotes"),
     ('cpus: "0"', "extra_args: [--port=3]", "prefill[0].extra_args: '--port=3' is set by pdserve", "Remove it"),
     ('cpus: "0"', "gpus: [0]", "prefill[0].gpus: [0] with device cpu", "device: cuda"),
     ('cpus: "0"', "cpus: a-b", "prefill[0].cpus: 'a-b' is not a list of cores", "0-3"),
