@@ -52,21 +52,37 @@ class Status:
 
 
 def request(rid, tokens, **extra):
-    fields = dict(
-        request_id=rid, prompt_token_ids=list(tokens), all_token_ids=list(tokens), num_prompt_tokens=len(tokens), num_tokens=len(tokens), kv_transfer_params=None,
-        lora_request=None, cache_salt=None, mm_features=[], status=Status("FINISHED_LENGTH_CAPPED"),
-    )  # fmt: skip
+    tokens = list(tokens)
+    fields = {
+        "request_id": rid,
+        "prompt_token_ids": tokens,
+        "all_token_ids": list(tokens),
+        "num_prompt_tokens": len(tokens),
+        "num_tokens": len(tokens),
+        "kv_transfer_params": None,
+        "lora_request": None,
+        "cache_salt": None,
+        "mm_features": [],
+        "status": Status("FINISHED_LENGTH_CAPPED"),
+    }
     return types.SimpleNamespace(**{**fields, **extra})
 
 
 def step(scheduled, new=(), cached=(), preempted=(), resumed=()):
     """new: (request id, tokens computed before); cached: (request id, new block ids, tokens computed before)."""
+    running = types.SimpleNamespace(
+        req_ids=[c[0] for c in cached],
+        new_block_ids=[c[1] for c in cached],
+        num_computed_tokens=[c[2] for c in cached],
+        resumed_req_ids=set(resumed),
+    )
     return types.SimpleNamespace(
-        preempted_req_ids=set(preempted), num_scheduled_tokens=scheduled, total_num_scheduled_tokens=sum(scheduled.values()),
+        preempted_req_ids=set(preempted),
+        num_scheduled_tokens=scheduled,
+        total_num_scheduled_tokens=sum(scheduled.values()),
         scheduled_new_reqs=[types.SimpleNamespace(req_id=r, num_computed_tokens=n) for r, n in new],
-        scheduled_cached_reqs=types.SimpleNamespace(
-            req_ids=[c[0] for c in cached], new_block_ids=[c[1] for c in cached], num_computed_tokens=[c[2] for c in cached], resumed_req_ids=set(resumed)),
-    )  # fmt: skip
+        scheduled_cached_reqs=running,
+    )
 
 
 def output(report=None, received=()):

@@ -1,0 +1,210 @@
+#!/usr/bin/env python
+"""What the cache costs beside the plainest way to do the same: copies against memcpy, requests against a bare ping.
+
+    .venv/bin/python -P tests/bench/bench_transfer.py [--json FILE] [--rounds N]
+
+All rows of a table come from one run, alternating with their baseline; figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from pdserve import kernels
+from pdserve.transfer import wire
+from pdserve.transfer.client import CacheClient
+from pdserve.transfer.staging import HostPages
+
+# The demo model on CPU vLLM: 30 layers, blocks of 128 tokens with 3 KV heads of 64, K and V, bf16.
+LAYERS, BLOCK_BYTES, BLOCKS = 30, 98304, 2
+SHARD = LAYERS * BLOCK_BYTES * BLOCKS
+PORT = 18951
+
+
+def clock(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interleaved(rounds: int, **calls: Callable[[], object]) -> dict[str, float]:
+    """Median seconds of each call, run in turn so that all see the same machine."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(clock(call))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+class Daemon:
+    """A real daemon in its own process."""
+
+    def __init__(self, folder: str, size: int) -> None:
+        self.socket = Path(folder) / "c.sock"
+        argv = [
+            "cache",
+            "serve",
+            "--socket",
+            str(self.socket),
+            "--size",
+            str(size),
+            "--admin-port",
+            str(PORT),
+            "--name",
+            "bench-transfer",
+        ]
+        self.process = subprocess.Popen([sys.executable, "-P", "-m", "pdserve", *argv], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{PORT}/healthz", timeout=2).close()
+                return
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit("the cache daemon did not start") from None
+                time.sleep(0.05)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+def copies(client: CacheClient, rounds: int) -> list[dict[str, object]]:
+    """Twelve chunks of 256 tokens between scattered engine blocks and the arena, and the same bytes by np.copyto."""
+    assert client.arena is not None
+    chunks = 12
+    pool = np.random.default_rng(0).integers(0, 256, LAYERS * chunks * BLOCKS * BLOCK_BYTES, dtype=np.uint8)
+    per_layer = chunks * BLOCKS * BLOCK_BYTES
+    bases = [pool.ctypes.data + i * per_layer for i in range(LAYERS)]
+    pages = HostPages(bases, [BLOCK_BYTES] * LAYERS, BLOCK_BYTES, chunks * BLOCKS)
+    order = np.random.default_rng(1).permutation(chunks * BLOCKS).tolist()
+    slots = [client.arena.bytes[i * SHARD : (i + 1) * SHARD] for i in range(chunks)]
+    plain = [pool[i * SHARD : (i + 1) * SHARD] for i in range(chunks)]
+
+    def each(call: Callable[[int], object]) -> Callable[[], None]:
+        def run() -> None:
+            for i in range(chunks):
+                call(i)
+
+        return run
+
+    seconds = interleaved(
+        rounds,
+        memcpy_in=each(lambda i: np.copyto(slots[i], plain[i])),
+        store=each(lambda i: pages.gather(order[i * BLOCKS : (i + 1) * BLOCKS], slots[i])),
+        memcpy_out=each(lambda i: np.copyto(plain[i], slots[i])),
+        load=each(lambda i: pages.scatter(slots[i], order[i * BLOCKS : (i + 1) * BLOCKS])),
+        digest=each(lambda i: kernels.digest(slots[i])),
+    )
+    speed = {name: chunks * SHARD / s / 1e9 for name, s in seconds.items()}
+    return [
+        {
+            "what": "store: gather + digest + copy",
+            "unit": "GB/s",
+            "value": speed["store"],
+            "baseline": speed["memcpy_in"],
+            "baseline_is": "memcpy",
+        },
+        {
+            "what": "load: copy + digest + scatter",
+            "unit": "GB/s",
+            "value": speed["load"],
+            "baseline": speed["memcpy_out"],
+            "baseline_is": "memcpy",
+        },
+        {
+            "what": "digest alone",
+            "unit": "GB/s",
+            "value": speed["digest"],
+            "baseline": speed["memcpy_in"],
+            "baseline_is": "memcpy",
+        },
+    ]
+
+
+def requests(client: CacheClient, rounds: int, count: int = 400) -> list[dict[str, object]]:
+    """A prompt of 100k tokens: 400 chunks in one round trip, beside an empty one."""
+    keys = [i.to_bytes(32, "big") for i in range(1, count + 1)]
+    items = [wire.ReserveItem(k, keys[i - 1] if i else b"", 0, 1, 4096, 256) for i, k in enumerate(keys)]
+    grants = client.reserve("bench", items, 5)
+    client.commit([wire.CommitItem(g.reservation, 1) for g in grants], 5)
+
+    def lookup() -> None:
+        reply = client.lookup(keys, 5)
+        assert len(reply.found) == count
+        leases.append(reply.lease)
+
+    def store() -> None:
+        nonlocal fresh
+        some = [wire.ReserveItem((fresh + i).to_bytes(32, "big"), b"", 0, 1, 4096, 256) for i in range(count)]
+        fresh += count
+        got = client.reserve("bench", some, 5)
+        client.commit([wire.CommitItem(g.reservation, 1) for g in got], 5)
+
+    leases: list[int] = []
+    fresh = 1 << 40
+    times: dict[str, list[float]] = {"ping": [], "lookup": [], "store": []}
+    for _ in range(max(100, rounds * 10)):
+        times["ping"].append(clock(lambda: client.ping(5)))
+        times["lookup"].append(clock(lookup))
+        client.release(leases.pop(), 5)
+        times["store"].append(clock(store))
+
+    def at(name: str, share: float) -> float:
+        return sorted(times[name])[int(share * (len(times[name]) - 1))] * 1000
+
+    rows: list[dict[str, object]] = []
+    for name, label in (("lookup", f"lookup of {count} chunks"), ("store", f"reserve + commit of {count} chunks")):
+        for share, p in ((0.5, "p50"), (0.99, "p99")):
+            rows.append(
+                {
+                    "what": f"{label}, {p}",
+                    "unit": "ms",
+                    "value": at(name, share),
+                    "baseline": at("ping", share),
+                    "baseline_is": f"ping {p}",
+                }
+            )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--rounds", type=int, default=25)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        daemon = Daemon(folder, 512 << 20)
+        client = CacheClient(daemon.socket, "bench")
+        try:
+            client.connect(30)
+            rows = copies(client, args.rounds) + requests(client, args.rounds)
+        finally:
+            client.close()
+            daemon.stop()
+    print(
+        f"kernels: {kernels.path()[0]}; {platform.processor() or platform.machine()}, {platform.python_version()}; medians of {args.rounds} rounds"
+    )
+    for row in rows:
+        print(
+            f"{row['what']:36} {row['value']:9.2f} {row['unit']:5} {row['baseline_is']:>9} {row['baseline']:9.2f}   x {row['value'] / row['baseline']:.2f}"
+        )  # type: ignore[operator]
+    if args.json:
+        args.json.write_text(json.dumps({"command": " ".join(sys.argv), "rows": rows}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
