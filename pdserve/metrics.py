@@ -80,6 +80,9 @@ E2E_BUCKETS = (
 )
 OP_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
+# From a page of a fast disk to a large chunk of a slow server.
+TIER_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
 
 class Metric(NamedTuple):
     kind: type[Counter] | type[Gauge] | type[Histogram]
@@ -112,7 +115,9 @@ PROXY = {
 
 CACHE = {
     "cache_lookups_total": Metric(Counter, "Lookups answered"),
-    "cache_lookup_chunks_total": Metric(Counter, "Chunks asked for, by result (hit, miss)", ("result",)),
+    "cache_lookup_chunks_total": Metric(
+        Counter, "Chunks asked for, by result (hit, miss); not those of a client that asks again", ("result",)
+    ),
     "cache_stored_chunks_total": Metric(Counter, "Chunks committed"),
     "cache_stored_bytes_total": Metric(Counter, "Bytes of committed chunks"),
     "cache_loaded_chunks_total": Metric(Counter, "Chunks that a client reported loaded, by tier", ("tier",)),
@@ -129,6 +134,31 @@ CACHE = {
     "cache_expired_total": Metric(
         Counter, "Leases and reservations taken back, by kind and reason (timeout, client_gone)", ("kind", "reason")
     ),
+    "cache_tier_chunks_total": Metric(
+        Counter, "Chunks moved between DRAM and a lower tier, by direction (up, down)", ("tier", "direction")
+    ),
+    "cache_tier_bytes_total": Metric(
+        Counter, "Bytes moved between DRAM and a lower tier, by direction (up, down)", ("tier", "direction")
+    ),
+    "cache_tier_seconds": Metric(
+        Histogram, "Time of one operation of a lower tier (get, put, contains)", ("tier", "op"), TIER_BUCKETS
+    ),
+    "cache_tier_failures_total": Metric(
+        Counter,
+        "Operations of a lower tier that did not succeed, by reason (error, late, gone, corrupt, refused, no_room)",
+        ("tier", "op", "reason"),
+    ),
+    "cache_tier_dropped_writes_total": Metric(
+        Counter, "Chunks not written down because the queue to the tier was full", ("tier",)
+    ),
+    "cache_tier_queue": Metric(Gauge, "Chunks waiting or moving, by direction (up, down)", ("tier", "direction")),
+    "cache_tier_up": Metric(Gauge, "1 while the tier says that it is well", ("tier",)),
+    "cache_recovered_chunks_total": Metric(
+        Counter, "Chunks of an earlier daemon found in the arena, by result (kept, dropped)", ("result",)
+    ),
+    "cache_scrubbed_chunks_total": Metric(Counter, "Chunks whose digests were verified in the background", ("tier",)),
+    "cache_scrubbed_bytes_total": Metric(Counter, "Bytes that were verified in the background", ("tier",)),
+    "cache_pinned_bytes": Metric(Gauge, "Bytes that pins keep from being evicted"),
     "cache_capacity_bytes": Metric(Gauge, "Size of the tier", ("tier",)),
     "cache_used_bytes": Metric(Gauge, "Bytes in use in the tier, reservations included", ("tier",)),
     "cache_chunks": Metric(Gauge, "Chunks that can be hit", ("tier",)),

@@ -1,6 +1,7 @@
 """The cache process of a host: one arena, one index, a unix socket for the engines, HTTP for people and Prometheus.
 
-The loop only moves keys and offsets, so one thread serves it all. Started by `pdserve cache serve`.
+The loop only moves keys and offsets, so one thread serves it all; lower tiers have threads of their own (tiering.py).
+Started by `pdserve cache serve`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import socket
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,15 @@ from prometheus_client import CollectorRegistry
 
 from pdserve import log, metrics
 from pdserve.errors import ConfigError, ProtocolError, StartError
-from pdserve.transfer import admin, arena, wire
+from pdserve.transfer import admin, arena, faults, wire
 from pdserve.transfer.eviction import POLICIES
 from pdserve.transfer.store import Store
+from pdserve.transfer.tiering import Rules, Tiering
+from pdserve.transfer.tiers.base import Tier, TierError
 
 EXPIRE_EVERY_S = 1.0
+#: what is queued for a lower tier when the daemon is told to stop gets so long
+DRAIN_S = 3.0
 HELLO_S = 5.0
 #: a client that does not read its answers is let go before it fills our memory
 MAX_UNSENT = 32 << 20
@@ -44,7 +50,16 @@ _OPS = {
 class Daemon:
     """State of the process: what the connections share. No globals, so a test may hold two."""
 
-    def __init__(self, *, name: str, size: int, chunk_tokens: int, policy: str = "lru") -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        size: int,
+        chunk_tokens: int,
+        policy: str = "lru",
+        tiers: Sequence[tuple[Tier, Rules]] = (),
+        fault: faults.Fault = faults.none,
+    ) -> None:
         if policy not in POLICIES:
             raise ConfigError("cache.policy", f"unknown policy {policy!r}", f"Known: {', '.join(sorted(POLICIES))}.")
         self.name, self.chunk_tokens = name, chunk_tokens
@@ -55,6 +70,11 @@ class Daemon:
         self.log = log.get("cache")
         self.arena = arena.create(arena.path_for(name), size, self._progress(size))
         self.store = Store(self.arena.size, POLICIES[policy](), self.metrics)
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.tiering = Tiering(self.store, lambda: self.arena.bytes, self.metrics, self._post, fault)
+        for tier, rules in tiers:
+            self.tiering.add(tier, rules)
+        self._evicted_below: dict[str, int] = {}
         self.clients: dict[int, _Connection] = {}
         self._next_client = 0
         self._op_seconds = {op: self.metrics["cache_op_seconds"].labels(op) for op in _OPS.values()}
@@ -68,6 +88,12 @@ class Daemon:
                 self.log.info("touching shared memory: %d of %d MiB", done >> 20, size >> 20)
 
         return tell
+
+    def _post(self, function: Callable[[], None]) -> None:
+        """Runs it on the loop; called from tiers' threads. After the end there is nobody left to tell."""
+        if self.loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(function)
 
     def protocol(self) -> _Connection:
         self._next_client += 1
@@ -83,9 +109,10 @@ class Daemon:
         reply: wire.Reply
         match message:
             case wire.Lookup():
-                reply = wire.LookupReply(message.id, *self.store.lookup(message.keys, client, now))
+                reply = self._lookup(message, client, now)
             case wire.Reserve():
                 reply = wire.ReserveReply(message.id, self.store.reserve(message.items, message.writer, client, now))
+                self.tiering.relieve()
             case wire.Commit():
                 reply = wire.Ok(message.id, self.store.commit(message.items, client))
             case wire.Abort():
@@ -99,10 +126,23 @@ class Daemon:
         self._op_seconds[_OPS[type(message)]].observe(time.perf_counter() - started)
         return reply
 
+    def _lookup(self, message: wire.Lookup, client: int, now: float) -> wire.LookupReply:
+        lease, found, pending = self.store.lookup(message.keys, client, now)
+        missing = len(message.keys) - len(found)
+        loading = self.tiering.loading(message.keys[len(found) :], now) if missing else 0
+        if not loading and not pending:  # else the client asks again
+            self.metrics["cache_lookups_total"].inc()
+            self.metrics["cache_lookup_chunks_total"].labels("hit").inc(len(found))
+            self.metrics["cache_lookup_chunks_total"].labels("miss").inc(missing)
+        return wire.LookupReply(message.id, lease, found, pending, loading)
+
     def _release(self, message: wire.Release, client: int) -> int:
-        if message.loaded_chunks:
-            self.metrics["cache_loaded_chunks_total"].labels("dram").inc(message.loaded_chunks)
-            self.metrics["cache_loaded_bytes_total"].labels("dram").inc(message.loaded_bytes)
+        loaded = self.store.loaded(message.lease, client, message.loaded_chunks)
+        for chunk in loaded:
+            self.metrics["cache_loaded_chunks_total"].labels(chunk.source).inc()
+            self.metrics["cache_loaded_bytes_total"].labels(chunk.source).inc(chunk.payload_bytes)
+            chunk.source = "dram"
+        self.tiering.used(loaded)
         if message.corrupt:
             self.metrics["cache_digest_failures_total"].labels("dram").inc(len(message.corrupt))
             self.log.error("digest mismatch in dram, dropped: %s", " ".join(k.hex()[:16] for k in message.corrupt))
@@ -117,6 +157,16 @@ class Daemon:
         self.metrics["cache_leases"].set(stats["leases"])
         self.metrics["cache_reservations"].set(stats["reservations"])
         self.metrics["cache_clients"].set(len(self.clients))
+        for name, facts in self.tiering.stats().items():
+            self.metrics["cache_capacity_bytes"].labels(name).set(facts["capacity_bytes"])
+            self.metrics["cache_used_bytes"].labels(name).set(facts["used_bytes"])
+            self.metrics["cache_chunks"].labels(name).set(facts["chunks"])
+            self.metrics["cache_tier_up"].labels(name).set(facts["state"] == "ok")
+            self.metrics["cache_tier_queue"].labels(name, "up").set(facts["queued_up"])
+            self.metrics["cache_tier_queue"].labels(name, "down").set(facts["queued_down"])
+            evicted = facts.get("evicted_chunks", 0)
+            before, self._evicted_below[name] = self._evicted_below.get(name, 0), evicted
+            self.metrics["cache_evictions_total"].labels(name, "capacity").inc(max(0, evicted - before))
 
     def status(self) -> dict[str, Any]:
         return {
@@ -128,9 +178,11 @@ class Daemon:
             "arena": str(self.arena.path),
             "clients": [c.label for c in self.clients.values()],
             **self.store.stats(),
+            "tiers": self.tiering.stats(),
         }
 
     def close(self) -> None:
+        self.tiering.close(DRAIN_S)
         self.arena.close()
         with contextlib.suppress(FileNotFoundError):
             self.arena.path.unlink()
@@ -204,7 +256,7 @@ class _AdminServer(uvicorn.Server):
 
 async def serve(daemon: Daemon, path: Path, admin_host: str, admin_port: int, stop: asyncio.Event) -> None:
     """Listens until `stop` is set, then closes everything."""
-    loop = asyncio.get_running_loop()
+    loop = daemon.loop = asyncio.get_running_loop()
     path.unlink(missing_ok=True)  # noqa: ASYNC240 - before anything is served
     previous = os.umask(0o177)  # the socket is the user's alone
     try:
@@ -242,6 +294,7 @@ async def _expire(daemon: Daemon) -> None:
     while True:
         await asyncio.sleep(EXPIRE_EVERY_S)
         daemon.store.expire(time.monotonic())
+        daemon.tiering.tick(time.monotonic())
 
 
 @contextlib.contextmanager
@@ -259,7 +312,8 @@ def _only_one(path: Path) -> Any:
 
 
 def main(args: argparse.Namespace) -> int:
-    """`pdserve cache serve`: args has socket, size (bytes), chunk_tokens, admin_host, admin_port, name."""
+    """`pdserve cache serve`: args has socket, size (bytes), chunk_tokens, admin_host, admin_port, name; and disk (a folder),
+    disk_size (bytes), disk_min_free, disk_write where there is a disk tier."""
     log.setup()
     path = Path(args.socket)
     if len(str(path)) > 100:
@@ -269,12 +323,26 @@ def main(args: argparse.Namespace) -> int:
             "Set PDSERVE_RUN_DIR to a shorter folder.",
         )
     with _only_one(path):
-        daemon = Daemon(name=args.name, size=args.size, chunk_tokens=args.chunk_tokens)
+        daemon = Daemon(name=args.name, size=args.size, chunk_tokens=args.chunk_tokens, tiers=_tiers(args))
         try:
             uvloop.run(_run(daemon, path, args))
         finally:
             daemon.close()
     return 0
+
+
+def _tiers(args: argparse.Namespace) -> list[tuple[Tier, Rules]]:
+    """The lower tiers that the arguments ask for. One that cannot be opened is left out: the cache works without."""
+    if not getattr(args, "disk", None):
+        return []
+    from pdserve.transfer.tiers.disk import DEFAULT_MIN_FREE, DiskTier
+
+    try:
+        tier = DiskTier(Path(args.disk), args.disk_size, min_free=getattr(args, "disk_min_free", DEFAULT_MIN_FREE))
+    except TierError as e:
+        log.get("cache").error("%s; serving without it", e)
+        return []
+    return [(tier, Rules(write=getattr(args, "disk_write", "write-through")))]
 
 
 async def _run(daemon: Daemon, path: Path, args: argparse.Namespace) -> None:

@@ -241,7 +241,7 @@ class Store:
 
     def begin(self, record: ChunkRecord, source: str, now: float, offset: int | None = None) -> Chunk | None:
         """Space for a chunk that the daemon brings in from `source`, evicting where needed; at `offset` if given. None: no
-        room, or the key is there already. End with publish() or discard()."""
+        room, or the key is there already. End with publish() or discard(). `now` may be infinite: it never expires."""
         size = align(record.shard_bytes) * len(record.digests)
         if record.key in self._index or size > self.allocator.capacity:
             return None

@@ -123,9 +123,10 @@ class DiskTier:
         return [e.place.record if (e := index.get(k)) is not None else None for k in keys]
 
     def get(self, record: ChunkRecord, into: list[np.ndarray], deadline: float) -> bool:
+        _in_time(deadline)
         with self._lock:
             entry = self._index.get(record.key)
-            if entry is None:
+            if entry is None or entry.place.record != record:
                 return False
             segment, place = entry.segment, entry.place
             segment.readers += 1
@@ -147,6 +148,7 @@ class DiskTier:
         return True
 
     def put(self, record: ChunkRecord, payload: list[np.ndarray], deadline: float) -> bool:
+        _in_time(deadline)
         if record.key in self._index:
             return True
         if self._retry_at > time.monotonic() or self._closed:
@@ -516,6 +518,11 @@ class DiskTier:
             old.segment.keys.discard(place.record.key)
         self._index[place.record.key] = _Entry(segment, place)
         segment.keys.add(place.record.key)
+
+
+def _in_time(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise TierError("disk: deadline passed")
 
 
 def sorted_places(places: list[Place]) -> list[Place]:

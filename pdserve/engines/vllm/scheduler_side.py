@@ -29,6 +29,9 @@ FRESH_S = 5.0
 HANDOVER_START_S = 0.5
 HANDOVER_STALL_S = 2.0
 HANDOVER_POLL_S = 0.002
+#: chunks are on their way up from a lower tier: how long to wait for the next one after the last, and in all
+FETCH_STALL_S = 1.0
+FETCH_MAX_S = 30.0
 
 
 @dataclass
@@ -56,6 +59,17 @@ class Handover:
 
 
 @dataclass
+class Fetch:
+    """Waiting for chunks that the daemon brings up from a lower tier."""
+
+    since: float
+    seen: int = 0  # tokens found so far
+    seen_at: float = 0.0
+    polled_at: float = 0.0
+    over: bool = False
+
+
+@dataclass
 class Tracked:
     """What the connector remembers of one request."""
 
@@ -72,6 +86,7 @@ class Tracked:
     outstanding: int = 0  # save jobs times workers that have not reported yet
     cached_tokens: int = 0  # of the prompt, when it was first scheduled: from the engine's own cache and from ours
     handover: Handover | None = None
+    fetch: Fetch | None = None
     result: LoadResult | None = None
     finished: bool = False
 
@@ -94,20 +109,21 @@ class SchedulerSide:
     # ---- finding ----
 
     def matched(self, request: Any, local: int) -> tuple[int | None, bool]:
-        """Tokens beyond the engine's own `local` ones that can be loaded; None: ask again (a handover is under way)."""
+        """Tokens beyond the engine's own `local` ones that can be loaded; None: ask again (a handover is under way, or chunks
+        are coming up from a lower tier)."""
         tracked = self._track(request)
         if tracked is None or tracked.no_load or tracked.loading is not None:
             return 0, False
-        if (
-            tracked.handover
-            and not tracked.handover.over
-            and time.monotonic() - tracked.handover.polled_at < HANDOVER_POLL_S
-        ):
+        waits = [w for w in (tracked.handover, tracked.fetch) if w is not None and not w.over]
+        if any(time.monotonic() - w.polled_at < HANDOVER_POLL_S for w in waits):
             return None, False
         hit = tracked.hit
         if hit is None or time.monotonic() - hit.at > FRESH_S or hit.first_chunk != local // self._chunk_tokens:
             self._release_hit(tracked)
             hit = self._lookup(tracked, local)
+        if self._fetch_incomplete(tracked, hit.end if hit else 0):
+            self._release_hit(tracked)
+            return None, False
         if self._handover_incomplete(tracked, hit.end if hit else 0):
             self._release_hit(tracked)
             return None, False
@@ -168,9 +184,14 @@ class SchedulerSide:
         try:
             reply = self._client.lookup(keys, LOOKUP_S)
         except CacheError:
+            tracked.fetch = None
             return None
         if tracked.handover:
             tracked.handover.pending = reply.pending > 0
+        if not reply.loading:
+            tracked.fetch = None
+        elif tracked.fetch is None:
+            tracked.fetch = Fetch(time.monotonic(), seen_at=time.monotonic())
         if not reply.found:
             return None
         end = first * self._chunk_tokens + sum(f.tokens for f in reply.found)
@@ -206,6 +227,28 @@ class SchedulerSide:
             return False
         if not self._busy:
             time.sleep(HANDOVER_POLL_S)  # nothing else runs: leave the core to whoever is writing the chunks
+        state.polled_at = time.monotonic()
+        return True
+
+    def _fetch_incomplete(self, tracked: Tracked, seen: int) -> bool:
+        """True while chunks are on their way up from a lower tier and arrive steadily."""
+        state = tracked.fetch
+        if state is None or state.over:
+            return False
+        now = time.monotonic()
+        if seen > state.seen:
+            state.seen, state.seen_at = seen, now
+        if now - state.seen_at > FETCH_STALL_S or now - state.since > FETCH_MAX_S or not self._client.connected:
+            state.over = True
+            self._log.warning(
+                "lower tier too slow: %d tokens after %.1f s, the rest is computed request_id=%s",
+                seen,
+                now - state.since,
+                tracked.request.request_id,
+            )
+            return False
+        if not self._busy:
+            time.sleep(HANDOVER_POLL_S)  # nothing else runs: leave the core to whoever brings them
         state.polled_at = time.monotonic()
         return True
 
@@ -415,9 +458,10 @@ class SchedulerSide:
             )
         else:
             self._log.info(
-                "retrieved %d of %d tokens from dram in %.1f ms request_id=%s",
+                "retrieved %d of %d tokens from %s in %.1f ms request_id=%s",
                 tokens,
                 tracked.request.num_tokens,
+                "+".join(dict.fromkeys(found.tier for found in hit.found)),
                 result.seconds * 1000,
                 request_id,
             )

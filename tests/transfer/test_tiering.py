@@ -1,0 +1,349 @@
+"""The glue between the store and lower tiers: real threads, a memory tier that fails on demand, a loop that the test turns."""
+
+import queue
+import time
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from pdserve import kernels, metrics
+from pdserve.transfer.allocator import PAGE
+from pdserve.transfer.eviction import LeafFirstLru
+from pdserve.transfer.store import Store
+from pdserve.transfer.tiering import Rules, Tiering
+from pdserve.transfer.tiers.memory import MemoryTier
+from pdserve.transfer.wire import EXISTS, GRANTED, CommitItem, ReserveItem
+
+SHARD = PAGE + 8  # not a whole page: the arena pads it
+
+
+def key(i):
+    return i.to_bytes(32, "little")
+
+
+def content(i, shard=0):
+    return np.full(SHARD, (i * 7 + shard) % 251, np.uint8)
+
+
+class IndexedMemory(MemoryTier):
+    indexed = True
+
+    def __init__(self):
+        super().__init__()
+        self.quarantined, self.touched = [], []
+
+    def contains(self, keys):
+        return [self._chunks[k][0] if k in self._chunks else None for k in keys]
+
+    def quarantine(self, k):
+        self.quarantined.append(k)
+        self.delete([k])
+
+    def touch(self, keys):
+        self.touched += keys
+
+
+class World:
+    """A store over an array, one tier below, and the loop's queue."""
+
+    def __init__(self, tier=None, pages=40, **rules):
+        self.arena = np.zeros(pages * PAGE, np.uint8)
+        self.metrics = metrics.build(metrics.CACHE, CollectorRegistry())
+        self.store = Store(self.arena.size, LeafFirstLru(), self.metrics)
+        self.posted = queue.Queue()
+        self.tiering = Tiering(self.store, lambda: self.arena, self.metrics, self.posted.put)
+        self.tier = tier or IndexedMemory()
+        self.tiering.add(self.tier, Rules(**rules))
+        self.lower = self.tiering.lowers[0]
+
+    def turn(self, until, patience=20.0):
+        """Runs what the threads have posted until `until()` holds."""
+        ends = time.monotonic() + patience
+        while not until():
+            assert time.monotonic() < ends, "it did not come to that"
+            try:
+                self.posted.get(timeout=0.02)()
+            except queue.Empty:
+                continue
+
+    def settle(self):
+        self.turn(lambda: not self.lower.up and not self.lower.down and self.posted.empty())
+
+    def put(self, i, shards=2):
+        grants = []
+        for shard in range(shards):
+            item = ReserveItem(key(i), key(i - 1) if i > 1 else b"", shard, shards, SHARD, 256, b"tenant")
+            (grant,) = self.store.reserve([item], "w", 1, time.monotonic())
+            if grant.status != GRANTED:
+                return grant.status
+            self.arena[grant.offset : grant.offset + SHARD] = content(i, shard)
+            grants.append(CommitItem(grant.reservation, kernels.digest(content(i, shard))))
+        self.store.commit(grants, 1)
+        if self.tier.faults._answering.is_set():
+            self.settle()
+        return GRANTED
+
+    def lookup(self, *ids):
+        """(tiers of what was found, after checking every byte; how many are loading)."""
+        keys = [key(i) for i in ids]
+        lease, found, _ = self.store.lookup(keys, 9, time.monotonic())
+        for i, f in zip(ids, found, strict=False):
+            for shard in range(len(f.digests)):
+                start = f.offset + shard * f.stride
+                assert (self.arena[start : start + f.shard_bytes] == content(i, shard)).all()
+        if lease:
+            self.store.release(lease, 9)
+        return [f.tier for f in found], self.tiering.loading(keys[len(found) :], time.monotonic())
+
+    def forget(self):
+        """DRAM is emptied, the tier is not."""
+        self.settle()
+        self.store.clear()
+        self.arena[:] = 0
+
+    def value(self, name, *labels):
+        return self.metrics[name].labels(*labels)._value.get()
+
+
+@pytest.fixture
+def world():
+    made = []
+
+    def make(*args, **rules):
+        made.append(World(*args, **rules))
+        return made[-1]
+
+    yield make
+    for w in made:
+        w.tier.faults.resume()
+        w.tiering.close(5.0)
+
+
+def test_what_was_evicted_comes_back_from_below_whole_and_with_its_tier_named(world):
+    w = world()
+    for i in (1, 2, 3):
+        w.put(i)
+    w.forget()
+    assert w.lookup(1, 2, 3, 4) == ([], 3)
+    w.settle()
+    assert w.lookup(1, 2, 3, 4) == (["memory"] * 3, 0)
+    assert w.value("cache_tier_chunks_total", "memory", "up") == 3
+    assert w.value("cache_tier_bytes_total", "memory", "down") == 3 * 2 * SHARD
+    assert w.store.peek(key(1)).tag == b"tenant"
+
+
+def test_a_chunk_on_its_way_up_is_not_found_not_granted_and_not_pending(world):
+    w = world()
+    w.put(1)
+    w.forget()
+    w.tier.faults.stall()
+    assert w.lookup(1) == ([], 1)
+    assert w.store.lookup([key(1)], 2, 0.0) == (0, [], 0)
+    assert w.put(1) != GRANTED
+    w.tier.faults.resume()
+    w.settle()
+    assert w.lookup(1) == (["memory"], 0)
+    assert w.put(1) == EXISTS
+
+
+def test_the_run_goes_on_over_chunks_that_are_here_and_ends_at_the_first_that_is_nowhere(world):
+    w = world()
+    for i in (1, 2, 3, 5):
+        w.put(i)
+    w.forget()
+    w.put(2)
+    assert w.lookup(1, 2, 3, 4, 5) == ([], 2)
+    w.settle()
+    assert w.lookup(1, 2, 3, 4, 5) == (["memory", "dram", "memory"], 0)
+
+
+@pytest.mark.parametrize("trouble", ["flip", "error", "gone"])
+def test_what_cannot_be_read_is_a_miss_and_its_space_comes_back(world, trouble):
+    w = world()
+    w.put(1)
+    w.forget()
+    if trouble == "flip":
+        w.tier.corrupt(key(1), SHARD + 3)
+    if trouble == "gone":
+        w.tier.get = lambda *a: False
+    if trouble == "error":
+
+        def fail(*a):
+            raise ZeroDivisionError("somebody else's bug")
+
+        w.tier.get = fail
+    assert w.lookup(1) == ([], 1)
+    w.settle()
+    assert w.lookup(1) == ([], 0)
+    assert w.store.stats()["used_bytes"] == 0
+    assert w.value("cache_digest_failures_total", "memory") == (trouble == "flip")
+    assert w.tier.quarantined == ([key(1)] if trouble == "flip" else [])
+    assert w.put(1) == GRANTED
+
+
+def test_a_queue_that_is_full_drops_writes_and_holds_little(world):
+    w = world(max_queued=3)
+    w.tier.faults.stall()
+    for i in range(1, 9):
+        assert w.put(i, shards=1) == GRANTED
+    assert w.value("cache_tier_dropped_writes_total", "memory") >= 5
+    w.tier.faults.resume()
+    w.settle()
+    assert 1 <= w.tier.stats()["chunks"] <= 3
+    assert w.store.stats()["leases"] == 0
+    w.store.clear()
+    assert w.store.stats()["used_bytes"] == 0
+
+
+def test_a_chunk_being_written_down_is_not_evicted_and_its_space_not_reused(world):
+    w = world(pages=4)
+    w.tier.faults.stall()
+    w.put(1)  # all of the arena
+    assert w.put(11) != GRANTED
+    w.store.drop([key(1)], "cleared")
+    assert w.store.stats()["used_bytes"] == 4 * PAGE  # out of the index, the bytes still being read
+    assert w.put(11) != GRANTED
+    w.tier.faults.resume()
+    w.settle()
+    assert w.put(11) == GRANTED
+
+
+def test_writes_that_fail_are_counted_and_offered_again_when_the_chunk_is_used(world):
+    w = world(write="selective")
+    w.put(1)
+    w.settle()
+    assert w.tier.stats()["chunks"] == 0
+    w.tier.faults.fail_next = 1
+    w.tiering.used([w.store.peek(key(1))])
+    w.settle()
+    assert w.value("cache_tier_failures_total", "memory", "put", "error") == 1
+    w.tiering.used([w.store.peek(key(1))])
+    w.settle()
+    assert w.tier.stats()["chunks"] == 1
+    assert w.tier.touched == [key(1)] * 2
+
+
+def test_on_evict_writes_the_coldest_ahead_of_need_and_nothing_before(world):
+    w = world(write="on-evict")
+    for i in range(1, 5):
+        w.put(10 * i, shards=2)
+    w.tiering.relieve()
+    w.settle()
+    assert w.tier.stats()["chunks"] == 0
+    for i in range(5, 11):
+        w.put(10 * i, shards=2)  # 10 x 4 pages: full
+        w.tiering.relieve()
+    w.settle()
+    w.tiering.relieve()
+    w.settle()
+    assert w.store.stats()["used_bytes"] <= 36 * PAGE
+    assert w.tier.contains([key(10)])[0] is not None
+    assert w.lookup(10) == ([], 1)
+
+
+def test_a_tier_that_is_slow_is_not_promised_but_tried_one_at_a_time(world):
+    w = world()
+    for i in (1, 2, 3):
+        w.put(i)
+    w.forget()
+    w.lower.rate = 10.0
+    assert w.lookup(1, 2, 3) == ([], 0)
+    assert w.lower.up == 1
+    w.settle()
+    assert w.lookup(1, 2, 3)[0] == ["memory"]  # it came, and was quick: now the others are promised
+    assert w.lower.up >= 1
+
+
+def test_loads_are_bounded_by_a_share_of_the_arena(world):
+    w = world()
+    for i in range(1, 11):
+        w.put(i)
+    w.forget()
+    w.tier.faults.stall()
+    assert w.lookup(*range(1, 11)) == ([], 10)
+    assert w.store.stats()["used_bytes"] <= w.arena.size // 4 + 4 * PAGE
+    w.tier.faults.resume()
+    found = []
+    while len(found) < 10:
+        w.settle()
+        found, loading = w.lookup(*range(1, 11))
+        assert found or loading
+
+
+def test_a_prefix_longer_than_dram_ends_in_a_miss_not_in_waiting(world):
+    w = world(pages=8)
+    for i in range(1, 6):
+        w.put(i)
+        w.settle()
+        if i == 2:
+            w.store.drop([key(1), key(2)], "cleared")
+    w.forget()
+    for _ in range(20):
+        found, loading = w.lookup(1, 2, 3, 4, 5)
+        w.settle()
+        if not loading:
+            break
+    assert (found, loading) == (["memory"] * 2, 0)
+
+
+def test_remote_tiers_are_asked_in_the_background_and_answers_kept(world):
+    w = world(tier=MemoryTier())
+    w.put(1)
+    w.put(2)
+    w.forget()
+    asked = []
+    contains = w.tier.contains
+    w.tier.contains = lambda keys: asked.append(keys) or contains(keys)
+    assert w.lookup(1, 2, 3) == ([], 3)  # not known yet: worth asking again in a moment
+    w.turn(lambda: not w.tiering._known[key(3)].asking)
+    assert w.lookup(1, 2, 3) == ([], 2)
+    w.settle()
+    assert w.lookup(1, 2, 3) == (["memory"] * 2, 0)
+    assert w.lookup(1, 2, 3) == (["memory"] * 2, 0)
+    assert len(asked) == 1
+
+
+def test_a_remote_tier_that_does_not_answer_costs_a_moment(world, monkeypatch):
+    monkeypatch.setattr("pdserve.transfer.tiering.ASK_S", 0.05)
+    w = world(tier=MemoryTier())
+    w.tier.faults.stall()
+    assert w.lookup(1) == ([], 1)
+    time.sleep(0.06)
+    assert w.lookup(1) == ([], 0)
+
+
+def test_an_unknown_write_policy_is_refused_with_the_known_ones(world):
+    with pytest.raises(ValueError, match="write-through, on-evict, selective"):
+        world(write="sometimes")
+
+
+def test_chunks_left_in_the_arena_are_found_once_verified_and_wrong_ones_never(world):
+    w = world(pages=12)
+    w.put(1)
+    w.put(2)
+    w.settle()
+    chunks = [w.store.peek(key(i)) for i in (1, 2)]
+    left = [(c.record(), c.offset) for c in chunks]
+    again = world(pages=12)
+    again.arena[:] = w.arena
+    again.arena[left[1][1] + 5] ^= 1
+    overlapping = (left[0][0], left[0][1])
+    assert again.tiering.verify_in_place([*left, overlapping, (left[0][0], 1 << 40)]) == 2
+    assert again.lookup(1) == ([], 1)
+    again.turn(lambda: not again.tiering.recovering)
+    assert again.lookup(1) == (["dram"], 0)
+    assert again.lookup(2) == ([], 0)
+    assert again.store.stats()["used_bytes"] == 4 * PAGE
+    assert again.value("cache_recovered_chunks_total", "dropped") == 3
+    again.tiering.tick(time.monotonic())
+    assert again.lookup(1) == (["dram"], 0)
+
+
+def test_deleting_goes_down_to_the_tiers(world):
+    w = world()
+    w.put(1)
+    w.forget()
+    w.tiering.delete([key(1)])
+    w.turn(lambda: w.tier.stats()["chunks"] == 0)
+    assert w.lookup(1) == ([], 0)

@@ -1,0 +1,491 @@
+"""DRAM and what lies below it: chunks are written down after their commit and brought up when somebody asks for them.
+
+The store belongs to the daemon's loop, so everything here runs there, too, except the tiers' own calls, which run on a
+few threads for each tier and come back through `post`. Both ways are bounded, in number, bytes and time. A write that
+does not fit into its queue is dropped; a read that fails, comes late or brings wrong bytes is a miss. No engine waits
+for either longer than it has agreed to.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pdserve import kernels, log
+from pdserve.transfer import faults
+from pdserve.transfer.allocator import align
+from pdserve.transfer.store import Chunk, Store
+from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, Tier, TierError
+
+WRITE_POLICIES = ("write-through", "on-evict", "selective")
+#: a key that could not be brought up is not tried again for so long
+AGAIN_S = 1.0
+#: how long an answer of a remote tier about a key is good: that it has it, that it does not
+KNOWN_S, ABSENT_S = 30.0, 2.0
+#: how long a client is told to wait for such an answer
+ASK_S = 0.25
+#: a chunk that would take longer than this to arrive, by what the tier did lately, is not promised to anybody
+PROMISE_S = 5.0
+#: shares of the arena that may be on their way up, or kept from eviction because they are on their way down
+UP_SHARE, DOWN_SHARE = 4, 8
+#: `on-evict`: begins to write and evict ahead above the first share of the arena, stops at the second
+HIGH, LOW = 0.90, 0.80
+_LOG_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a tier is used."""
+
+    write: str = "write-through"
+    get_s: float = 10.0
+    put_s: float = 30.0
+    readers: int = 2
+    max_queued: int = 256
+
+
+@dataclass
+class _Load:
+    """A chunk on its way up."""
+
+    chunk: Chunk
+    record: ChunkRecord
+    deadline: float
+    promised: bool
+
+
+class Lower:
+    """One lower tier, its threads and what is queued for them. Counters belong to the loop."""
+
+    def __init__(self, tier: Tier, rules: Rules) -> None:
+        self.tier, self.rules = tier, rules
+        self.name = tier.name
+        #: contains() is so quick that the loop may ask
+        self.indexed: bool = getattr(tier, "indexed", False)
+        self.up = self.up_bytes = self.down = self.down_bytes = 0  # bytes of arena
+        self.rate = 100e6  # bytes/s up, as seen lately; the first guess is a slow disk's
+        self.idle_since = 0.0
+        self._ups: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._downs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_work, args=(jobs,), name=f"pdserve-{self.name}", daemon=True)
+            for jobs in [self._ups] * rules.readers + [self._downs]
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def call_up(self, job: Callable[[], None]) -> None:
+        self._ups.put(job)
+
+    def call_down(self, job: Callable[[], None]) -> None:
+        self._downs.put(job)
+
+    def seconds_for(self, size: int) -> float:
+        return (self.up_bytes + size) / self.rate
+
+    def close(self, deadline: float) -> None:
+        for _ in range(self.rules.readers):
+            self._ups.put(None)
+        self._downs.put(None)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self.tier.close()
+
+
+def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+
+
+class InPlace:
+    """The arena as an earlier daemon left it, as a tier: the bytes are where they belong and only need to be verified."""
+
+    name = "dram"
+    indexed = True
+
+    def contains(self, keys: list[bytes]) -> list[ChunkRecord | None]:
+        return [None] * len(keys)
+
+    def get(self, record: ChunkRecord, into: list[np.ndarray], deadline: float) -> bool:
+        return True
+
+    def put(self, record: ChunkRecord, payload: list[np.ndarray], deadline: float) -> bool:
+        return False
+
+    def delete(self, keys: list[bytes]) -> int:
+        return 0
+
+    def stats(self) -> dict[str, int | float | str]:
+        return {"chunks": 0, "used_bytes": 0, "capacity_bytes": 0, "state": "ok"}
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class _Known:
+    """What remote tiers said of a key."""
+
+    until: float
+    asking: int = 0
+    found: tuple[Lower, ChunkRecord] | None = None
+
+
+@dataclass
+class Tiering:
+    """The glue. `post` runs a function on the loop, from any thread; `arena` gives the arena's bytes."""
+
+    store: Store
+    arena: Callable[[], np.ndarray]
+    metrics: dict[str, Any]
+    post: Callable[[Callable[[], None]], object]
+    fault: faults.Fault = faults.none
+    lowers: list[Lower] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._log = log.get("tiers")
+        self._told: dict[tuple[str, str], float] = {}
+        self._not_before: dict[bytes, float] = {}
+        self._known: dict[bytes, _Known] = {}
+        self._loads: dict[bytes, _Load] = {}
+        self._closing = False
+        self._recovery: Lower | None = None
+        self.store.on_committed.append(self._committed)
+
+    def add(self, tier: Tier, rules: Rules) -> None:
+        """Tiers are asked in the order in which they are added."""
+        if rules.write not in WRITE_POLICIES:
+            raise ValueError(f"unknown write policy {rules.write!r}; known: {', '.join(WRITE_POLICIES)}")
+        self.lowers.append(Lower(tier, rules))
+
+    # ---- up ----
+
+    def loading(self, keys: list[bytes], now: float) -> int:
+        """How many of `keys`, up to the first that is nowhere, are on their way up; starts what is not yet.
+
+        Keys in between that are in DRAM already, or that an engine is writing, do not end the run.
+        """
+        if not self.lowers and self._recovery is None:
+            return 0
+        self._ask_remote(keys, now)
+        coming = 0
+        for key in keys:
+            chunk = self.store.peek(key)
+            if chunk is None:
+                if not self._start(key, now):
+                    break
+                coming += 1
+            elif chunk.internal:
+                load = self._loads.get(key)
+                if load is None or not load.promised or now > load.deadline:
+                    break
+                coming += 1
+        return coming
+
+    def verify_in_place(self, records: list[tuple[ChunkRecord, int]]) -> int:
+        """What the journal says is in the arena: found again once its digests are verified. Returns how many fitted."""
+        if not records:
+            return 0
+        self._recovery = Lower(InPlace(), Rules(readers=2))
+        placed = 0
+        for record, offset in records:
+            chunk = self.store.begin(record, "dram", float("inf"), offset)
+            if chunk is None:
+                self.metrics["cache_recovered_chunks_total"].labels("dropped").inc()
+                continue
+            placed += 1
+            self._read(self._recovery, _Load(chunk, record, float("inf"), True))
+        return placed
+
+    def _find(self, key: bytes) -> tuple[Lower, ChunkRecord] | None:
+        for lower in self.lowers:
+            if lower.indexed:
+                (record,) = lower.tier.contains([key])
+                if record is not None:
+                    return lower, record
+        known = self._known.get(key)
+        return known.found if known else None
+
+    def _start(self, key: bytes, now: float) -> bool:
+        """Begins to bring a chunk up; False when nobody should wait for it."""
+        if self._closing or self._not_before.get(key, 0.0) > now:
+            return False
+        found = self._find(key)
+        if found is None:
+            known = self._known.get(key)
+            return known is not None and known.asking > 0 and now < known.until
+        lower, record = found
+        size = align(record.shard_bytes) * len(record.digests)
+        promised = lower.seconds_for(size) <= PROMISE_S
+        if lower.up_bytes and lower.up_bytes + size > self.store.allocator.capacity // UP_SHARE:
+            return promised  # its turn comes when others have arrived
+        if not promised and lower.up:
+            return False  # one at a time shows whether the tier has become faster
+        chunk = self.store.begin(record, lower.name, now)
+        if chunk is None:
+            self._not_before[key] = now + AGAIN_S
+            self.metrics["cache_tier_failures_total"].labels(lower.name, "get", "no_room").inc()
+            return False
+        self.fault("promote.begin")
+        chunk.below.add(lower.name)
+        self._read(lower, _Load(chunk, record, now + lower.rules.get_s, promised))
+        return promised
+
+    def _read(self, lower: Lower, load: _Load) -> None:
+        self._loads[load.record.key] = load
+        lower.up += 1
+        lower.up_bytes += load.chunk.size
+        into = self._shards(load.chunk)
+        lower.call_up(lambda: self._read_on_thread(lower, load, into))
+
+    def _read_on_thread(self, lower: Lower, load: _Load, into: list[np.ndarray]) -> None:
+        started = time.monotonic()
+        outcome, why = "", ""
+        try:
+            if started > load.deadline:
+                outcome = "late"
+            elif not lower.tier.get(load.record, into, load.deadline):
+                outcome = "gone"
+            else:
+                self.fault("promote.read")
+                if [kernels.digest(shard) for shard in into] != load.record.digests:
+                    outcome, why = "corrupt", "the bytes do not match their digest"
+                    getattr(lower.tier, "quarantine", lambda key: lower.tier.delete([key]))(load.record.key)
+        except CorruptChunk as e:
+            outcome, why = "corrupt", str(e)
+        except TierError as e:
+            outcome, why = ("late" if time.monotonic() > load.deadline else "error"), str(e)
+        except Exception as e:  # noqa: BLE001 - a tier is somebody else's code: whatever it was, it is a miss
+            outcome, why = "error", f"{type(e).__name__}: {e}"
+        seconds = time.monotonic() - started
+        self.post(lambda: self._read_done(lower, load, outcome, why, seconds))
+
+    def _read_done(self, lower: Lower, load: _Load, outcome: str, why: str, seconds: float) -> None:
+        size, key = load.record.payload_bytes, load.record.key
+        self._loads.pop(key, None)
+        lower.up -= 1
+        lower.up_bytes -= load.chunk.size
+        if lower is self._recovery:
+            self.metrics["cache_recovered_chunks_total"].labels("dropped" if outcome else "kept").inc()
+        else:
+            self.metrics["cache_tier_seconds"].labels(lower.name, "get").observe(seconds)
+            if outcome != "gone":
+                # Failures count as slow, so that a tier that only fails is not promised from either.
+                rate = 0.0 if outcome else size * lower.rules.readers / max(seconds, 1e-6)
+                lower.rate = max(1.0, 0.7 * lower.rate + 0.3 * rate)
+        if outcome:
+            self._not_before[key] = time.monotonic() + AGAIN_S
+            self._failed(lower.name, "get", outcome, f"{why} (key {key.hex()[:16]})")
+            self.store.discard(load.chunk)
+            return
+        self.fault("promote.publish")
+        if self.store.publish(load.chunk, load.record.digests) and lower is not self._recovery:
+            self.metrics["cache_tier_chunks_total"].labels(lower.name, "up").inc()
+            self.metrics["cache_tier_bytes_total"].labels(lower.name, "up").inc(size)
+
+    # ---- asking remote tiers what they have ----
+
+    def _ask_remote(self, keys: list[bytes], now: float) -> None:
+        remotes = [lower for lower in self.lowers if not lower.indexed]
+        if not remotes or self._closing:
+            return
+        unknown = [
+            key
+            for key in keys
+            if ((known := self._known.get(key)) is None or (known.until < now and not known.asking))
+            and self.store.peek(key) is None
+        ]
+        if not unknown:
+            return
+        for key in unknown:
+            self._known[key] = _Known(now + ASK_S, len(remotes))
+        for lower in remotes:
+            lower.call_up(lambda lower=lower: self._ask_on_thread(lower, unknown))  # type: ignore[misc]
+
+    def _ask_on_thread(self, lower: Lower, keys: list[bytes]) -> None:
+        started = time.monotonic()
+        records: list[ChunkRecord | None] = [None] * len(keys)
+        why = ""
+        try:
+            records = lower.tier.contains(keys)
+        except TierError as e:
+            why = str(e)
+        except Exception as e:  # noqa: BLE001 - as in _read_on_thread
+            why = f"{type(e).__name__}: {e}"
+        seconds = time.monotonic() - started
+        self.post(lambda: self._answered(lower, keys, records, why, seconds))
+
+    def _answered(
+        self, lower: Lower, keys: list[bytes], records: list[ChunkRecord | None], why: str, seconds: float
+    ) -> None:
+        self.metrics["cache_tier_seconds"].labels(lower.name, "contains").observe(seconds)
+        if why:
+            self._failed(lower.name, "contains", "error", why)
+        now = time.monotonic()
+        for key, record in zip(keys, records, strict=True):
+            known = self._known.get(key)
+            if known is None:
+                continue
+            known.asking -= 1
+            if record is not None and known.found is None:
+                known.found = (lower, record)
+            known.until = now + (KNOWN_S if known.found else ABSENT_S if not known.asking else ASK_S)
+
+    # ---- down ----
+
+    def _committed(self, chunk: Chunk) -> None:
+        for lower in self.lowers:
+            if lower.rules.write == "write-through":
+                self._offer(lower, chunk)
+
+    def used(self, chunks: list[Chunk]) -> None:
+        """A client has loaded these from DRAM."""
+        for lower in self.lowers:
+            if lower.rules.write == "selective":
+                for chunk in chunks:
+                    if chunk.committed and not chunk.dead:
+                        self._offer(lower, chunk)
+            touch = getattr(lower.tier, "touch", None)
+            if touch is not None:
+                touch([c.key for c in reversed(chunks)])  # the root last: it must not go before its children
+
+    def relieve(self) -> None:
+        """`on-evict`: above the high mark, what would go next is written down and evicted ahead of need."""
+        lowers = [lower for lower in self.lowers if lower.rules.write == "on-evict"]
+        capacity = self.store.allocator.capacity
+        if not lowers or self.store.allocator.used <= HIGH * capacity:
+            return
+        # A chunk that is being written is held, so the next victim is another one.
+        while (victim := self.store.victim()) is not None and not victim.leases:
+            if not any([self._offer(lower, victim) for lower in lowers]):
+                break
+            if not victim.leases:  # all of them have it already
+                self._evict_ahead(victim)
+                if self.store.allocator.used <= LOW * capacity:
+                    break
+
+    def _evict_ahead(self, chunk: Chunk) -> None:
+        if not chunk.dead and not chunk.leases and self.store.allocator.used > LOW * self.store.allocator.capacity:
+            self.store.drop([chunk.key], "capacity")
+
+    def _offer(self, lower: Lower, chunk: Chunk) -> bool:
+        """Queues the chunk for the tier; False when it was dropped instead."""
+        if lower.name in chunk.below:
+            return True
+        if lower.indexed and lower.tier.contains([chunk.key])[0] is not None:
+            chunk.below.add(lower.name)
+            return True
+        size = chunk.size
+        limit = self.store.allocator.capacity // DOWN_SHARE
+        if self._closing or lower.down >= lower.rules.max_queued or (lower.down and lower.down_bytes + size > limit):
+            self.metrics["cache_tier_dropped_writes_total"].labels(lower.name).inc()
+            return False
+        self.store.hold(chunk)
+        chunk.below.add(lower.name)
+        lower.down += 1
+        lower.down_bytes += size
+        record, shards, uses = chunk.record(), self._shards(chunk), chunk.uses
+        lower.call_down(lambda: self._write_on_thread(lower, chunk, record, shards, uses))
+        return True
+
+    def _write_on_thread(
+        self, lower: Lower, chunk: Chunk, record: ChunkRecord, shards: list[np.ndarray], uses: int
+    ) -> None:
+        started = time.monotonic()
+        outcome, why = "", ""
+        try:
+            if not lower.tier.put(record, shards, started + lower.rules.put_s):
+                outcome = "refused"
+        except TierError as e:
+            outcome, why = "error", str(e)
+        except Exception as e:  # noqa: BLE001 - as in _read_on_thread
+            outcome, why = "error", f"{type(e).__name__}: {e}"
+        seconds = time.monotonic() - started
+        self.post(lambda: self._write_done(lower, chunk, outcome, why, seconds, uses))
+
+    def _write_done(self, lower: Lower, chunk: Chunk, outcome: str, why: str, seconds: float, uses: int) -> None:
+        lower.down -= 1
+        lower.down_bytes -= chunk.size
+        self.store.unhold(chunk)
+        self.metrics["cache_tier_seconds"].labels(lower.name, "put").observe(seconds)
+        if outcome:
+            chunk.below.discard(lower.name)
+            self._failed(lower.name, "put", outcome, why)
+            return
+        self.metrics["cache_tier_chunks_total"].labels(lower.name, "down").inc()
+        self.metrics["cache_tier_bytes_total"].labels(lower.name, "down").inc(chunk.payload_bytes)
+        if lower.rules.write == "on-evict" and chunk.uses == uses:
+            self._evict_ahead(chunk)
+
+    # ---- forgetting, looking, ending ----
+
+    def delete(self, keys: list[bytes]) -> None:
+        """From every lower tier, on their threads; what is on its way up arrives and is dropped by whoever asked for this."""
+        for lower in self.lowers:
+            lower.call_down(lambda lower=lower: self._delete_on_thread(lower, keys))  # type: ignore[misc]
+        for key in keys:
+            self._known.pop(key, None)
+
+    def _delete_on_thread(self, lower: Lower, keys: list[bytes]) -> None:
+        try:
+            lower.tier.delete(keys)
+        except Exception as e:  # noqa: BLE001 - as in _read_on_thread
+            why = f"{type(e).__name__}: {e}"
+            self.post(lambda: self._failed(lower.name, "delete", "error", why))
+
+    def tick(self, now: float) -> None:
+        """About once a second: forgets what is out of date."""
+        self._not_before = {k: t for k, t in self._not_before.items() if t > now}
+        self._known = {k: v for k, v in self._known.items() if v.until > now or v.asking}
+        for lower in self.lowers:
+            if not lower.up and lower.rate < 10e6:
+                lower.rate *= 1.5  # a tier that failed gets its chance again by and by
+        if self._recovery is not None and not self._recovery.up:
+            recovery, self._recovery = self._recovery, None
+            recovery.close(now + 1.0)
+            self._log.info("every chunk that was left in the arena is verified")
+        self.relieve()
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        return {
+            lower.name: {
+                **lower.tier.stats(),
+                "write": lower.rules.write,
+                "queued_up": lower.up,
+                "queued_down": lower.down,
+            }
+            for lower in self.lowers
+        }
+
+    @property
+    def recovering(self) -> int:
+        return self._recovery.up if self._recovery else 0
+
+    def close(self, drain_s: float) -> None:
+        """Ends the threads; what is queued to be written gets `drain_s` seconds. The loop need not run any more."""
+        self._closing = True
+        deadline = time.monotonic() + drain_s
+        for lower in [*self.lowers, *([self._recovery] if self._recovery else [])]:
+            lower.close(deadline)
+
+    def _shards(self, chunk: Chunk) -> list[np.ndarray]:
+        whole = self.arena()
+        starts = [chunk.offset + i * chunk.stride for i in range(len(chunk.digests))]
+        return [whole[start : start + chunk.shard_bytes] for start in starts]
+
+    def _failed(self, tier: str, op: str, reason: str, why: str) -> None:
+        self.metrics["cache_tier_failures_total"].labels(tier, op, reason).inc()
+        if reason == "corrupt":
+            self.metrics["cache_digest_failures_total"].labels(tier).inc()
+            self._log.error("digest mismatch in %s, dropped: %s", tier, why)
+            return
+        now = time.monotonic()
+        if why and self._told.get((tier, op), 0.0) < now:
+            self._told[tier, op] = now + _LOG_EVERY_S
+            self._log.warning("%s of tier %s did not succeed (%s): %s", op, tier, reason, why)
