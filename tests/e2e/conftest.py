@@ -100,7 +100,8 @@ class Deployment:
         return {p["name"]: p for p in deployment["processes"]}
 
     def pid(self, name: str) -> int:
-        return int(self.processes()[name]["pid"])
+        """0 while there is none."""
+        return int(self.processes()[name]["pid"] or 0)
 
     def metric(self, role: str, name: str, **labels: str) -> float:
         """A metric summed over the engines of a role."""
