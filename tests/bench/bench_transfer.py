@@ -19,6 +19,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,7 @@ class Daemon:
         self.process.wait(20)
 
 
-def copies(client: CacheClient, rounds: int) -> list[dict[str, object]]:
+def copies(client: CacheClient, rounds: int) -> list[dict[str, Any]]:
     """Twelve chunks of 256 tokens between scattered engine blocks and the arena, and the same bytes by np.copyto."""
     assert client.arena is not None
     chunks = 12
@@ -110,31 +111,17 @@ def copies(client: CacheClient, rounds: int) -> list[dict[str, object]]:
     )
     speed = {name: chunks * SHARD / s / 1e9 for name, s in seconds.items()}
     return [
-        {
-            "what": "store: gather + digest + copy",
-            "unit": "GB/s",
-            "value": speed["store"],
-            "baseline": speed["memcpy_in"],
-            "baseline_is": "memcpy",
-        },
-        {
-            "what": "load: copy + digest + scatter",
-            "unit": "GB/s",
-            "value": speed["load"],
-            "baseline": speed["memcpy_out"],
-            "baseline_is": "memcpy",
-        },
-        {
-            "what": "digest alone",
-            "unit": "GB/s",
-            "value": speed["digest"],
-            "baseline": speed["memcpy_in"],
-            "baseline_is": "memcpy",
-        },
+        row("store: gather + digest + copy", "GB/s", speed["store"], "memcpy", speed["memcpy_in"]),
+        row("load: copy + digest + scatter", "GB/s", speed["load"], "memcpy", speed["memcpy_out"]),
+        row("digest alone", "GB/s", speed["digest"], "memcpy", speed["memcpy_in"]),
     ]
 
 
-def requests(client: CacheClient, rounds: int, count: int = 400) -> list[dict[str, object]]:
+def row(what: str, unit: str, value: float, baseline_is: str, baseline: float) -> dict[str, Any]:
+    return {"what": what, "unit": unit, "value": value, "baseline_is": baseline_is, "baseline": baseline}
+
+
+def requests(client: CacheClient, rounds: int, count: int = 400) -> list[dict[str, Any]]:
     """A prompt of 100k tokens: 400 chunks in one round trip, beside an empty one."""
     keys = [i.to_bytes(32, "big") for i in range(1, count + 1)]
     items = [wire.ReserveItem(k, keys[i - 1] if i else b"", 0, 1, 4096, 256) for i, k in enumerate(keys)]
@@ -165,19 +152,13 @@ def requests(client: CacheClient, rounds: int, count: int = 400) -> list[dict[st
     def at(name: str, share: float) -> float:
         return sorted(times[name])[int(share * (len(times[name]) - 1))] * 1000
 
-    rows: list[dict[str, object]] = []
-    for name, label in (("lookup", f"lookup of {count} chunks"), ("store", f"reserve + commit of {count} chunks")):
-        for share, p in ((0.5, "p50"), (0.99, "p99")):
-            rows.append(
-                {
-                    "what": f"{label}, {p}",
-                    "unit": "ms",
-                    "value": at(name, share),
-                    "baseline": at("ping", share),
-                    "baseline_is": f"ping {p}",
-                }
-            )
-    return rows
+    labels = {"lookup": f"lookup of {count} chunks", "store": f"reserve + commit of {count} chunks"}
+    shares = {"p50": 0.5, "p99": 0.99}
+    return [
+        row(f"{label}, {p}", "ms", at(name, share), f"ping {p}", at("ping", share))
+        for name, label in labels.items()
+        for p, share in shares.items()
+    ]
 
 
 def main() -> int:
@@ -195,12 +176,13 @@ def main() -> int:
             client.close()
             daemon.stop()
     print(
-        f"kernels: {kernels.path()[0]}; {platform.processor() or platform.machine()}, {platform.python_version()}; medians of {args.rounds} rounds"
+        f"kernels: {kernels.path()[0]}; {platform.machine()}, Python {platform.python_version()}; medians of {args.rounds} rounds"
     )
-    for row in rows:
+    for r in rows:
+        ratio = r["value"] / r["baseline"]
         print(
-            f"{row['what']:36} {row['value']:9.2f} {row['unit']:5} {row['baseline_is']:>9} {row['baseline']:9.2f}   x {row['value'] / row['baseline']:.2f}"
-        )  # type: ignore[operator]
+            f"{r['what']:36} {r['value']:9.2f} {r['unit']:5} {r['baseline_is']:>9} {r['baseline']:9.2f}   x {ratio:.2f}"
+        )
     if args.json:
         args.json.write_text(json.dumps({"command": " ".join(sys.argv), "rows": rows}, indent=1))
     return 0
