@@ -8,6 +8,7 @@ times. Stop: proxy first, so that no new request meets a half-stopped deployment
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -245,8 +246,11 @@ class Supervisor:
             self.deployment.state = "ready"
         elif self.deployment.state == "ready" and not all_ready:
             self.deployment.state = "degraded"
-        state.write(self.deployment)
-        self.on_change(self.deployment)
+        # A full disk or a closed terminal must not keep us from taking processes down.
+        with contextlib.suppress(OSError):
+            state.write(self.deployment)
+        with contextlib.suppress(OSError):
+            self.on_change(self.deployment)
 
 
 def _record(process: Process) -> state.ProcessRecord:

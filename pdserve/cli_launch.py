@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -145,9 +146,10 @@ async def _run(plan: Plan, args: argparse.Namespace, watch: Watch) -> int:
         loop.add_signal_handler(number, supervisor.stop)
 
     async def tick() -> None:
-        while True:
-            watch.show(supervisor.deployment)
-            await asyncio.sleep(_TICK)
+        with contextlib.suppress(OSError):  # the terminal is gone; SIGHUP tells the supervisor
+            while True:
+                watch.show(supervisor.deployment)
+                await asyncio.sleep(_TICK)
 
     ticking = asyncio.create_task(tick())
     try:

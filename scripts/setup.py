@@ -297,11 +297,13 @@ def run(title: str, command: list[str], environment: dict[str, str] | None = Non
 
 
 def _collect(process: subprocess.Popen[str], lines: deque[str]) -> None:
-    for line in process.stdout or ():
-        text = line.strip()
-        # pip repeats for every package that a local index does not have it; bars come without a name.
-        if text and not text.startswith(("WARNING: Location", "━")):
-            lines.append(text)
+    assert process.stdout
+    with process.stdout as output:
+        for line in output:
+            text = line.strip()
+            # pip repeats for every package that a local index does not have it; bars come without a name.
+            if text and not text.startswith(("WARNING: Location", "━")):
+                lines.append(text)
 
 
 def advice(lines: deque[str]) -> str:

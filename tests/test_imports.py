@@ -44,6 +44,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.transfer": (CORE, "pdserve.transfer", "blake3", "msgspec", "numpy", "prometheus_client", "uvloop"),
     "pdserve.transfer.daemon": (CORE, "pdserve.transfer", "msgspec", "numpy", "prometheus_client", *WEB),
     "pdserve.transfer.admin": (CORE, "pdserve.transfer", "prometheus_client", *WEB),
+    # Kept chunks are checked by their digest, and kernels says what a digest is.
+    "pdserve.transfer.tiering": (CORE, "pdserve.transfer", "pdserve.kernels", "msgspec", "numpy", "prometheus_client"),
+    "pdserve.transfer.tiers": (CORE, "pdserve.transfer", "pdserve.kernels", "blake3", "msgspec", "numpy"),
     "pdserve.transfer.staging": (CORE, "pdserve.transfer", "pdserve.kernels", "torch", "numpy"),
     "pdserve.kernels": ("pdserve.kernels", "torch", "numpy"),
     "pdserve.proxy": (CORE, "pdserve.proxy", "msgspec", "prometheus_client", *WEB),

@@ -212,6 +212,22 @@ def test_what_does_not_listen_is_killed(make_plan: Make) -> None:
     assert alive(asyncio.run(story())) == []
 
 
+def test_a_full_disk_and_a_closed_terminal_do_not_keep_processes_alive(
+    make_plan: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def story() -> list[int]:
+        async with running(make_plan(cache="ok", left="ok")) as run:
+            await run.ready()
+            monkeypatch.setattr(state, "write", full)
+            run.supervisor.on_change = full
+            return run.family()
+
+    assert alive(asyncio.run(story())) == []
+
+
 def test_stop_while_starting(make_plan: Make) -> None:
     async def story() -> None:
         async with running(make_plan(cache="ok", left="silent")) as run:
