@@ -96,6 +96,14 @@ class World:
             self.store.release(lease, 9)
         return [f.tier for f in found], self.tiering.loading(keys[len(found) :], time.monotonic())
 
+    def fetch(self, *ids):
+        """Asks until nothing is on its way any more."""
+        found, loading = self.lookup(*ids)
+        while loading:
+            self.settle()
+            found, loading = self.lookup(*ids)
+        return found
+
     def forget(self):
         """DRAM is emptied, the tier is not."""
         self.settle()
@@ -126,8 +134,7 @@ def test_what_was_evicted_comes_back_from_below_whole_and_with_its_tier_named(wo
         w.put(i)
     w.forget()
     assert w.lookup(1, 2, 3, 4) == ([], 3)
-    w.settle()
-    assert w.lookup(1, 2, 3, 4) == (["memory"] * 3, 0)
+    assert w.fetch(1, 2, 3, 4) == ["memory"] * 3
     assert w.value("cache_tier_chunks_total", "memory", "up") == 3
     assert w.value("cache_tier_bytes_total", "memory", "down") == 3 * 2 * SHARD
     assert w.store.peek(key(1)).tag == b"tenant"
