@@ -117,14 +117,21 @@ async def first_events(answer: Answer, cutter: EventCutter, wait: float) -> byte
 
 
 async def stream(
-    answer: Answer, first: bytes, cutter: EventCutter, client: Client, needs_done: bool, gap: float
+    answer: Answer,
+    first: bytes,
+    cutter: EventCutter,
+    client: Client,
+    needs_done: bool,
+    gap: float,
+    edit: Callable[[bytes], bytes] | None = None,
 ) -> None:
-    """Passes the stream on, `first` included, to its orderly end. Raises LegFailure if the engine breaks off."""
+    """Passes the stream on, `first` included, to its orderly end; `edit` changes whole events on their way.
+    Raises LegFailure if the engine breaks off."""
     if first:
-        await client.events(first)
+        await client.events(edit(first) if edit else first)
     while data := await answer.chunk(gap):
         if whole := cutter.feed(data):
-            await client.events(whole)
+            await client.events(edit(whole) if edit else whole)
     if needs_done and not cutter.done:
         raise LegFailure(502, "it ended the stream early", answer.instance, "broken")
     await client.end(cutter.rest)

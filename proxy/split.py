@@ -51,6 +51,7 @@ class Exchange:
     route: str = "local"
     prefill: str = ""
     decode: str = ""
+    cached: int | None = None  # tokens of the prompt that the producer reused, where it said so
 
     def tell_route(self, why: str = "") -> None:
         """Sets the answer's x-pdserve headers to what was done so far."""
@@ -77,6 +78,8 @@ class Splitter:
             handover, why = await self._prefill(exchange, ask)
         exchange.route = "local" if why else "pd"
         exchange.client.lifetime.on(Event.DECODE)
+        if handover is not None:
+            exchange.cached = self._dialect.cached_tokens(handover)
         body = self._dialect.decode_body(exchange.endpoint, ask.body, handover)
         await self._decode(exchange, body, why)
 
@@ -174,7 +177,7 @@ class Splitter:
             bound.reschedule(None)
             await client.start(answer.status, openai.headers_out(answer.headers))
             needs_done = exchange.endpoint in openai.SPLIT
-            await relay.stream(answer, first, cutter, client, needs_done, self._deadlines.event)
+            await relay.stream(answer, first, cutter, client, needs_done, self._deadlines.event, self._edit(exchange))
             client.lifetime.on(Event.END)
 
     async def _answer_whole(self, instance: Instance, exchange: Exchange, answer: Answer, body: bytes) -> None:
@@ -189,8 +192,14 @@ class Splitter:
             if shaped is not body:
                 headers = [h for h in headers if h[0] != b"content-type"] + [(b"content-type", openai.JSON)]
             body = shaped
+        elif edit := self._edit(exchange):
+            body = edit(body)
         await exchange.client.whole(answer.status, headers, body)
         exchange.client.lifetime.on(Event.END)
+
+    def _edit(self, exchange: Exchange) -> Callable[[bytes], bytes] | None:
+        cached, tell = exchange.cached, self._dialect.tell_cached
+        return None if cached is None else lambda data: tell(data, cached)
 
     @contextlib.asynccontextmanager
     async def _timed(self, instance: Instance, when: float) -> AsyncIterator[asyncio.Timeout]:

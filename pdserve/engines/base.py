@@ -40,6 +40,13 @@ class Dialect(Protocol):
         """The client's own body plus the handover. Without a handover and without fields that only the proxy may set,
         the very bytes of the client."""
 
+    def cached_tokens(self, handover: bytes) -> int | None:
+        """How much of the prompt the producer did not have to compute; None if the handover does not say."""
+
+    def tell_cached(self, data: bytes, tokens: int) -> bytes:
+        """An answer, or whole events of one, with `tokens` as the number of cached tokens where it tells any. No other
+        byte is changed."""
+
 
 class Command(Protocol):
     """How an engine process is started. Pure: topology in, words out."""

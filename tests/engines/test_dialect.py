@@ -151,3 +151,43 @@ def test_the_handover_is_verbatim(reply: bytes, expected: bytes | None) -> None:
 def test_a_reply_that_is_none_is_an_error(reply: bytes) -> None:
     with pytest.raises(ValueError, match="prefill reply"):
         dialect.read_handover(reply)
+
+
+@pytest.mark.parametrize(
+    ("handover", "expected"),
+    [
+        (b'{"pdserve.cached_tokens": 12, "x": [1]}', 12),
+        (b'{"pdserve.cached_tokens": 0}', 0),
+        (b"{}", None),
+        (b'{"pdserve.cached_tokens": null}', None),
+        (b'{"pdserve.cached_tokens": -1}', None),
+        (b'{"pdserve.cached_tokens": true}', None),
+        (b'{"pdserve.cached_tokens": {"gpu": 1}}', None),
+        (b"[]", None),
+    ],
+)
+def test_what_the_producer_says_it_had_cached(handover: bytes, expected: int | None) -> None:
+    assert dialect.cached_tokens(handover) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            b'{"usage":{"prompt_tokens_details":{"cached_tokens":99}}}',
+            b'{"usage":{"prompt_tokens_details":{"cached_tokens":7}}}',
+        ),
+        (
+            b'{"prompt_tokens_details": {"cached_tokens": null, "multimodal_tokens": {"image": 3}}}',
+            b'{"prompt_tokens_details": {"cached_tokens": 7, "multimodal_tokens": {"image": 3}}}',
+        ),
+        (b'{"prompt_tokens_details":null}', b'{"prompt_tokens_details":{"cached_tokens":7}}'),
+        (b'{"usage":{"prompt_tokens":5}}', b'{"usage":{"prompt_tokens":5}}'),
+        (
+            b'{"text":"\\"prompt_tokens_details\\":{\\"cached_tokens\\":99}"}',
+            b'{"text":"\\"prompt_tokens_details\\":{\\"cached_tokens\\":99}"}',
+        ),
+    ],
+)
+def test_cached_tokens_are_told_and_nothing_else_is_changed(said: bytes, told: bytes) -> None:
+    assert dialect.tell_cached(said, 7) == told

@@ -131,6 +131,18 @@ async def test_a_producer_without_handover_is_still_a_pd_route(rig: Any) -> None
         assert r.d.seen[0].raw == raw
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_cached_tokens_are_the_producers(stream: bool, rig: Any) -> None:
+    async with rig() as r:
+        r.p.cached_tokens = 2
+        extra = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        reply = await r.complete(max_tokens=3, prompt="a b c d e", **extra)
+        usage = reply.events()[-2]["usage"] if stream else reply.json()["usage"]
+        assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+        local = await r.complete(max_tokens=3, prompt=["a b", "c d e"])
+        assert local.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
 async def test_round_robin_over_producers_and_consumers(rig: Any) -> None:
     async with rig(producers=2, consumers=3) as r:
         names = [

@@ -84,7 +84,8 @@ class Job:
             return None
         return {
             "do_remote_prefill": True, "do_remote_decode": False, "pdserve.transfer_id": f"t-{self.id}",
-            "pdserve.num_tokens": self.prompt_tokens, "pdserve.source": self.engine.name, "remote_block_ids": [[1, 2]],
+            "pdserve.num_tokens": self.prompt_tokens, "pdserve.source": self.engine.name,
+            "pdserve.cached_tokens": self.engine.cached_tokens, "remote_block_ids": [[1, 2]],
         }  # fmt: skip
 
     async def events(self) -> AsyncIterator[bytes]:

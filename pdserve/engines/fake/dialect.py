@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from pdserve.engines.vllm.dialect import decode_body, prefill_body, read_handover, together, why_local
+from pdserve.engines.vllm.dialect import (
+    cached_tokens,
+    decode_body,
+    prefill_body,
+    read_handover,
+    tell_cached,
+    together,
+    why_local,
+)
 
-__all__ = ["decode_body", "prefill_body", "read_handover", "together", "why_local"]
+__all__ = ["cached_tokens", "decode_body", "prefill_body", "read_handover", "tell_cached", "together", "why_local"]

@@ -85,6 +85,7 @@ class FakeEngine:
     max_tokens: int = 8  # when the request does not say
     max_model_len: int = 4096
     hands_over: bool = True
+    cached_tokens: int = 0  # what a producer says that it had cached
     healthy: bool = True
     faults: deque[Fault | None] = field(default_factory=deque)  # one for each coming POST; None lets it be
     always: Fault | None = None

@@ -8,6 +8,7 @@ shapes the *prompt* stays: tools, chat template arguments, documents, truncation
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import msgspec
@@ -32,11 +33,20 @@ _ANSWER_ONLY: Final = frozenset(
 )  # fmt: skip
 
 
+# In JSON text a quote that belongs to a value is escaped, so these bytes can only be the key itself.
+_CACHED: Final = re.compile(rb'("prompt_tokens_details"\s*:\s*)(?:null|(\{\s*"cached_tokens"\s*:\s*)(?:\d+|null))')
+
+
+class _Handover(msgspec.Struct):
+    cached: object = msgspec.field(name="pdserve.cached_tokens", default=None)
+
+
 class _Reply(msgspec.Struct):
     kv_transfer_params: msgspec.Raw = msgspec.Raw(b"")
 
 
 _reply = msgspec.json.Decoder(_Reply)
+_handover = msgspec.json.Decoder(_Handover)
 
 
 def why_local(endpoint: str, body: Body) -> str | None:
@@ -90,6 +100,28 @@ def decode_body(endpoint: str, body: Body, handover: bytes | None) -> bytes:
     if handover is not None:
         return body.edited({PARAMS: handover})
     return body.edited({}, remove=(PARAMS,)) if PARAMS in body else body.raw
+
+
+def cached_tokens(handover: bytes) -> int | None:
+    """Our connector's word for what the producer found cached. The consumer itself counts everything it was handed."""
+    try:
+        told = _handover.decode(handover).cached
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    return told if isinstance(told, int) and not isinstance(told, bool) and told >= 0 else None
+
+
+def tell_cached(data: bytes, tokens: int) -> bytes:
+    """vLLM has the details only where it was asked for them; what has none gets none."""
+    if b'"prompt_tokens_details"' not in data:
+        return data
+
+    def put(found: re.Match[bytes]) -> bytes:
+        if found[2]:
+            return b"%b%b%d" % (found[1], found[2], tokens)
+        return b'%b{"cached_tokens":%d}' % (found[1], tokens)
+
+    return _CACHED.sub(put, data)
 
 
 def _several_prompts(prompt: bytes | None) -> bool:
