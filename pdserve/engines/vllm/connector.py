@@ -28,6 +28,8 @@ from pdserve.errors import CacheError, ConfigError
 from pdserve.transfer.client import CacheClient
 
 T = TypeVar("T")
+Results = tuple[set[str], set[str], set[str], set[int]]
+Match = tuple[int | None, bool]
 #: vLLM before 0.27 has no such class: failures are reported by block, through get_finished
 TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
 
@@ -136,9 +138,10 @@ class PdserveConnector(KVConnectorBase_V1):
         worker = self._worker
         return self._fenced("reporting", worker.report, None) if worker is not None else None
 
-    def _finished(self) -> tuple[set[str], set[str], set[str], set[int]]:
+    def _finished(self) -> Results:
         assert self._worker is not None
-        return self._fenced("collecting results", self._worker.finished, (set(), set(), set(), set()))
+        nothing: Results = (set(), set(), set(), set())
+        return self._fenced("collecting results", self._worker.finished, nothing)
 
     def _plan(self) -> StepPlan | None:
         plan = self._connector_metadata
@@ -146,10 +149,11 @@ class PdserveConnector(KVConnectorBase_V1):
 
     # ---- scheduler ----
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> Match:
         scheduler = self._scheduler
         assert scheduler is not None
-        return self._fenced("looking up", lambda: scheduler.matched(request, num_computed_tokens), (0, False))
+        miss: Match = (0, False)
+        return self._fenced("looking up", lambda: scheduler.matched(request, num_computed_tokens), miss)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self._scheduler is not None
