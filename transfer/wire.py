@@ -35,20 +35,20 @@ class _Message(msgspec.Struct, array_like=True, frozen=True):
 # ---- what a client says ----
 
 
-class Hello(_Message, tag=1):
+class Hello(_Message, frozen=True, tag=1):
     version: int
     name: Name
     pid: int
 
 
-class Lookup(_Message, tag=2):
+class Lookup(_Message, frozen=True, tag=2):
     """Longest committed run from the first key on. What is found stays pinned until the lease is released or ends."""
 
     id: Id
     keys: Annotated[list[Key], msgspec.Meta(max_length=MAX_ITEMS)]
 
 
-class ReserveItem(_Message):
+class ReserveItem(_Message, frozen=True):
     key: Key
     #: key of the chunk before it, empty for the first: a parent outlives its children
     parent: OptionalKey
@@ -64,7 +64,7 @@ class ReserveItem(_Message):
             raise ValueError(f"shard {self.shard} of {self.shards}")
 
 
-class Reserve(_Message, tag=3):
+class Reserve(_Message, frozen=True, tag=3):
     """Space for chunks. `writer` names the engine: its workers fill the shards of one chunk together."""
 
     id: Id
@@ -72,24 +72,24 @@ class Reserve(_Message, tag=3):
     items: Annotated[list[ReserveItem], msgspec.Meta(max_length=MAX_ITEMS)]
 
 
-class CommitItem(_Message):
+class CommitItem(_Message, frozen=True):
     reservation: Id
     digest: U64
 
 
-class Commit(_Message, tag=4):
+class Commit(_Message, frozen=True, tag=4):
     """The bytes are written. A chunk becomes visible when all its shards are."""
 
     id: Id
     items: Annotated[list[CommitItem], msgspec.Meta(max_length=MAX_ITEMS)]
 
 
-class Abort(_Message, tag=5):
+class Abort(_Message, frozen=True, tag=5):
     id: Id
     reservations: Annotated[list[Id], msgspec.Meta(max_length=MAX_ITEMS)]
 
 
-class Release(_Message, tag=6):
+class Release(_Message, frozen=True, tag=6):
     """Gives a lease back; says what was read, and which chunks did not match their digest."""
 
     id: Id
@@ -99,14 +99,14 @@ class Release(_Message, tag=6):
     corrupt: Annotated[list[Key], msgspec.Meta(max_length=MAX_ITEMS)] = []
 
 
-class Ping(_Message, tag=7):
+class Ping(_Message, frozen=True, tag=7):
     id: Id
 
 
 # ---- what the daemon says ----
 
 
-class Welcome(_Message, tag=20):
+class Welcome(_Message, frozen=True, tag=20):
     version: int
     #: new at every start: offsets of another daemon mean nothing
     daemon_id: str
@@ -115,7 +115,7 @@ class Welcome(_Message, tag=20):
     chunk_tokens: int
 
 
-class Found(_Message):
+class Found(_Message, frozen=True):
     offset: int
     tokens: int
     shard_bytes: int
@@ -126,7 +126,7 @@ class Found(_Message):
     tier: str = "dram"
 
 
-class LookupReply(_Message, tag=21):
+class LookupReply(_Message, frozen=True, tag=21):
     id: int
     #: 0 when nothing was found
     lease: int
@@ -141,25 +141,25 @@ class LookupReply(_Message, tag=21):
 GRANTED, EXISTS, BUSY, FULL, TOO_LARGE = range(5)
 
 
-class Grant(_Message):
+class Grant(_Message, frozen=True):
     #: GRANTED; EXISTS (committed already); BUSY (being written by somebody); FULL; TOO_LARGE
     status: int
     reservation: int = 0
     offset: int = 0
 
 
-class ReserveReply(_Message, tag=22):
+class ReserveReply(_Message, frozen=True, tag=22):
     id: int
     grants: list[Grant]
 
 
-class Ok(_Message, tag=23):
+class Ok(_Message, frozen=True, tag=23):
     id: int
     #: how many of the items were carried out
     count: int = 0
 
 
-class Refused(_Message, tag=24):
+class Refused(_Message, frozen=True, tag=24):
     id: int
     reason: str
 
