@@ -139,6 +139,14 @@ def _cache(name: str, cache: Cache, context: Context) -> Process:
     admin = f"http://{cache.admin_host}:{cache.admin_port}"
     words = ["cache", "serve", "--name", name, "--socket", str(context.cache_socket), "--size", str(cache.size)]
     words += ["--chunk-tokens", str(cache.chunk_tokens)]
+    if cache.policy != "lru":
+        words += ["--policy", cache.policy]
+    if cache.disk:
+        folder = context.run_dir / (Path(cache.disk.path).expanduser() if cache.disk.path else "kv")
+        words += ["--disk", str(folder), "--disk-size", str(cache.disk.size)]
+        words += ["--disk-min-free", str(cache.disk.min_free), "--disk-write", cache.disk.write]
+    for url in cache.tiers:
+        words += ["--tier", url]
     words += ["--admin-host", cache.admin_host, "--admin-port", str(cache.admin_port)]
     return Process(
         name="cache",
@@ -150,7 +158,7 @@ def _cache(name: str, cache: Cache, context: Context) -> Process:
         log=_log(context, "cache"),
         cwd=context.run_dir,
         start_timeout=CACHE_START_SECONDS,
-        leftovers=(arena_file(name), context.run_dir / "cache.sock"),
+        leftovers=(arena_file(name), arena_file(name).with_suffix(".journal"), context.run_dir / "cache.sock"),
     )
 
 
