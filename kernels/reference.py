@@ -43,7 +43,7 @@ def digest(data: np.ndarray | bytes | memoryview) -> int:
 
 
 def _view(address: int, nbytes: int) -> np.ndarray:
-    return np.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=np.uint8)
+    return np.ctypeslib.as_array((ctypes.c_ubyte * nbytes).from_address(address))
 
 
 def gather(addresses: np.ndarray, nbytes: int, to: np.ndarray) -> int:
