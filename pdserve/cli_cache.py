@@ -16,6 +16,8 @@ EXAMPLES = """examples:
   pdserve cache status --admin-port 8080
 """
 ANSWER_SECONDS = 5.0
+WRITE_POLICIES = ("write-through", "on-evict", "selective")
+_WRITE_HELP = "when a chunk is written down: at once, before it is evicted, or once it was used (default %(default)s)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,10 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument(
         "--name", default="cache", help="names the arena /dev/shm/pdserve-NAME.arena (default %(default)s)"
     )
+    serve.add_argument("--policy", default="lru", help="what is evicted first, by name (default %(default)s)")
+    _tiers(serve)
     _admin(serve)
     status = actions.add_parser("status", help="what a running daemon holds")
     status.add_argument("--json", action="store_true", help="its answer as it is")
     _admin(status)
+
+
+def _tiers(serve: argparse.ArgumentParser) -> None:
+    disk = serve.add_argument_group("lower tiers")
+    disk.add_argument("--disk", metavar="FOLDER", help="keep chunks on this disk, too; needs --disk-size")
+    disk.add_argument("--disk-size", metavar="SIZE", help="and never take more of it than this, e.g. 20GiB")
+    disk.add_argument(
+        "--disk-min-free", metavar="SIZE", default="1GiB", help="leave so much free (default %(default)s)"
+    )
+    disk.add_argument("--disk-write", choices=WRITE_POLICIES, default=WRITE_POLICIES[0], help=_WRITE_HELP)
+    disk.add_argument("--tier", metavar="URL", action="append", default=[], help="a further tier: redis://, s3://, ...")
 
 
 def _admin(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +61,11 @@ def main(args: argparse.Namespace) -> int:
     args.size = parse_size(args.size, "--size")
     if args.chunk_tokens < 16 or args.chunk_tokens % 16:
         raise ConfigError("--chunk-tokens", f"{args.chunk_tokens} is not a multiple of 16", "256 suits most engines.")
+    if args.disk:
+        if not args.disk_size:
+            raise ConfigError("--disk-size", "missing", "Say how much of the disk may be taken, e.g. 20GiB.")
+        args.disk_size = parse_size(args.disk_size, "--disk-size")
+        args.disk_min_free = parse_size(args.disk_min_free, "--disk-min-free")
     from pdserve.transfer import daemon
 
     return daemon.main(args)

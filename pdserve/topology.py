@@ -70,9 +70,21 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
         return f"http://{self.host}:{self.port}"
 
 
+class Disk(msgspec.Struct, frozen=True, kw_only=True):
+    """The disk tier of the cache."""
+
+    size: int  # bytes; the cap
+    path: str = ""  # default: the folder kv in the deployment's run dir
+    min_free: int = 1 << 30  # bytes that stay free on that file system
+    write: Literal["write-through", "on-evict", "selective"] = "write-through"
+
+
 class Cache(msgspec.Struct, frozen=True, kw_only=True):
     size: int  # bytes
     chunk_tokens: Annotated[int, Meta(ge=16, multiple_of=16)] = 256
+    policy: str = "lru"  # what is evicted first; the daemon knows the names
+    disk: Disk | None = None
+    tiers: tuple[str, ...] = ()  # further tiers below, by URL: redis://, s3://, mooncake://, file://
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8080
 
@@ -123,8 +135,14 @@ _Override = msgspec.defstruct(
 )
 
 
+class _DiskFile(Disk, frozen=True, kw_only=True):
+    size: int | str  # type: ignore[assignment]
+    min_free: int | str = 1 << 30  # type: ignore[assignment]
+
+
 class _CacheFile(Cache, frozen=True, kw_only=True):
     size: int | str  # type: ignore[assignment]
+    disk: _DiskFile | None = None
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,11 +158,18 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     proxy: Proxy | msgspec.UnsetType | None = msgspec.UNSET
 
 
-_SECTIONS: dict[str, type] = {"engine": Engine, "cache": _CacheFile, "proxy": Proxy, **dict.fromkeys(ROLES, _Override)}
+_SECTIONS: dict[str, type] = {
+    "engine": Engine,
+    "cache": _CacheFile,
+    "cache.disk": _DiskFile,
+    "proxy": Proxy,
+    **dict.fromkeys(ROLES, _Override),
+}
 
 
 __all__ = [
     "Cache",
+    "Disk",
     "Engine",
     "Instance",
     "Proxy",
@@ -223,7 +248,11 @@ def _build(file: _File, source: str) -> Topology:
     cache = None
     if file.cache is not None:
         given = {name: getattr(file.cache, name) for name in Cache.__struct_fields__}
-        cache = Cache(**{**given, "size": parse_size(file.cache.size, "cache.size")})
+        given["size"] = parse_size(file.cache.size, "cache.size")
+        if (disk := file.cache.disk) is not None:
+            size, min_free = parse_size(disk.size, "cache.disk.size"), parse_size(disk.min_free, "cache.disk.min_free")
+            given["disk"] = Disk(size=size, path=disk.path, min_free=min_free, write=disk.write)
+        cache = Cache(**given)
     served = any(instance.role != "plain" for instance in instances)
     proxy = file.proxy
     if isinstance(proxy, msgspec.UnsetType):

@@ -16,6 +16,7 @@ MIN_CACHE = 64 << 20
 def check(topology: Topology) -> None:
     """Raises ConfigError for the first rule that is broken."""
     _check_roles(topology)
+    _check_tiers(topology)
     _check_ports(topology)
     for instance in topology.instances:
         _check_instance(topology, instance)
@@ -49,6 +50,17 @@ def _check_roles(topology: Topology) -> None:
         raise ConfigError(
             "cache.size", f"{topology.cache.size} bytes is too small to be of use", "Give at least 64MiB."
         )
+
+
+def _check_tiers(topology: Topology) -> None:
+    cache = topology.cache
+    if cache and cache.disk and cache.disk.size < MIN_CACHE:
+        raise ConfigError(
+            "cache.disk.size", f"{cache.disk.size} bytes is too small to be of use", "Give at least 64MiB."
+        )
+    for i, url in enumerate(cache.tiers if cache else ()):
+        if not re.match(r"[a-z0-9]+:", url):
+            raise ConfigError(f"cache.tiers[{i}]", f"{url!r} is not a URL", "Write it like redis://host:6379/0.")
 
 
 def _check_ports(topology: Topology) -> None:

@@ -51,7 +51,9 @@ def read(text: str) -> dict[str, Any]:
 def refuse_unknown_keys(raw: dict[str, Any], top: type, sections: Sections) -> None:
     _check_keys("", raw, top, sections)
     for section, struct in sections.items():
-        value = raw.get(section)
+        value: Any = raw
+        for word in section.split("."):
+            value = value.get(word) if isinstance(value, dict) else None
         if isinstance(value, dict):
             _check_keys(section, value, struct, sections)
         elif isinstance(value, list):
@@ -133,13 +135,13 @@ _MISSING_FIX = {
     "name": "Give the deployment a name, e.g. name: local-cpu.",
     "model": "Give demo, a hub id or a folder, e.g. model: demo.",
     "port": "Give each engine a port, e.g. port: 8100.",
-    "size": "Give the cache a size, e.g. size: 2GiB.",
+    "size": "Give a size, e.g. size: 2GiB.",
 }
 
 
 def choices(path: str, sections: Sections) -> list[str]:
     """What a key such as `engine.dtype` or `decode[0].dtype` may be, when that is a fixed list."""
-    section, _, name = path.partition(".")
+    section, _, name = path.rpartition(".")
     fields = [*msgspec.structs.fields(sections[section.partition("[")[0]]), *msgspec.structs.fields(sections["engine"])]
     hint = next((field.type for field in reversed(fields) if field.name == name), None)
     return [str(choice) for choice in getattr(hint, "__args__", ())]

@@ -323,7 +323,13 @@ def main(args: argparse.Namespace) -> int:
             "Set PDSERVE_RUN_DIR to a shorter folder.",
         )
     with _only_one(path):
-        daemon = Daemon(name=args.name, size=args.size, chunk_tokens=args.chunk_tokens, tiers=_tiers(args))
+        daemon = Daemon(
+            name=args.name,
+            size=args.size,
+            chunk_tokens=args.chunk_tokens,
+            policy=getattr(args, "policy", "lru"),
+            tiers=_tiers(args),
+        )
         try:
             uvloop.run(_run(daemon, path, args))
         finally:
@@ -333,16 +339,20 @@ def main(args: argparse.Namespace) -> int:
 
 def _tiers(args: argparse.Namespace) -> list[tuple[Tier, Rules]]:
     """The lower tiers that the arguments ask for. One that cannot be opened is left out: the cache works without."""
-    if not getattr(args, "disk", None):
-        return []
-    from pdserve.transfer.tiers.disk import DEFAULT_MIN_FREE, DiskTier
+    tiers: list[tuple[Tier, Rules]] = []
+    if getattr(args, "disk", None):
+        from pdserve.transfer.tiers.disk import DEFAULT_MIN_FREE, DiskTier
 
-    try:
-        tier = DiskTier(Path(args.disk), args.disk_size, min_free=getattr(args, "disk_min_free", DEFAULT_MIN_FREE))
-    except TierError as e:
-        log.get("cache").error("%s; serving without it", e)
-        return []
-    return [(tier, Rules(write=getattr(args, "disk_write", "write-through")))]
+        try:
+            disk = DiskTier(Path(args.disk), args.disk_size, min_free=getattr(args, "disk_min_free", DEFAULT_MIN_FREE))
+            tiers.append((disk, Rules(write=getattr(args, "disk_write", "write-through"))))
+        except TierError as e:
+            log.get("cache").error("%s; serving without it", e)
+    for i, url in enumerate(getattr(args, "tier", None) or ()):
+        from pdserve.transfer.tiers import registry
+
+        tiers.append((registry.build(url, f"cache.tiers[{i}]"), Rules(get_s=5.0)))
+    return tiers
 
 
 async def _run(daemon: Daemon, path: Path, args: argparse.Namespace) -> None:

@@ -262,7 +262,7 @@ def test_what_is_read_survives_its_segment(tmp_path):
     tier = open_tier(tmp_path, 8 * SEGMENT)
     for i in range(300):
         fill(tier, [i])
-        assert i % 50 or whole(tier, 0), i
+        assert i % 100 or whole(tier, 0), i
     assert tier.stats()["moved_chunks"] >= 1
     tier.close()
     again = open_tier(tmp_path, 8 * SEGMENT)
