@@ -116,6 +116,12 @@ class Deployment:
         assert counts is not None
         return counts["external_kv_transfer"]
 
+    def wait_up(self, seconds: float = 240.0) -> None:
+        """Every engine and the proxy answer their health checks."""
+        for url in (*(url for urls in self.target.engines.values() for url in urls), self.target.url):
+            with Client(url) as client:
+                wait_for(client.healthy, seconds, f"{url} is not up")
+
     def wait_idle(self, seconds: float = 30.0) -> None:
         """No engine works, nothing is leased or reserved."""
 
@@ -155,6 +161,7 @@ class Stage:
 
     def get(self, name: str) -> Deployment:
         if self.current is not None and self.name == name:
+            self.current.wait_up()  # a test that failed may have left a part restarting
             return self.current
         self.close()
         file = self.folder / f"e2e-{name}.yaml"

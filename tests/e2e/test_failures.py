@@ -56,9 +56,7 @@ def test_consumer_is_restarted_and_still_hits(pd: Deployment) -> None:
     old = pd.pid("decode-0")
     os.kill(old, signal.SIGKILL)
     wait_for(lambda: pd.pid("decode-0") not in (0, old), 60, "decode-0 was not started again")
-    with Client(pd.target.engines["decode"][0]) as engine:
-        wait_for(engine.healthy, 180, "decode-0 was not ready again")
-    wait_for(pd.client.healthy, 30, "the proxy does not see decode-0 again")
+    pd.wait_up()
     before = pd.retrieved("decode")
     answer = pd.client.complete(prompt, max_tokens=10)
     assert answer.token_ids == expected.token_ids
