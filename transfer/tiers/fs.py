@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import numpy as np
 
 from pdserve.transfer.tiers import envelope
@@ -40,18 +42,30 @@ _TOUCH_PART = 10
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class FsTier:
-    """See the module's head. `timeout` bounds contains() and delete(), whose callers name no deadline."""
+class FsOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What can be set; registry.py fills it from a URL's query."""
 
-    def __init__(
-        self, root: Path, *, ttl: float = 7 * 86400.0, min_free: float = 0.05, timeout: float = 1.0, threads: int = 4
-    ) -> None:
+    root: str
+    #: seconds after which a chunk that nobody stored or read goes
+    ttl: float = 7 * 86400.0
+    #: the part of the file system that is left free
+    min_free: float = 0.05
+    #: seconds that contains() and delete() may take
+    timeout: float = 1.0
+    threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
+
+
+class FsTier:
+    """See the module's head."""
+
+    def __init__(self, options: FsOptions) -> None:
         self.name = "fs"
-        self._root, self._ttl, self._min_free, self._timeout = root, ttl, min_free, timeout
+        self._root, self._ttl = Path(options.root), options.ttl
+        self._min_free, self._timeout = options.min_free, options.timeout
         self._state = "ok"
         self._puts = count(1)
         self._buffers = threading.local()
-        self._io = Offload(self.name, threads)
+        self._io = Offload(self.name, options.threads)
 
     def contains(self, keys: list[bytes]) -> list[ChunkRecord | None]:
         def look(batch: list[bytes]) -> list[ChunkRecord | None]:
@@ -109,7 +123,9 @@ class FsTier:
             needed = envelope.header_bytes(start)
             if needed > len(start):
                 start += os.pread(fd, needed - len(start), len(start))
-            return envelope.read_header(start, key)
+            record = envelope.read_header(start, key)
+            whole = record is not None and os.fstat(fd).st_size == needed + record.payload_bytes
+            return record if whole else None
         finally:
             os.close(fd)
 
@@ -152,7 +168,7 @@ class FsTier:
 
     def _write(self, record: ChunkRecord, payload: list[np.ndarray], operation: Operation) -> bool:
         path = self.path(record.key)
-        if self._read_record(record.key) == record and path.stat().st_size == _file_bytes(record):
+        if self._read_record(record.key) == record:
             os.utime(path)
             return True
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ import importlib
 import socket
 import threading
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -49,11 +49,11 @@ class RedisOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cert: str = ""
     cert_key: str = ""
     #: seconds that a chunk lives after it was stored; 0 for ever
-    ttl: int = 86400
+    ttl: Annotated[int, msgspec.Meta(ge=0)] = 86400
     prefix: str = "pdserve"
     #: seconds that contains() and delete() may take
     timeout: float = 1.0
-    connections: int = 4
+    connections: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
 
 
 class RedisTier:

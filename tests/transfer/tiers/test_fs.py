@@ -16,7 +16,7 @@ import pytest
 from pdserve.transfer.tiers import conformance, envelope, fs
 from pdserve.transfer.tiers.base import CorruptChunk, TierError
 from pdserve.transfer.tiers.conformance import Subject, make_chunk, read, soon
-from pdserve.transfer.tiers.fs import FsTier
+from pdserve.transfer.tiers.fs import FsOptions, FsTier
 
 # Writes a chunk and is killed by itself in the middle: after the first piece, or when all is written but not yet renamed.
 KILLED_WRITER = """
@@ -35,8 +35,13 @@ if when == "writing":
     fs._write_all = lambda fd, data: (real(fd, data), len(data) < 4096 and die())
 else:
     os.fsync = die
-fs.FsTier(root).put(record, [data[i * n : (i + 1) * n] for i in range(len(record.digests))], time.monotonic() + 20)
+tier = fs.FsTier(fs.FsOptions(root=str(root), min_free=0.0))
+tier.put(record, [data[i * n : (i + 1) * n] for i in range(len(record.digests))], time.monotonic() + 20)
 """
+
+
+def make(root: Path, **options) -> FsTier:
+    return FsTier(FsOptions(**{"root": str(root), "min_free": 0.0, **options}))
 
 
 class Fs(Subject):
@@ -45,7 +50,7 @@ class Fs(Subject):
         self.breaks = 0
 
     def open(self):
-        return FsTier(self.root, timeout=0.5, min_free=0.0)
+        return make(self.root, timeout=0.5)
 
     def break_put(self, tier, record, payload):
         self.breaks += 1
@@ -93,7 +98,7 @@ class Fs(Subject):
 
 @pytest.fixture
 def tier(tmp_path):
-    made = FsTier(tmp_path, min_free=0.0)
+    made = make(tmp_path)
     yield made
     made.close()
 
@@ -158,7 +163,7 @@ def test_a_full_file_system_refuses_and_leaves_nothing(tier, tmp_path, monkeypat
 
 
 def test_space_is_left_to_others(tmp_path):
-    tier = FsTier(tmp_path, min_free=1.0)
+    tier = make(tmp_path, min_free=1.0)
     record, payload = make_chunk(9000)
     assert tier.put(record, payload, soon()) is False
     tier.close()
@@ -176,7 +181,7 @@ def test_an_io_error_is_a_tier_error_and_leaves_nothing(tier, tmp_path, monkeypa
 
 
 def test_what_nobody_uses_goes_and_what_is_read_stays(tmp_path, monkeypatch):
-    tier = FsTier(tmp_path, ttl=1000.0, min_free=0.0)
+    tier = make(tmp_path, ttl=1000.0)
     (old, payload), (used, used_payload) = make_chunk(100), make_chunk(100)
     for record, data in ((old, payload), (used, used_payload)):
         tier.put(record, data, soon())

@@ -1,0 +1,75 @@
+import pytest
+
+from pdserve.errors import ConfigError
+from pdserve.transfer.tiers import registry
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://h", {"host": "h", "port": 6379, "db": 0, "tls": False, "password": "", "ttl": 86400}),
+        ("redis://:p%40ss@h:1234/3?ttl=60", {"port": 1234, "db": 3, "password": "p@ss", "ttl": 60}),
+        (
+            "rediss://me:pw@h?timeout=0.25&connections=2",
+            {"tls": True, "username": "me", "timeout": 0.25, "connections": 2},
+        ),
+        ("valkey://h?prefix=a", {"tls": False, "prefix": "a"}),
+        ("valkeys://h", {"tls": True}),
+    ],
+)
+def test_redis_urls(url, expected):
+    pytest.importorskip("redis")
+    tier = registry.build(url)
+    options = tier._options
+    assert {name: getattr(options, name) for name in expected} == expected
+    assert tier.name == "redis"
+    tier.close()
+
+
+def test_a_directory(tmp_path):
+    tier = registry.build(f"file://{tmp_path}?ttl=3600&min_free=0.5")
+    assert (tier.name, tier._ttl, tier._min_free) == ("fs", 3600.0, 0.5)
+    tier.close()
+
+
+def test_memory():
+    assert registry.build("memory:").name == "memory"
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("disk", r"'disk' is not a kind of tier\. Use one of: redis://"),
+        ("http://h", "'http' is not a kind of tier"),
+        ("redis://h:port", "not a URL"),
+        ("redis:///0", "no host"),
+        ("redis://h/zero", "'zero' is not a number"),
+        ("redis://h?tll=60", r"unknown option 'tll' in redis://h\?tll=60\. Did you mean ttl\?"),
+        ("redis://h?color=red", r"unknown option 'color'.*Known are: ca, cert"),
+        ("redis://h?ttl=soon", r"ttl='soon' does not fit.*whole number"),
+        ("redis://h?ttl=-1", r"ttl='-1' does not fit"),
+        ("redis://h?connections=0", "connections"),
+        ("redis://h?timeout=x", "a number"),
+        ("redis://h?port=1", "unknown option 'port'"),
+        ("rediss://h?ca=/no/such/file", "no such file"),
+        ("file://host/dir", "three slashes"),
+        ("file:///no/such/directory", "Make or mount it first"),
+        ("s3://", "no bucket"),
+        ("s3://key:secret@bucket", "AWS_ACCESS_KEY_ID"),
+        ("s3://bucket?endpoint=h:9000", "endpoint=https://host:port"),
+        ("s3://bucket?part=big", "such as 512MiB"),
+        ("mooncake://", "no master"),
+    ],
+)
+def test_an_error_names_the_key_the_value_and_what_would_be_right(url, says):
+    with pytest.raises(ConfigError, match=says) as e:
+        registry.build(url, "cache.tiers[2]")
+    assert e.value.key == "cache.tiers[2]"
+    assert e.value.fix
+
+
+@pytest.mark.parametrize("url", ["redis://:secret@h?x=1", "redis://me:secret@h:port", "redis://me:secret@h/zero"])
+def test_passwords_are_not_shown(url):
+    with pytest.raises(ConfigError) as e:
+        registry.build(url)
+    assert "secret" not in str(e.value)
