@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,18 +28,27 @@ class RunningCache:
 
     def __init__(self, folder: Path, name: str, size: int = 64 << 20) -> None:
         self.socket, self.port, self.name = folder / "c.sock", free_port(), name
-        code = (
-            "import argparse,sys\nfrom pdserve.transfer import daemon\n"
-            f"sys.exit(daemon.main(argparse.Namespace(socket={str(self.socket)!r},size={size},chunk_tokens=256,admin_host='127.0.0.1',admin_port={self.port},name={name!r})))"
-        )
-        self.process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        self.log = folder / f"{name}.log"
+        argv = [
+            "cache",
+            "serve",
+            "--socket",
+            str(self.socket),
+            "--size",
+            str(size),
+            "--admin-port",
+            str(self.port),
+            "--name",
+            name,
+        ]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen([sys.executable, "-P", "-m", "pdserve", *argv], stderr=log)
         deadline = time.monotonic() + 30
         while True:
             with contextlib.suppress(OSError):
                 self.get("/healthz")
                 return
-            if self.process.poll() is not None:
-                raise AssertionError(self.process.communicate(timeout=5)[1])
+            assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, "the daemon did not come up"
             time.sleep(0.05)
 
@@ -50,21 +60,28 @@ class RunningCache:
         return json.loads(self.get("/status"))
 
     def stop(self, number: int = signal.SIGTERM) -> str:
+        """Ends it, if it still runs, and returns what it logged."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        _, err = self.process.communicate(timeout=20)
-        return err
-
-
-@pytest.fixture(scope="session")
-def start_cache() -> Callable[..., RunningCache]:
-    """Starts a daemon: start_cache(folder, name, size). The caller stops it."""
-    return RunningCache
+            self.process.wait(20)
+        return self.log.read_text()
 
 
 @pytest.fixture
-def cache_daemon(tmp_path: Path) -> Iterator[RunningCache]:
-    running = RunningCache(tmp_path, f"test-{os.getpid()}-{time.monotonic_ns()}")
-    yield running
-    running.stop()
-    Path(f"/dev/shm/pdserve-{running.name}.arena").unlink(missing_ok=True)
+def start_cache() -> Iterator[Callable[..., RunningCache]]:
+    """Starts a daemon: start_cache(folder, name, size). What a test does not stop itself ends with the test."""
+    started: list[RunningCache] = []
+
+    def start(*args: Any, **kw: Any) -> RunningCache:
+        started.append(RunningCache(*args, **kw))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.stop()
+        Path(f"/dev/shm/pdserve-{running.name}.arena").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def cache_daemon(tmp_path: Path, start_cache: Callable[..., RunningCache]) -> RunningCache:
+    return start_cache(tmp_path, f"test-{os.getpid()}-{time.monotonic_ns()}")
