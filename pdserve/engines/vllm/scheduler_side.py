@@ -382,7 +382,10 @@ class SchedulerSide:
     def _save(self, tracked: Tracked, key: bytes, parent: bytes, index: int, tokens: int) -> ChunkSave:
         size = self._layout.block_tokens
         start = index * self._chunk_tokens // size
-        return ChunkSave(key, parent, tokens, tracked.block_ids[start : start + -(-tokens // size)])
+        blocks = tracked.block_ids[start : start + -(-tokens // size)]
+        if len(blocks) != -(-tokens // size):
+            raise RuntimeError(f"{len(blocks)} blocks known for {tokens} tokens from block {start} on")
+        return ChunkSave(key, parent, tokens, blocks)
 
     # ---- ending ----
 
