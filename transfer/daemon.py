@@ -25,8 +25,9 @@ from prometheus_client import CollectorRegistry
 
 from pdserve import log, metrics
 from pdserve.errors import ConfigError, ProtocolError, StartError
-from pdserve.transfer import admin, arena, faults, wire
+from pdserve.transfer import admin, arena, faults, journal, wire
 from pdserve.transfer.eviction import POLICIES
+from pdserve.transfer.journal import Journal
 from pdserve.transfer.store import Store
 from pdserve.transfer.tiering import Rules, Tiering
 from pdserve.transfer.tiers.base import Tier, TierError
@@ -68,8 +69,19 @@ class Daemon:
         self.registry = CollectorRegistry()
         self.metrics = metrics.build(metrics.CACHE, self.registry)
         self.log = log.get("cache")
-        self.arena = arena.create(arena.path_for(name), size, self._progress(size))
+        self.fault = fault
+        path = arena.path_for(name)
+        self.journal = Journal(journal.path_for(path), fault)
+        self._left = self.journal.read(size)
+        found = arena.reopen(path, size) if self._left else None
+        if found is None:
+            self._left = []
+            found = arena.create(path, size, self._progress(size))
+        self.arena = found
+        self.journal.begin(size, self._left)
         self.store = Store(self.arena.size, POLICIES[policy](), self.metrics)
+        self.store.on_committed.append(self.journal.committed)
+        self.store.on_forgotten.append(self.journal.forgotten)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.tiering = Tiering(self.store, lambda: self.arena.bytes, self.metrics, self._post, fault)
         for tier, rules in tiers:
@@ -93,7 +105,18 @@ class Daemon:
         """Runs it on the loop; called from tiers' threads. After the end there is nobody left to tell."""
         if self.loop is not None:
             with contextlib.suppress(RuntimeError):
-                self.loop.call_soon_threadsafe(function)
+                self.loop.call_soon_threadsafe(self._and_flush, function)
+
+    def _and_flush(self, function: Callable[[], None]) -> None:
+        function()
+        self.journal.flush()
+
+    def recover(self) -> None:
+        """Takes up what an earlier daemon left in the arena, once its digests are verified. The loop must run."""
+        left, self._left = self._left, []
+        if left:
+            placed = self.tiering.verify_in_place(left)
+            self.log.info("%d chunks are in the arena from before; each is found again once it is verified", placed)
 
     def protocol(self) -> _Connection:
         self._next_client += 1
@@ -115,6 +138,7 @@ class Daemon:
                 self.tiering.relieve()
             case wire.Commit():
                 reply = wire.Ok(message.id, self.store.commit(message.items, client))
+                self.fault("store.commit")
             case wire.Abort():
                 reply = wire.Ok(message.id, self.store.abort(message.reservations, client))
             case wire.Release():
@@ -123,6 +147,7 @@ class Daemon:
                 reply = wire.Ok(message.id)
             case _:
                 raise ProtocolError(f"a {type(message).__name__} is not expected here")
+        self.journal.flush()  # before anybody learns of it: space that is granted anew must not count as the old chunk's
         self._op_seconds[_OPS[type(message)]].observe(time.perf_counter() - started)
         return reply
 
@@ -183,6 +208,7 @@ class Daemon:
 
     def close(self) -> None:
         self.tiering.close(DRAIN_S)
+        self.journal.close(keep=False)
         self.arena.close()
         with contextlib.suppress(FileNotFoundError):
             self.arena.path.unlink()
@@ -257,6 +283,7 @@ class _AdminServer(uvicorn.Server):
 async def serve(daemon: Daemon, path: Path, admin_host: str, admin_port: int, stop: asyncio.Event) -> None:
     """Listens until `stop` is set, then closes everything."""
     loop = daemon.loop = asyncio.get_running_loop()
+    daemon.recover()
     path.unlink(missing_ok=True)  # noqa: ASYNC240 - before anything is served
     previous = os.umask(0o177)  # the socket is the user's alone
     try:
@@ -295,6 +322,7 @@ async def _expire(daemon: Daemon) -> None:
         await asyncio.sleep(EXPIRE_EVERY_S)
         daemon.store.expire(time.monotonic())
         daemon.tiering.tick(time.monotonic())
+        daemon.journal.flush()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ Fault = Callable[[str], None]
 LABELS = (
     "store.commit",
     "journal.append",
-    "journal.torn",
     "journal.compact.write",
     "journal.compact.rename",
     "disk.put.begin",

@@ -272,6 +272,9 @@ class Store:
     def discard(self, chunk: Chunk) -> None:
         """The bytes did not come, or are wrong."""
         chunk.open.discard(_OURS)
+        if not chunk.dead:
+            for tell in self.on_forgotten:  # a chunk of an earlier daemon that is not what the journal says
+                tell(chunk)
         self._forget(chunk)
 
     # ---- time and clients ----

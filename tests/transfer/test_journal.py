@@ -1,0 +1,154 @@
+"""The journal alone: what was noted is read back, whatever was torn off its end, and never more."""
+
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from pdserve import metrics
+from pdserve.errors import StartError
+from pdserve.transfer import journal
+from pdserve.transfer.allocator import PAGE
+from pdserve.transfer.eviction import LeafFirstLru
+from pdserve.transfer.journal import Journal
+from pdserve.transfer.store import Store
+from pdserve.transfer.wire import GRANTED, CommitItem, ReserveItem
+
+SIZE = 16 * PAGE
+
+
+def key(i):
+    return i.to_bytes(32, "little")
+
+
+class World:
+    def __init__(self, path):
+        self.path = path
+        self.journal = Journal(path)
+        self.left = self.journal.read(SIZE)
+        self.journal.begin(SIZE, self.left)
+        self.store = Store(SIZE, LeafFirstLru(), metrics.build(metrics.CACHE, CollectorRegistry()))
+        self.store.on_committed.append(self.journal.committed)
+        self.store.on_forgotten.append(self.journal.forgotten)
+
+    def put(self, i, digest=None):
+        (g,) = self.store.reserve([ReserveItem(key(i), b"", 0, 1, PAGE, 256, b"t")], "w", 1, 0.0)
+        if g.status == GRANTED:
+            self.store.commit([CommitItem(g.reservation, digest or i)], 1)
+        self.journal.flush()
+
+    def visible(self):
+        return {c.key: (c.offset, c.digests) for c in self.store.chunks()}
+
+    def killed(self):
+        os.close(self.journal._fd)
+
+
+def read(path, size=SIZE):
+    j = Journal(path)
+    left = j.read(size)
+    j.close(keep=True)
+    return {r.key: (offset, r.digests) for r, offset in left}
+
+
+def test_what_was_visible_is_read_back_with_all_that_a_record_holds(tmp_path):
+    w = World(tmp_path / "j.journal")
+    for i in range(1, 30):  # more than fits: the first are evicted
+        w.put(i)
+    w.store.drop([key(20)], "corrupt")
+    w.journal.flush()
+    w.killed()
+    again = World(w.path)
+    assert {r.key: (o, r.digests) for r, o in again.left} == w.visible()
+    record, _ = again.left[0]
+    assert (record.tokens, record.shard_bytes, record.tag) == (256, PAGE, b"t")
+    again.killed()
+    assert read(w.path) == w.visible()  # a second crash before anything was verified loses nothing
+
+
+@settings(max_examples=40, deadline=None)
+@given(cut=st.integers(0, 4000), junk=st.binary(max_size=40))
+def test_a_torn_end_costs_the_last_entries_only(tmp_path_factory, cut, junk):
+    path = tmp_path_factory.mktemp("j") / "j.journal"
+    w = World(path)
+    states = [(0, {})]
+    for i in range(1, 20):
+        w.put(i)
+        states.append((os.path.getsize(path), w.visible()))
+    w.killed()
+    size = max(60, os.path.getsize(path) - cut)
+    os.truncate(path, size)
+    with path.open("ab") as f:
+        f.write(junk)
+    # An eviction and the commit that needed its space are one flush; in between, both may be cut at an entry.
+    whole = [visible for at, visible in states if at <= size]
+    got = read(path)
+    for k, where in got.items():
+        assert any(v.get(k) == where for v in (*whole, states[min(len(whole), len(states) - 1)][1]))
+    assert set(whole[-1]) - set(got) <= {
+        k for k in whole[-1] if len(whole) < len(states) and k not in states[len(whole)][1]
+    }
+
+
+def test_it_stays_short_however_much_happens(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "MIN_COMPACT", 2000)
+    w = World(tmp_path / "j.journal")
+    largest = 0
+    for i in range(1, 2000):
+        w.put(i)
+        largest = max(largest, os.path.getsize(w.path))
+    assert largest < 20_000
+    w.killed()
+    assert read(w.path) == w.visible()
+    assert [p.name for p in tmp_path.iterdir()] == ["j.journal"]
+
+
+@pytest.mark.parametrize("change", ["size", "format", "head", "empty"])
+def test_another_arena_or_format_is_not_read(tmp_path, change, monkeypatch):
+    w = World(tmp_path / "j.journal")
+    w.put(1)
+    w.killed()
+    if change == "format":
+        monkeypatch.setattr(journal, "FORMAT", 99)
+    if change == "head":
+        data = bytearray(w.path.read_bytes())
+        data[10] ^= 1
+        w.path.write_bytes(data)
+    if change == "empty":
+        w.path.write_bytes(b"")
+    assert read(w.path, SIZE + PAGE if change == "size" else SIZE) == {}
+
+
+def test_a_journal_that_cannot_be_written_is_emptied_and_serving_goes_on(tmp_path, monkeypatch, caplog):
+    w = World(tmp_path / "j.journal")
+    w.put(1)
+
+    def full(fd, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal, "_write", full)
+    w.put(2)
+    monkeypatch.undo()
+    w.put(3)
+    assert len(w.visible()) == 3
+    w.killed()
+    assert read(w.path) == {}
+
+
+def test_two_daemons_of_one_name_are_refused(tmp_path):
+    w = World(tmp_path / "j.journal")
+    with pytest.raises(StartError, match="another cache daemon of this name"):
+        Journal(w.path)
+    w.put(1)
+    w.journal.close(keep=False)
+    assert not w.path.exists()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300))
+def test_any_bytes_at_all_are_read_without_harm(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "any.journal"
+    path.write_bytes(data)
+    read(path)
