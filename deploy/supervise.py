@@ -139,6 +139,7 @@ class Supervisor:
             entry.ready.set()
             self._set(entry, "ready", "")
             problem = await self._until_death(entry, handle)
+            self._set(entry, "restarting", f"{problem}; ending its children")
         await asyncio.to_thread(self.backend.kill, handle)
         self._sweep(entry)
         return problem

@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   pdserve status --json
 """
 PROBE_SECONDS = 3.0
+PIPE_WIDTH = 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +105,8 @@ def _answers(url: str) -> bool:
 
 def _print(facts: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:  # a pipe has no width to fit into
+        console.width = PIPE_WIDTH
     now = time.time()
     console.print(
         f"{facts['name']}: {facts['state']}, {facts['url']} serves {facts['model']}, run directory {facts['run_dir']}"
@@ -112,7 +115,7 @@ def _print(facts: dict[str, Any]) -> None:
         console.print(f"  {facts['error'].splitlines()[0]}", markup=False)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("process", "role", "pid", "url", "state", "restarts", "since", ""):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, no_wrap=bool(column))  # only the last, which explains, may give way
     for record in facts["processes"]:
         since = f"{duration(now - record['since'])} ago"
         cells = [record["name"], record["role"], str(record["pid"] or "-"), record["url"], record["state"]]

@@ -81,7 +81,8 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
     with tempfile.TemporaryDirectory(prefix="pds-") as runs:
         made = Cli(tmp_path, Path(runs) / "run")
         yield made
-        made("stop", "--all")
+        if made.runs.exists():
+            made("stop", "--all")
         left = marked(str(made.runs / made.name))
         kill_all(left)
     assert not left, "processes outlived the test"
