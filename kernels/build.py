@@ -12,6 +12,10 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+GPU_FLAGS = {
+    "nvcc": ("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-arch={arch}"),
+    "hipcc": ("-O3", "-std=c++17", "-shared", "-fPIC", "-x", "hip", "--offload-arch={arch}"),
+}
 TIMEOUT_S = 120
 
 
@@ -25,6 +29,20 @@ def compiler() -> str | None:
         if name and (found := shutil.which(name)):
             return found
     return None
+
+
+def gpu_compiler(arch: str) -> tuple[str, str] | None:
+    """(kind, path) of nvcc for "sm_90" and the like, of hipcc for "gfx90a" and the like."""
+    kind, variables, usual = (
+        ("hipcc", ("ROCM_PATH", "HIP_PATH"), "/opt/rocm")
+        if arch.startswith("gfx")
+        else ("nvcc", ("CUDA_HOME", "CUDA_PATH"), "/usr/local/cuda")
+    )
+    for folder in (*(os.environ.get(v) for v in variables), usual):
+        if folder and (found := shutil.which(kind, path=os.path.join(folder, "bin"))):
+            return kind, found
+    found = shutil.which(kind)
+    return (kind, found) if found else None
 
 
 def _cpu_identity() -> str:
@@ -43,30 +61,43 @@ def cpu_library(build_root: Path) -> Path:
     cxx = compiler()
     if cxx is None:
         raise BuildError("no C++ compiler found (looked for $CXX, g++, clang++)")
-    sources = [SOURCES / "cpu.cpp", SOURCES / "digest.h"]
-    identity = hashlib.sha256()
-    for part in (cxx, *FLAGS, platform.machine(), _cpu_identity()):
-        identity.update(part.encode() + b"\0")
+    identity = (cxx, *FLAGS, platform.machine(), _cpu_identity())
+    return _built([cxx, *FLAGS, str(SOURCES / "cpu.cpp")], ("cpu.cpp", "digest.h"), identity, build_root, "cpu")
+
+
+def gpu_library(build_root: Path, arch: str) -> Path:
+    """Path of the GPU library for `arch` ("sm_90", "gfx90a"), compiled now if it is not there. Raises BuildError."""
+    found = gpu_compiler(arch)
+    if found is None:
+        raise BuildError(f"no {'hipcc' if arch.startswith('gfx') else 'nvcc'} found to compile for {arch}")
+    kind, path = found
+    flags = [flag.format(arch=arch) for flag in GPU_FLAGS[kind]]
+    sources = ("blocks.cu", "blocks.cuh", "gpu.h", "digest.h")
+    identity = (path, *flags, platform.machine())
+    return _built([path, *flags, str(SOURCES / "blocks.cu")], sources, identity, build_root, arch)
+
+
+def _built(command: list[str], sources: tuple[str, ...], identity: tuple[str, ...], root: Path, name: str) -> Path:
+    """The library that `command` makes, made now unless one of the same sources and identity is there."""
+    digest = hashlib.sha256()
+    for part in identity:
+        digest.update(part.encode() + b"\0")
     for source in sources:
-        identity.update(source.read_bytes())
-    target = build_root / f"cpu-{identity.hexdigest()[:16]}.so"
+        digest.update((SOURCES / source).read_bytes())
+    target = root / f"{name}-{digest.hexdigest()[:16]}.so"
     if target.exists():
         return target
-    build_root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     # Written beside its target and renamed: several engines may start at the same moment.
-    with tempfile.TemporaryDirectory(dir=build_root) as folder:
+    with tempfile.TemporaryDirectory(dir=root) as folder:
         made = Path(folder) / "lib.so"
         try:
             done = subprocess.run(
-                [cxx, *FLAGS, str(sources[0]), "-o", str(made)],
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT_S,
-                check=False,
+                [*command, "-o", str(made)], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as e:
-            raise BuildError(f"{cxx} could not be run: {e}") from e
+            raise BuildError(f"{command[0]} could not be run: {e}") from e
         if done.returncode:
-            raise BuildError(f"{cxx} failed: {done.stderr.strip()[-500:]}")
+            raise BuildError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
         made.replace(target)
     return target

@@ -14,6 +14,7 @@ from blake3 import blake3
 
 FORMAT_VERSION = 1
 KEY_BYTES = 32
+OPAQUE, CANONICAL = "opaque-block", "canonical"
 
 #: (identifier of the image or audio, its first token, how many tokens it covers)
 MediaSpan = tuple[str, int, int]
@@ -24,6 +25,8 @@ class ChunkLayout(msgspec.Struct, frozen=True, kw_only=True):
 
     `opaque-block`: whole engine blocks, in the engine's own packing: [shard][layer][block]. The inside of a block is not
     interpreted (CPU vLLM packs K and V for its matrix unit), so block size, parallel sizes and instruction set are part of it.
+    `canonical`: [shard][layer][token][K then V], one shard per KV head of the whole model: the same bytes whatever block size
+    and tensor parallel size the engine has, so `block_tokens` is only this engine's and not part of the identity.
     """
 
     kind: str
@@ -32,16 +35,21 @@ class ChunkLayout(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens: int
     #: bytes of one block of one layer on one shard
     block_bytes: int
-    #: how many workers (tensor parallel x pipeline parallel) each hold a part of every token
+    #: opaque-block: how many workers each hold a part of every token; canonical: how many KV heads the model has
     shards: int
     #: what else must match for the bytes to mean the same: instruction set, backend
     detail: str = ""
 
     def shard_bytes(self, tokens: int) -> int:
         """Bytes of one shard of a chunk of `tokens` tokens."""
+        if self.kind == CANONICAL:
+            return tokens * self.layers * (self.block_bytes // self.block_tokens)
         return -(-tokens // self.block_tokens) * self.block_bytes * self.layers
 
     def identity(self) -> bytes:
+        if self.kind == CANONICAL:
+            token_bytes = self.block_bytes // self.block_tokens
+            return msgspec.msgpack.encode(msgspec.structs.replace(self, block_tokens=1, block_bytes=token_bytes))
         return msgspec.msgpack.encode(self)
 
 

@@ -39,6 +39,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.engines.vllm.connector": (CORE, "pdserve.transfer", "vllm", "torch"),
     "pdserve.engines.vllm.scheduler_side": (CORE, "pdserve.transfer", "vllm"),
     "pdserve.engines.vllm.worker_side": (CORE, "pdserve.transfer", "pdserve.kernels", "vllm", "torch", "numpy"),
+    "pdserve.engines.vllm.device_layout": (CORE, "pdserve.transfer.staging", "pdserve.kernels", "vllm", "torch"),
     "pdserve.engines.vllm.layout": (CORE, "pdserve.transfer.staging", "vllm", "torch", "numpy", "huggingface_hub"),
     "pdserve.engines.vllm.messages": (CORE, "vllm"),
     "pdserve.transfer": (CORE, "pdserve.transfer", "blake3", "msgspec", "numpy", "prometheus_client", "uvloop"),

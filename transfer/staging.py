@@ -1,36 +1,142 @@
-"""Engine blocks <-> arena, through the kernels. Here for engines whose KV cache is in host memory.
+"""Engine blocks <-> arena, through the kernels: one class for KV in host memory, two for KV on a device.
 
-A worker's KV cache is `layers` tensors of equally large blocks; a shard of a chunk is [layer][block], blocks whole.
+A worker's pages hold `shard_count` shards of every chunk, from `first_shard` on. `store` and `load` submit one chunk and give
+back a Copy; on a device several are under way at once. Stores belong to one thread and loads to one other; `mark` and
+`settle` may come from any. A mark is a point in the engine's own work that a copy must not overtake.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pdserve import kernels
+from pdserve.kernels import build, gpu
+from pdserve.kernels.paged import Geometry
+from pdserve.transfer.allocator import align
+from pdserve.transfer.arena import Arena
+
+if TYPE_CHECKING:
+    import torch
+
+
+def stride_of(shard_bytes: int) -> int:
+    """From one shard of a chunk to the next in the arena."""
+    return align(shard_bytes)
+
+
+class Copy(Protocol):
+    def done(self) -> bool:
+        """Whether it has ended. Never waits."""
+
+    def digests(self) -> list[int]:
+        """Waits for the end; one digest per shard, of the bytes that are in the arena (store) or were read from it (load)."""
+
+
+class Pages(Protocol):
+    layers: int
+    num_blocks: int
+    first_shard: int
+    shard_count: int
+    #: False on a worker whose shards another worker stores
+    stores: bool
+    #: attach() must be called before the engine captures graphs: no other thread may allocate then
+    on_device: bool
+
+    def describe(self) -> str: ...
+
+    def shard_bytes(self, tokens: int, blocks: int) -> int:
+        """Bytes of one shard of a chunk of `tokens` tokens, in `blocks` of the engine's blocks."""
+
+    def attach(self, arena: Arena, chunk_tokens: int) -> None:
+        """Prepares for copies to and from this arena; cheap when it is the same one as before."""
+
+    def mark(self) -> Any:
+        """What the engine has submitted so far. Called on the engine's thread."""
+
+    def store(self, mark: Any, block_ids: Sequence[int], tokens: int, to: np.ndarray, stride: int) -> Copy:
+        """Blocks -> `to` (uint8, shard_count * stride bytes of the arena)."""
+
+    def load(self, mark: Any, source: np.ndarray, block_ids: Sequence[int | None], tokens: int, stride: int) -> Copy:
+        """`source` -> blocks; None leaves that block alone."""
+
+    def settle(self) -> None:
+        """When it returns, no submitted store reads blocks any more."""
+
+    def close(self) -> None: ...
+
+
+class _Done:
+    """A copy that had ended when it was returned."""
+
+    def __init__(self, digests: list[int]) -> None:
+        self._digests = digests
+
+    def done(self) -> bool:
+        return True
+
+    def digests(self) -> list[int]:
+        return self._digests
 
 
 class HostPages:
-    """Where one worker's KV blocks are. The caller keeps the memory alive as long as this is used.
+    """KV in host memory, in whole opaque blocks: a shard is [layer][block]. The caller keeps the memory alive.
 
     bases: address of block 0 of each layer; strides: bytes from one block to the next, by layer; block_bytes: bytes of
     one block of one layer, contiguous.
     """
 
-    def __init__(self, bases: Sequence[int], strides: Sequence[int], block_bytes: int, num_blocks: int) -> None:
+    shard_count = 1
+    stores = True
+    on_device = False
+
+    def __init__(
+        self,
+        bases: Sequence[int],
+        strides: Sequence[int],
+        block_bytes: int,
+        num_blocks: int,
+        *,
+        first_shard: int = 0,
+    ) -> None:
         if block_bytes % 8:
             raise ValueError(f"a block of {block_bytes} bytes is not a multiple of 8")
         self.block_bytes, self.num_blocks, self.layers = block_bytes, num_blocks, len(bases)
+        self.first_shard = first_shard
         self._bases = np.asarray(bases, dtype=np.uint64)[:, None]
         self._strides = np.asarray(strides, dtype=np.uint64)[:, None]
 
-    def shard_bytes(self, blocks: int) -> int:
+    def describe(self) -> str:
+        kind, why = kernels.path()
+        blocks = f"{self.num_blocks} blocks of {self.block_bytes} bytes"
+        return f"{kind}{f' ({why})' if why else ''}; {self.layers} layers, {blocks}"
+
+    def shard_bytes(self, tokens: int, blocks: int) -> int:
         return self.layers * blocks * self.block_bytes
 
+    def attach(self, arena: Arena, chunk_tokens: int) -> None:
+        pass
+
+    def mark(self) -> None:
+        return None
+
+    def store(self, mark: Any, block_ids: Sequence[int], tokens: int, to: np.ndarray, stride: int) -> Copy:
+        return _Done([self.gather(block_ids, to[: self.shard_bytes(tokens, len(block_ids))])])
+
+    def load(self, mark: Any, source: np.ndarray, block_ids: Sequence[int | None], tokens: int, stride: int) -> Copy:
+        return _Done([self.scatter(source[: self.shard_bytes(tokens, len(block_ids))], block_ids)])
+
+    def settle(self) -> None:
+        pass  # a store has ended when store() returns
+
+    def close(self) -> None:
+        pass
+
     def gather(self, block_ids: Sequence[int], to: np.ndarray) -> int:
-        """Copies the blocks into `to` (uint8, shard_bytes long); returns the digest."""
+        """Copies the blocks into `to` (uint8, one shard long); returns the digest."""
         return kernels.gather(self._addresses(block_ids), self.block_bytes, to)
 
     def scatter(self, source: np.ndarray, block_ids: Sequence[int | None]) -> int:
@@ -45,3 +151,203 @@ class HostPages:
         if ids.size and int(ids.max()) >= self.num_blocks:
             raise ValueError(f"block {int(ids.max())} of {self.num_blocks}")
         return np.ascontiguousarray((self._bases + ids[None, :] * self._strides).reshape(-1))
+
+
+class _Ticket:
+    def __init__(self, device: gpu.Gpu, lane: int, ticket: int, tokens: int) -> None:
+        self._gpu, self._lane, self._ticket, self._tokens = device, lane, ticket, tokens
+        self._digests: list[int] | None = None
+
+    def done(self) -> bool:
+        return self._digests is not None or self._gpu.done(self._lane) > self._ticket
+
+    def digests(self) -> list[int]:
+        if self._digests is None:
+            self._gpu.wait(self._lane, self._ticket)
+            self._digests = self._gpu.digests(self._lane, self._ticket, self._tokens)
+        return self._digests
+
+
+class DevicePages:
+    """KV on a GPU, in canonical chunks, through the compiled kernels and staging buffers on the device.
+
+    `split`: the engine's blocks are each that many blocks of the geometry. `current_stream` gives the handle of the stream on
+    which the engine submits. Raises build.BuildError when there is no compiler.
+    """
+
+    on_device = True
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        arch: str,
+        device: int,
+        first_shard: int,
+        stores: bool,
+        current_stream: Callable[[], int],
+        split: int = 1,
+    ) -> None:
+        geometry.check()
+        gpu.library(arch)
+        self._geometry, self._arch, self._device, self._split = geometry, arch, device, split
+        self.layers, self.num_blocks = geometry.layers, geometry.num_blocks // split
+        self.first_shard, self.shard_count, self.stores = first_shard, geometry.heads, stores
+        self._current_stream = current_stream
+        self._gpu: gpu.Gpu | None = None
+        self._staging_bytes = 0
+        self._arena: Arena | None = None
+        self._lock = threading.Lock()
+
+    def describe(self) -> str:
+        g = self._geometry
+        blocks = f"{g.num_blocks} blocks of {g.block_tokens} tokens"
+        return f"{self._arch}; {g.layers} layers, {blocks}, {g.heads} heads of {g.token_bytes} bytes a token"
+
+    def shard_bytes(self, tokens: int, blocks: int = 0) -> int:
+        return self._geometry.shard_bytes(tokens)
+
+    def attach(self, arena: Arena, chunk_tokens: int) -> None:
+        with self._lock:
+            if arena is self._arena:
+                return
+            need = self.shard_count * align(self.shard_bytes(chunk_tokens))
+            if self._gpu is None:
+                self._gpu = gpu.Gpu(self._arch, self._device, self._geometry, need)
+                self._staging_bytes = need
+            elif need > self._staging_bytes:
+                raise gpu.GpuError("the cache daemon came back with larger chunks; restart the engine")
+            if self._arena is not None:
+                self._gpu.unregister(self._arena.bytes.ctypes.data)
+                self._arena = None
+            self._gpu.register(arena.bytes.ctypes.data, arena.size)
+            self._arena = arena  # kept: what is registered must stay mapped
+
+    def mark(self) -> gpu.Mark | None:
+        return self._gpu.mark(self._current_stream()) if self._gpu else None
+
+    def store(self, mark: Any, block_ids: Sequence[int], tokens: int, to: np.ndarray, stride: int) -> Copy:
+        device = self._ready(to, stride)
+        ids = self._expand(block_ids, tokens)
+        return _Ticket(device, gpu.SAVE, device.save(mark, ids, tokens, stride, to.ctypes.data), tokens)
+
+    def load(self, mark: Any, source: np.ndarray, block_ids: Sequence[int | None], tokens: int, stride: int) -> Copy:
+        device = self._ready(source, stride)
+        ids = self._expand(block_ids, tokens)
+        return _Ticket(device, gpu.LOAD, device.load(mark, ids, tokens, stride, source.ctypes.data), tokens)
+
+    def _ready(self, area: np.ndarray, stride: int) -> gpu.Gpu:
+        if self._gpu is None:
+            raise gpu.GpuError("no arena is attached")
+        if area.size < self.shard_count * stride:
+            raise ValueError(f"{area.size} bytes of arena for {self.shard_count} shards of {stride}")
+        return self._gpu
+
+    def _expand(self, block_ids: Sequence[Any], tokens: int) -> list[Any]:
+        """The engine's blocks as blocks of the geometry, as many as the tokens need."""
+        if self._split > 1:
+            block_ids = [None if b is None else b * self._split + i for b in block_ids for i in range(self._split)]
+        return list(block_ids[: -(-tokens // self._geometry.block_tokens)])
+
+    def settle(self) -> None:
+        if self._gpu:
+            self._gpu.settle()
+
+    def close(self) -> None:
+        """The threads that submit must have stopped."""
+        with self._lock:
+            if self._gpu and self._arena is not None:
+                self._gpu.settle()
+                self._gpu.unregister(self._arena.bytes.ctypes.data)
+            if self._gpu:
+                self._gpu.close()
+            self._gpu = self._arena = None
+
+
+class TorchPages:
+    """The same where no compiler is: plain torch operations, one chunk at a time. Several times slower.
+
+    layers: per layer a uint8 view [block, token, head, K or V, bytes].
+    """
+
+    on_device = True
+
+    def __init__(
+        self, layers: Sequence[torch.Tensor], *, first_shard: int, stores: bool, split: int = 1, why: str = ""
+    ) -> None:
+        self._views, self._split, self._why = list(layers), split, why
+        self.layers, self.num_blocks = len(self._views), self._views[0].shape[0] // split
+        self.first_shard, self.shard_count, self.stores = first_shard, self._views[0].shape[2], stores
+
+    def describe(self) -> str:
+        return f"torch ({self._why}); {self.layers} layers, {self.num_blocks} blocks"
+
+    def shard_bytes(self, tokens: int, blocks: int = 0) -> int:
+        return self.layers * tokens * int(self._views[0].shape[3] * self._views[0].shape[4])
+
+    def attach(self, arena: Arena, chunk_tokens: int) -> None:
+        pass
+
+    def mark(self) -> Any:
+        import torch
+
+        if self._views[0].device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def store(self, mark: Any, block_ids: Sequence[int], tokens: int, to: np.ndarray, stride: int) -> Copy:
+        import torch
+
+        from pdserve.kernels import torch_path
+
+        if mark is not None:
+            mark.synchronize()
+        chunk = torch_path.gather(self._views, self._expand(block_ids, tokens), tokens)
+        size = self.shard_bytes(tokens)
+        for i in range(self.shard_count):
+            torch.from_numpy(to[i * stride : i * stride + size]).copy_(chunk[i].reshape(-1))
+        # Over what has arrived in the arena.
+        return _Done([kernels.digest(to[i * stride : i * stride + size]) for i in range(self.shard_count)])
+
+    def load(self, mark: Any, source: np.ndarray, block_ids: Sequence[int | None], tokens: int, stride: int) -> Copy:
+        import torch
+
+        from pdserve.kernels import torch_path
+
+        size = self.shard_bytes(tokens)
+        # A copy of its own: what is digested is what is scattered, whatever happens to the arena meanwhile.
+        shards = [source[i * stride : i * stride + size].copy() for i in range(self.shard_count)]
+        digests = [kernels.digest(s) for s in shards]
+        chunk = torch.from_numpy(np.stack(shards)).to(self._views[0].device)
+        if mark is not None:
+            mark.synchronize()
+        torch_path.scatter(
+            chunk.view(self.shard_count, self.layers, tokens, -1), self._views, self._expand(block_ids, tokens)
+        )
+        if chunk.device.type == "cuda":
+            torch.cuda.current_stream(chunk.device).synchronize()
+        return _Done(digests)
+
+    def _expand(self, block_ids: Sequence[Any], tokens: int) -> list[Any]:
+        if self._split > 1:
+            block_ids = [None if b is None else b * self._split + i for b in block_ids for i in range(self._split)]
+        return list(block_ids[: -(-tokens // self._views[0].shape[1])])
+
+    def settle(self) -> None:
+        pass  # a store has ended when store() returns
+
+    def close(self) -> None:
+        pass
+
+
+def pages_on_device(
+    geometry: Geometry, views: Callable[[], Sequence[torch.Tensor]], arch: str, device: int, **options: Any
+) -> Pages:
+    """The compiled path where there is a compiler, plain torch where not."""
+    current_stream = options.pop("current_stream")
+    try:
+        return DevicePages(geometry, arch=arch, device=device, current_stream=current_stream, **options)
+    except build.BuildError as e:
+        return TorchPages(views(), why=str(e), **options)

@@ -82,10 +82,10 @@ class Chunk:
 
 
 class _Reservation:
-    __slots__ = ("chunk", "client", "shard")
+    __slots__ = ("chunk", "client", "count", "shard")
 
-    def __init__(self, chunk: Chunk, shard: int, client: int) -> None:
-        self.chunk, self.shard, self.client = chunk, shard, client
+    def __init__(self, chunk: Chunk, shard: int, count: int, client: int) -> None:
+        self.chunk, self.shard, self.count, self.client = chunk, shard, count, client
 
 
 class _Lease:
@@ -210,7 +210,7 @@ class Store:
         counted = 0
         for item in items:
             held = self._reservations.get(item.reservation)
-            if held is None or held.client != client:
+            if held is None or held.client != client or held.count != 1 + len(item.more):
                 continue
             del self._reservations[item.reservation]
             chunk = held.chunk
@@ -218,7 +218,7 @@ class Store:
             if chunk.dead:
                 self._free_if_unheld(chunk)
                 continue
-            chunk.digests[held.shard] = item.digest
+            chunk.digests[held.shard : held.shard + held.count] = [item.digest, *item.more]
             counted += 1
             if all(d is not None for d in chunk.digests):
                 self._m["cache_stored_chunks_total"].inc()
@@ -338,7 +338,7 @@ class Store:
             self._m["cache_reserve_failures_total"].labels("exists").inc()
             return Grant(BUSY)
         rid = self._new_id()
-        self._reservations[rid] = _Reservation(chunk, item.shard, client)
+        self._reservations[rid] = _Reservation(chunk, item.shard, item.count, client)
         chunk.open.add(rid)
         return Grant(GRANTED, rid, chunk.offset + item.shard * chunk.stride)
 
@@ -351,8 +351,10 @@ class Store:
             or chunk.shard_bytes != item.shard_bytes
         ):
             return False
-        taken = any(self._reservations[r].shard == item.shard for r in chunk.open)
-        return item.shard < item.shards and chunk.digests[item.shard] is None and not taken
+        end = item.shard + item.count
+        open_ = (self._reservations[r] for r in chunk.open)
+        taken = any(r.shard < end and item.shard < r.shard + r.count for r in open_)
+        return all(d is None for d in chunk.digests[item.shard : end]) and not taken
 
     def _commit(self, chunk: Chunk) -> None:
         chunk.committed, chunk.internal = True, False

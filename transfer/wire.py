@@ -58,10 +58,12 @@ class ReserveItem(_Message, frozen=True):
     tokens: Annotated[int, msgspec.Meta(ge=1, le=2**24)]
     #: whose chunk it is, opaque to the daemon: what `DELETE /cache?salt=` and pin quotas go by
     tag: Tag = b""
+    #: how many shards, `shard` and those after it, this client writes under one reservation
+    count: Annotated[int, msgspec.Meta(ge=1, le=MAX_SHARDS)] = 1
 
     def __post_init__(self) -> None:
-        if self.shard >= self.shards:
-            raise ValueError(f"shard {self.shard} of {self.shards}")
+        if self.shard + self.count > self.shards:
+            raise ValueError(f"shard {self.shard + self.count - 1} of {self.shards}")
 
 
 class Reserve(_Message, frozen=True, tag=3):
@@ -75,6 +77,8 @@ class Reserve(_Message, frozen=True, tag=3):
 class CommitItem(_Message, frozen=True):
     reservation: Id
     digest: U64
+    #: digests of the reservation's further shards
+    more: Annotated[list[U64], msgspec.Meta(max_length=MAX_SHARDS)] = []
 
 
 class Commit(_Message, frozen=True, tag=4):

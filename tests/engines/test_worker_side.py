@@ -24,9 +24,15 @@ class Engine:
 
     def __init__(self, socket, rank=0, shards=1, writer="w"):
         self.kv = np.random.default_rng().integers(0, 256, (LAYERS, BLOCKS, BLOCK_BYTES), dtype=np.uint8)
-        self.side = WorkerSide(CacheClient(socket, f"worker-{rank}"), rank=rank, shards=shards, writer=writer)
+        self.side = WorkerSide(CacheClient(socket, f"worker-{rank}"), shards=shards, writer=writer)
         self.side.register(
-            HostPages([self.kv[i].ctypes.data for i in range(LAYERS)], [BLOCK_BYTES] * LAYERS, BLOCK_BYTES, BLOCKS)
+            HostPages(
+                [self.kv[i].ctypes.data for i in range(LAYERS)],
+                [BLOCK_BYTES] * LAYERS,
+                BLOCK_BYTES,
+                BLOCKS,
+                first_shard=rank,
+            )
         )
 
     def save(self, rid, *chunks):
@@ -152,10 +158,10 @@ def test_saves_without_a_daemon_end_quickly_and_report(tmp_path):
 def test_awaited_requests_are_reported_once_their_saves_are_done(engines):
     e = engines()
     e.save("r", (key(1), b"", [3]))
-    e.side.start_saves(StepPlan(awaiting={"r"}))
+    e.side.start_loads(StepPlan(awaiting={"r"}))
     assert e.wait(lambda: e.side.finished()[0]) == {"r"}
     assert e.side.finished()[0] == set()
-    e.side.start_saves(StepPlan(awaiting={"gone"}))
+    e.side.start_loads(StepPlan(awaiting={"gone"}))
     assert e.side.finished()[0] == {"gone"}  # nothing outstanding: at once
 
 

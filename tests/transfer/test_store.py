@@ -66,6 +66,23 @@ def test_all_shards_make_a_chunk():
     assert found[0].digests == [5, 6]
 
 
+def ranged(shard: int, count: int) -> ReserveItem:
+    return ReserveItem(key(1), b"", shard, 8, PAGE, 256, count=count)
+
+
+def test_workers_bring_ranges_of_shards_and_the_last_one_makes_the_chunk_visible():
+    s = make(20)
+    (a,) = s.reserve([ranged(0, 4)], "w", 1, 0.0)
+    assert s.reserve([ranged(3, 5)], "w", 2, 0.0)[0].status == BUSY  # shard 3 is being written
+    (b,) = s.reserve([ranged(4, 4)], "w", 2, 0.0)
+    assert b.offset - a.offset == 4 * PAGE
+    assert s.commit([CommitItem(a.reservation, 1, [2, 3])], 1) == 0  # a digest is missing
+    assert s.commit([CommitItem(a.reservation, 1, [2, 3, 4])], 1) == 1
+    assert hits(s, 1) == 0
+    s.commit([CommitItem(b.reservation, 5, [6, 7, 8])], 2)
+    assert s.lookup([key(1)], 9, 0.0)[1][0].digests == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def test_two_engines_storing_the_same_chunk_store_it_once():
     s = make(10)
     (a,) = s.reserve([item(1)], "one", 1, 0.0)

@@ -43,7 +43,7 @@ class PdserveConnector(KVConnectorBase_V1):
         versions.check(vllm_version)
         layout.check_supported(vllm_config, kv_cache_config)
         self._log = log.get("connector")
-        self._config = kv_cache_config
+        self._vllm_config, self._config = vllm_config, kv_cache_config
         self._layout = layout.chunk_layout(vllm_config, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         socket = transfer.get_from_extra_config("pdserve.socket", None)
@@ -52,6 +52,8 @@ class PdserveConnector(KVConnectorBase_V1):
                 "kv_connector_extra_config.pdserve.socket", "is missing", "Give the path of the cache daemon's socket."
             )
         instance = transfer.get_from_extra_config("pdserve.instance", "") or f"engine-{transfer.engine_id}"
+        workers = vllm_config.parallel_config.tensor_parallel_size
+        self._rank = vllm_config.parallel_config.rank % workers
         self._failed_blocks: set[int] = set()
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
@@ -60,17 +62,14 @@ class PdserveConnector(KVConnectorBase_V1):
                 vllm_config, transfer.get_from_extra_config("pdserve.model_fingerprint", "")
             )
             client = CacheClient(socket, f"{instance}/scheduler")
-            self._scheduler = SchedulerSide(
-                client, self._layout, fingerprint, workers=self._layout.shards, instance=instance
-            )
+            self._scheduler = SchedulerSide(client, self._layout, fingerprint, workers=workers, instance=instance)
             self._connect(client)
             self._log.info("%s: role %s, model %s, layout %s", instance, transfer.kv_role, fingerprint, self._layout)
         else:
-            rank = vllm_config.parallel_config.rank % self._layout.shards
             # The engine id is the same in all ranks of one engine and in no other engine.
             writer = str(transfer.engine_id or uuid.uuid4().hex)
             self._worker = WorkerSide(
-                CacheClient(socket, f"{instance}/worker-{rank}"), rank=rank, shards=self._layout.shards, writer=writer
+                CacheClient(socket, f"{instance}/worker-{self._rank}"), shards=self._layout.shards, writer=writer
             )
 
     def _connect(self, client: CacheClient) -> None:
@@ -97,8 +96,7 @@ class PdserveConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         assert self._worker is not None
-        names = self._config.kv_cache_groups[0].layer_names
-        self._worker.register(layout.host_pages(kv_caches, names, self._layout, self._config.num_blocks))
+        self._worker.register(layout.pages(kv_caches, self._vllm_config, self._config, self._layout, self._rank))
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         worker, plan = self._worker, self._plan()

@@ -10,9 +10,10 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from pdserve import fingerprint, log
-from pdserve.chunk import ChunkLayout
+from pdserve.chunk import CANONICAL, OPAQUE, ChunkLayout
+from pdserve.engines.vllm import device_layout
 from pdserve.errors import UnsupportedError
-from pdserve.transfer.staging import HostPages
+from pdserve.transfer.staging import HostPages, Pages
 
 
 def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
@@ -40,15 +41,32 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1
     ):
         raise UnsupportedError("context parallelism is not supported by the pdserve connector.")
+    if on_device(vllm_config):
+        device_layout.check_supported(vllm_config, spec)
+
+
+def on_device(vllm_config: Any) -> bool:
+    """Whether the KV cache is in a GPU's memory. ROCm calls itself cuda, too."""
+    return bool(vllm_config.device_config.device_type == "cuda")
 
 
 def chunk_layout(vllm_config: Any, kv_cache_config: Any) -> ChunkLayout:
-    """The opaque-block layout of this engine. Both sides of the connector compute it from the same declarations."""
+    """How this engine's chunks look. Both sides of the connector compute it from the same declarations."""
     group = kv_cache_config.kv_cache_groups[0]
     spec = group.kv_cache_spec
     kind = "mla" if isinstance(spec, MLAAttentionSpec) else "attention"
+    if on_device(vllm_config):
+        return ChunkLayout(
+            kind=CANONICAL,
+            kv_dtype=device_layout.kv_dtype(vllm_config, spec),
+            layers=len(group.layer_names),
+            block_tokens=spec.block_size,
+            block_bytes=spec.real_page_size_bytes // spec.num_kv_heads,
+            shards=device_layout.total_heads(vllm_config, spec),
+            detail=f"{kind} head={spec.head_size}",
+        )
     return ChunkLayout(
-        kind="opaque-block",
+        kind=OPAQUE,
         kv_dtype=str(spec.dtype).removeprefix("torch."),
         layers=len(group.layer_names),
         block_tokens=spec.block_size,
@@ -60,12 +78,9 @@ def chunk_layout(vllm_config: Any, kv_cache_config: Any) -> ChunkLayout:
 
 
 def _backend(vllm_config: Any) -> str:
-    device = vllm_config.device_config.device_type
     layout = getattr(getattr(vllm_config, "cache_config", None), "kv_cache_layout", None)
-    if device == "cpu":
-        amx = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
-        return f"cpu {torch.backends.cpu.get_cpu_capability()} amx={amx} {layout}"
-    return f"{device} {getattr(getattr(vllm_config, 'attention_config', None), 'backend', None)} {layout}"
+    amx = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    return f"cpu {torch.backends.cpu.get_cpu_capability()} amx={amx} {layout}"
 
 
 def model_fingerprint(vllm_config: Any, override: str = "") -> str:
@@ -103,8 +118,18 @@ def _weights_folder(model: Any) -> Path | None:
         return None
 
 
+def pages(
+    kv_caches: dict[str, torch.Tensor], vllm_config: Any, kv_cache_config: Any, layout: ChunkLayout, rank: int
+) -> Pages:
+    """Where a worker's blocks are, ready to be copied. Raises UnsupportedError when they are not what vLLM declared."""
+    if layout.kind == CANONICAL:
+        return device_layout.device_pages(kv_caches, vllm_config, kv_cache_config, rank)
+    names = kv_cache_config.kv_cache_groups[0].layer_names
+    return host_pages(kv_caches, names, layout, kv_cache_config.num_blocks, rank)
+
+
 def host_pages(
-    kv_caches: dict[str, torch.Tensor], layer_names: list[str], layout: ChunkLayout, num_blocks: int
+    kv_caches: dict[str, torch.Tensor], layer_names: list[str], layout: ChunkLayout, num_blocks: int, rank: int = 0
 ) -> HostPages:
     """Maps the registered tensors. Raises UnsupportedError when they are not what vLLM declared."""
     bases, strides = [], []
@@ -121,4 +146,4 @@ def host_pages(
             )
         bases.append(tensor.data_ptr())
         strides.append(tensor.stride(0) * tensor.element_size())
-    return HostPages(bases, strides, layout.block_bytes, num_blocks)
+    return HostPages(bases, strides, layout.block_bytes, num_blocks, block_tokens=layout.block_tokens, first_shard=rank)

@@ -6,31 +6,35 @@ blocks of a preempted request are about to be overwritten, so a copy of them tha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from pdserve import kernels, log
-from pdserve.engines.vllm.messages import LoadJob, LoadResult, SaveJob, StepPlan, WorkerReport
+from pdserve import log
+from pdserve.engines.vllm.messages import ChunkLoad, LoadJob, LoadResult, SaveJob, StepPlan, WorkerReport
 from pdserve.errors import CacheError
 from pdserve.transfer import wire
 from pdserve.transfer.client import CacheClient
-from pdserve.transfer.staging import HostPages
+from pdserve.transfer.staging import Copy, Pages, stride_of
 
 RPC_S = 5.0
 #: saves that wait; beyond this they are dropped, because a save must never slow the engine down
 MAX_QUEUED_SAVES = 4096
+#: chunks that are committed together; fewer would let a consumer start earlier, and cost more round trips
+COMMIT_TOGETHER = 8
 
 
 class WorkerSide:
     """One per worker process. `pages` is set once vLLM has registered its KV caches."""
 
-    def __init__(self, client: CacheClient, *, rank: int, shards: int, writer: str) -> None:
-        self._client, self._rank, self._shards, self._writer = client, rank, shards, writer
-        self._pages: HostPages | None = None
+    def __init__(self, client: CacheClient, *, shards: int, writer: str) -> None:
+        self._client, self._shards, self._writer = client, shards, writer
+        self._pages: Pages | None = None
         self._log = log.get("connector")
         self._lock = threading.Condition()
         self._report = WorkerReport()
@@ -42,39 +46,53 @@ class WorkerSide:
         self._recv_failed: set[str] = set()
         self._failed_blocks: set[int] = set()
         self._blocks: dict[str, set[int]] = {}
-        self._saves: queue.Queue[SaveJob | None] = queue.Queue()
-        self._loads: queue.Queue[LoadJob | None] = queue.Queue()
+        # Each job with the point in the engine's work that it must not overtake.
+        self._saves: queue.Queue[tuple[SaveJob, Any] | None] = queue.Queue()
+        self._loads: queue.Queue[tuple[LoadJob, Any] | None] = queue.Queue()
         self._threads = [
             threading.Thread(target=self._run, args=(self._saves, self._save), name="pdserve-save", daemon=True),
             threading.Thread(target=self._run, args=(self._loads, self._load), name="pdserve-load", daemon=True),
         ]
 
-    def register(self, pages: HostPages) -> None:
+    def register(self, pages: Pages) -> None:
         self._pages = pages
-        kind, why = kernels.path()
-        self._log.info(
-            "kernels: %s%s; %d layers, %d blocks of %d bytes",
-            kind,
-            f" ({why})" if why else "",
-            pages.layers,
-            pages.num_blocks,
-            pages.block_bytes,
-        )
+        self._log.info("kernels: %s", pages.describe())
+        if pages.on_device:
+            with contextlib.suppress(
+                CacheError
+            ):  # the client has warned; the arena is attached when the daemon is there
+                self._client.connect()
+                self._attach()
         for thread in self._threads:
             thread.start()
+
+    def _attach(self) -> None:
+        assert self._pages is not None
+        arena = self._client.arena
+        if arena is not None:
+            self._pages.attach(arena, self._client.chunk_tokens)
 
     # ---- called by the engine, every step ----
 
     def start_loads(self, plan: StepPlan) -> None:
+        with self._lock:
+            # Here and not with the saves: some vLLM versions announce no saves in a step that computes nothing.
+            self._awaiting |= plan.awaiting
+        # Blocks that a load fills may have belonged to a request whose last step is still running on the device.
+        mark = self._mark() if plan.loads else None
         for job in plan.loads:
             with self._lock:
                 self._blocks[job.request_id] = {b for c in job.chunks for b in c.block_ids if b is not None}
-            self._loads.put(job)
+            self._loads.put((job, mark))
+
+    def _mark(self) -> Any:
+        assert self._pages is not None
+        return self._pages.mark()
 
     def start_saves(self, plan: StepPlan) -> None:
-        """The step has run: what it computed may be copied now."""
+        """The step has been submitted: what it computes may be copied after this point."""
+        mark = self._mark() if plan.saves else None
         with self._lock:
-            self._awaiting |= plan.awaiting
             for job in plan.saves:
                 self._outstanding.setdefault(job.request_id, []).append(job)
         for job in plan.saves:
@@ -86,18 +104,20 @@ class WorkerSide:
                 )
                 self._save_done(job)
             else:
-                self._saves.put(job)
+                self._saves.put((job, mark))
 
     def before_overwrite(self, plan: StepPlan) -> None:
         """Blocks of preempted requests are about to be reused: no copy of them may begin, one that runs is waited for.
 
-        The wait is one chunk's copy (milliseconds): reading blocks never waits for the daemon.
+        The wait is a few chunks' copies (milliseconds): reading blocks never waits for the daemon.
         """
         with self._lock:
-            for request_id in plan.preempted:
-                self._cancelled.update(id(job) for job in self._outstanding.get(request_id, ()))
+            cancelled = {id(job) for request_id in plan.preempted for job in self._outstanding.get(request_id, ())}
+            self._cancelled |= cancelled
             while self._copying in plan.preempted and self._copying:
                 self._lock.wait()
+        if cancelled and self._pages is not None:
+            self._pages.settle()
 
     def finished(self) -> tuple[set[str], set[str], set[str], set[int]]:
         """(saves done of awaited requests, loads ended, those of them that failed, their blocks), each reported once."""
@@ -122,24 +142,26 @@ class WorkerSide:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(timeout=RPC_S)
+        if self._pages is not None and not any(t.is_alive() for t in self._threads):
+            self._pages.close()
         self._client.close()
 
     # ---- threads ----
 
-    def _run(self, jobs: queue.Queue[Any], work: Callable[[Any], None]) -> None:
+    def _run(self, jobs: queue.Queue[Any], work: Callable[[Any, Any], None]) -> None:
         _any_core()
         try:
             self._client.connect()  # now rather than in the first request: mapping the arena takes a while
         except CacheError as e:
             self._log.debug("%s", e)
         while (job := jobs.get()) is not None:
-            work(job)
+            work(*job)
 
-    def _load(self, job: LoadJob) -> None:
+    def _load(self, job: LoadJob, mark: Any) -> None:
         result = LoadResult()
         started = time.perf_counter()
         try:
-            self._copy_out(job, result)
+            self._copy_out(job, mark, result)
         except Exception as e:  # noqa: BLE001 - the border to the engine: whatever it was, the tokens are recomputed
             result.error = f"{type(e).__name__}: {e}"
             self._log.exception("load failed, tokens are recomputed request_id=%s", job.request_id)
@@ -152,7 +174,7 @@ class WorkerSide:
             self._recv_done.add(job.request_id)
             self._report.loaded[job.request_id] = result
 
-    def _copy_out(self, job: LoadJob, result: LoadResult) -> None:
+    def _copy_out(self, job: LoadJob, mark: Any, result: LoadResult) -> None:
         assert self._pages is not None
         if not self._client.connected:
             self._client.connect()
@@ -160,64 +182,84 @@ class WorkerSide:
         if arena is None or self._client.daemon_id != job.daemon_id:
             result.error = "the cache daemon was restarted between lookup and load"
             return
-        for chunk in job.chunks:
-            start = chunk.offset + self._rank * chunk.stride
-            source = arena.bytes[start : start + chunk.shard_bytes]
-            if self._pages.shard_bytes(len(chunk.block_ids)) != chunk.shard_bytes:
-                raise CacheError(f"a shard of {chunk.shard_bytes} bytes does not hold {len(chunk.block_ids)} blocks")
-            if self._pages.scatter(source, chunk.block_ids) != chunk.digests[self._rank]:
-                result.corrupt.append(chunk.key)
-                result.error = f"digest mismatch of chunk {chunk.key.hex()[:16]}"
-                return
-            result.chunks += 1
-            result.nbytes += chunk.shard_bytes
-
-    def _save(self, job: SaveJob) -> None:
+        self._attach()
+        pages, moving = self._pages, deque[tuple[ChunkLoad, Copy]]()
         try:
-            self._copy_in(job)
+            for chunk in job.chunks:
+                if pages.shard_bytes(chunk.tokens, len(chunk.block_ids)) != chunk.shard_bytes:
+                    raise CacheError(f"a shard of {chunk.shard_bytes} bytes does not hold {chunk.tokens} tokens")
+                start = chunk.offset + pages.first_shard * chunk.stride
+                source = arena.bytes[start : start + pages.shard_count * chunk.stride]
+                moving.append((chunk, pages.load(mark, source, chunk.block_ids, chunk.tokens, chunk.stride)))
+                while moving and moving[0][1].done() and not result.error:
+                    self._check(*moving.popleft(), result)
+                if result.error:
+                    break
+        finally:
+            # Whatever happened: blocks are not reported while something may still write into them.
+            for chunk, copy in moving:
+                self._check(chunk, copy, result)
+
+    def _check(self, chunk: ChunkLoad, copy: Copy, result: LoadResult) -> None:
+        """Waits for a chunk to be in its blocks, and compares what was read with what was stored."""
+        assert self._pages is not None
+        first = self._pages.first_shard
+        if copy.digests() != chunk.digests[first : first + self._pages.shard_count]:
+            result.corrupt.append(chunk.key)
+            result.error = f"digest mismatch of chunk {chunk.key.hex()[:16]}"
+            return
+        result.chunks += 1
+        result.nbytes += self._pages.shard_count * chunk.shard_bytes
+
+    def _save(self, job: SaveJob, mark: Any) -> None:
+        try:
+            if self._pages is not None and self._pages.stores:
+                self._copy_in(job, mark)
         except CacheError as e:
             self._log.debug("not stored: %s request_id=%s", e, job.request_id)
         except Exception:  # noqa: BLE001 - the border to the engine: a save that fails is a later miss, never more
             self._log.exception("save failed request_id=%s", job.request_id)
         self._save_done(job)
 
-    def _copy_in(self, job: SaveJob) -> None:
+    def _copy_in(self, job: SaveJob, mark: Any) -> None:
         assert self._pages is not None
-        started = time.perf_counter()
+        pages, started = self._pages, time.perf_counter()
         items = [
             wire.ReserveItem(
-                c.key, c.parent, self._rank, self._shards, self._pages.shard_bytes(len(c.block_ids)), c.tokens
+                c.key,
+                c.parent,
+                pages.first_shard,
+                self._shards,
+                pages.shard_bytes(c.tokens, len(c.block_ids)),
+                c.tokens,
+                count=pages.shard_count,
             )
             for c in job.chunks
         ]
         grants = self._client.reserve(self._writer, items, RPC_S)
         arena, daemon_id = self._client.arena, self._client.daemon_id
-        done: list[wire.CommitItem] = []
-        given_up: list[int] = []
-        tokens = 0
-        for chunk, item, grant in zip(job.chunks, items, grants, strict=True):
-            if grant.status != wire.GRANTED:
-                continue
-            if arena is None or not self._begin_copy(job):
-                given_up.append(grant.reservation)
-                continue
-            try:
-                digest = self._pages.gather(
-                    chunk.block_ids, arena.bytes[grant.offset : grant.offset + item.shard_bytes]
-                )
-            finally:
-                self._end_copy()
-            done.append(wire.CommitItem(grant.reservation, digest))
-            tokens += chunk.tokens
-        if self._client.daemon_id != daemon_id:
-            return  # a new daemon knows nothing of these reservations
-        if given_up:
-            self._client.abort(given_up, RPC_S)
-        if done:
-            self._client.commit(done, RPC_S)
+        granted = [(c, g) for c, g in zip(job.chunks, grants, strict=True) if g.status == wire.GRANTED]
+        moving = _Moving(self._client, daemon_id)
+        try:
+            if arena is not None and granted:
+                self._attach()
+                for chunk, grant in granted:
+                    stride = stride_of(pages.shard_bytes(chunk.tokens, len(chunk.block_ids)))
+                    area = arena.bytes[grant.offset : grant.offset + pages.shard_count * stride]
+                    if not self._begin_copy(job):
+                        break
+                    try:
+                        moving.add(grant, chunk.tokens, pages.store(mark, chunk.block_ids, chunk.tokens, area, stride))
+                    finally:
+                        self._end_copy()
+                    moving.commit(COMMIT_TOGETHER)
+            moving.commit()
+        finally:
+            moving.give_up([g.reservation for _, g in granted])
+        if moving.tokens:
             self._log.info(
                 "stored %d tokens in %.1f ms request_id=%s",
-                tokens,
+                moving.tokens,
                 (time.perf_counter() - started) * 1000,
                 job.request_id,
             )
@@ -247,6 +289,49 @@ class WorkerSide:
             if not jobs:
                 del self._outstanding[job.request_id]
             self._report.saved[job.request_id] = self._report.saved.get(job.request_id, 0) + 1
+
+
+class _Moving:
+    """The chunks of one save that are on their way into the arena, and what has arrived and is not committed yet."""
+
+    def __init__(self, client: CacheClient, daemon_id: str) -> None:
+        self._client, self._daemon_id = client, daemon_id
+        self._copies: deque[tuple[wire.Grant, int, Copy]] = deque()
+        self._settled: set[int] = set()  # reservations that were committed
+        self.tokens = 0  # committed
+
+    def add(self, grant: wire.Grant, tokens: int, copy: Copy) -> None:
+        self._copies.append((grant, tokens, copy))
+
+    def commit(self, at_least: int = 0) -> None:
+        """Tells the daemon what has arrived, if that is `at_least` so many chunks; 0: waits for all of them."""
+        arrived = 0
+        while arrived < len(self._copies) and (not at_least or self._copies[arrived][2].done()):
+            if not at_least:
+                self._copies[arrived][2].digests()
+            arrived += 1
+        if not arrived or arrived < at_least or self._client.daemon_id != self._daemon_id:
+            return  # a new daemon knows nothing of these reservations
+        ready = [self._copies[i] for i in range(arrived)]
+        items = []
+        for grant, _, copy in ready:
+            first, *more = copy.digests()
+            items.append(wire.CommitItem(grant.reservation, first, more))
+        self._client.commit(items, RPC_S)
+        for grant, tokens, _ in ready:
+            self._copies.popleft()
+            self._settled.add(grant.reservation)
+            self.tokens += tokens
+
+    def give_up(self, reservations: list[int]) -> None:
+        """Gives back what was not committed, once nothing writes there any more."""
+        for _, _, copy in self._copies:
+            with contextlib.suppress(Exception):  # a device that fails writes nothing either
+                copy.digests()
+        left = [r for r in reservations if r not in self._settled]
+        if left and self._client.daemon_id == self._daemon_id:
+            with contextlib.suppress(CacheError):  # the daemon takes them back by itself
+                self._client.abort(left, RPC_S)
 
 
 def _any_core() -> None:

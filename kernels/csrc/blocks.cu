@@ -1,0 +1,297 @@
+// The GPU path, called through ctypes: raw pointers and stream handles, no tensor library's ABI.
+//
+// Each direction is a lane: a ring of staging buffers on the device, one stream for kernels and one for DMA, tied together by
+// events. Save: gather into a buffer, then one DMA of the whole chunk into the arena. Load: the other way. A call that
+// submits returns at once unless all buffers are in use. A lane belongs to one host thread; `settle` may come from any.
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "blocks.cuh"
+
+namespace {
+
+using namespace pd;
+
+constexpr int64_t RESULTS = 1024;  // digests of a ticket must be read before this many more are submitted
+thread_local std::string last_error;
+
+bool failed(gpuError_t code, const char* what) {
+  if (code == gpuSuccess) return false;
+  last_error = std::string(what) + ": " + gpuGetErrorString(code);
+  return true;
+}
+#define TRY(call) do { if (failed(call, #call)) return -1; } while (0)
+
+int refuse(const char* why) {
+  last_error = why;
+  return -1;
+}
+
+struct Slot {
+  unsigned char* buffer = nullptr;
+  gpuEvent_t middle = nullptr, end = nullptr;
+};
+
+struct Lane {
+  gpuStream_t kernels = nullptr, copies = nullptr;
+  std::vector<Slot> slots;
+  Sums sums{nullptr, nullptr};
+  uint64_t* results = nullptr;  // mapped host memory, [RESULTS][heads]
+  uint64_t* results_device = nullptr;
+  int64_t submitted = 0, completed = 0;
+};
+
+struct Context {
+  int device;
+  Pages pages;
+  uint64_t* bases = nullptr;
+  uint64_t staging_bytes;
+  uint32_t blocks;  // thread blocks of one kernel, all heads together
+  bool wide;        // 16-byte accesses
+  Lane lanes[2];
+};
+
+enum { SAVE = 0, LOAD = 1 };
+
+template <bool GATHER>
+gpuError_t launch(const Context& c, const Job& job, const Sums& sums, uint64_t* result, gpuStream_t stream) {
+  const dim3 grid((c.blocks + c.pages.heads - 1) / c.pages.heads, c.pages.heads);
+  if (c.wide) move<uint4, GATHER><<<grid, THREADS, 0, stream>>>(c.pages, job, sums, result);
+  else move<uint2, GATHER><<<grid, THREADS, 0, stream>>>(c.pages, job, sums, result);
+  return gpuGetLastError();
+}
+
+// What the kernel assumes is checked here: it works on raw addresses.
+int make_job(const Context& c, Job& job, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, bool gather) {
+  const uint64_t shard = (uint64_t)c.pages.layers * tokens * c.pages.parts * c.pages.part_bytes;
+  if (tokens == 0 || count > MAX_BLOCKS || (uint64_t)count * c.pages.block_tokens < tokens) return refuse("blocks do not cover the tokens");
+  if (shard > stride || stride % 16) return refuse("shard stride too small or not a multiple of 16");
+  if (shard / 8 > 0x7fffffffull) return refuse("chunk too large");
+  job.stride = stride;
+  job.tokens = tokens;
+  for (int i = 0; i < count; i++) {
+    if (gather && blocks[i] < 0) return refuse("gather from no block");
+    job.blocks[i] = blocks[i];
+  }
+  return 0;
+}
+
+int open_lane(Context& c, Lane& lane, int depth, int priority) {
+  TRY(gpuStreamCreateWithPriority(&lane.kernels, gpuStreamNonBlocking, priority));
+  TRY(gpuStreamCreateWithPriority(&lane.copies, gpuStreamNonBlocking, priority));
+  TRY(gpuMalloc((void**)&lane.sums.by_head, c.pages.heads * 8 + 8));
+  TRY(gpuMemset(lane.sums.by_head, 0, c.pages.heads * 8 + 8));
+  lane.sums.arrived = reinterpret_cast<unsigned*>(lane.sums.by_head + c.pages.heads);
+  TRY(gpuHostMalloc((void**)&lane.results, RESULTS * c.pages.heads * 8, gpuHostMallocMapped));
+  TRY(gpuHostGetDevicePointer((void**)&lane.results_device, lane.results, 0));
+  lane.slots.resize(depth);
+  for (Slot& s : lane.slots) {
+    TRY(gpuMalloc((void**)&s.buffer, c.staging_bytes));
+    TRY(gpuEventCreateWithFlags(&s.middle, gpuEventDisableTiming));
+    TRY(gpuEventCreateWithFlags(&s.end, gpuEventDisableTiming | gpuEventBlockingSync));
+  }
+  return 0;
+}
+
+void close_lane(Lane& lane) {
+  if (lane.kernels) gpuStreamSynchronize(lane.kernels);
+  if (lane.copies) gpuStreamSynchronize(lane.copies);
+  for (Slot& s : lane.slots) {
+    if (s.buffer) gpuFree(s.buffer);
+    if (s.middle) gpuEventDestroy(s.middle);
+    if (s.end) gpuEventDestroy(s.end);
+  }
+  if (lane.sums.by_head) gpuFree(lane.sums.by_head);
+  if (lane.results) gpuHostFree(lane.results);
+  if (lane.kernels) gpuStreamDestroy(lane.kernels);
+  if (lane.copies) gpuStreamDestroy(lane.copies);
+}
+
+// The slot of the next ticket, free for use.
+int next_slot(Lane& lane, Slot*& slot) {
+  const int64_t depth = (int64_t)lane.slots.size();
+  slot = &lane.slots[lane.submitted % depth];
+  if (lane.submitted - lane.completed >= depth) {
+    TRY(gpuEventSynchronize(slot->end));
+    lane.completed = lane.submitted - depth + 1;
+  }
+  return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Text of the last error in this thread.
+const char* pd_gpu_error() { return last_error.c_str(); }
+
+struct PdGeometry {
+  int64_t block, head, token, part;
+  uint32_t layers, heads, parts, part_bytes, block_tokens;
+};
+
+// `wide`: every address and stride of the pages is a multiple of 16. Returns null on error.
+void* pd_gpu_open(int device, const uint64_t* bases, const PdGeometry* g, uint64_t staging_bytes, int depth, int blocks, int wide) {
+  Context* c = new Context();
+  c->device = device;
+  c->pages = Pages{nullptr, g->block, g->head, g->token, g->part, g->layers, g->heads, g->parts, g->part_bytes, g->block_tokens};
+  c->staging_bytes = staging_bytes;
+  c->blocks = (uint32_t)blocks;
+  c->wide = wide != 0;
+  auto open = [&]() -> int {
+    TRY(gpuSetDevice(device));
+    TRY(gpuMalloc((void**)&c->bases, g->layers * 8));
+    TRY(gpuMemcpy(c->bases, bases, g->layers * 8, gpuMemcpyHostToDevice));
+    c->pages.bases = c->bases;
+    int low = 0, high = 0;
+    TRY(gpuDeviceGetStreamPriorityRange(&low, &high));
+    // A load is somebody waiting for a first token; a save is not.
+    if (open_lane(*c, c->lanes[SAVE], depth, low) || open_lane(*c, c->lanes[LOAD], depth, high)) return -1;
+    return 0;
+  };
+  if (open() == 0) return c;
+  for (Lane& lane : c->lanes) close_lane(lane);
+  if (c->bases) gpuFree(c->bases);
+  delete c;
+  return nullptr;
+}
+
+void pd_gpu_close(void* context) {
+  Context* c = static_cast<Context*>(context);
+  gpuSetDevice(c->device);
+  for (Lane& lane : c->lanes) close_lane(lane);
+  if (c->bases) gpuFree(c->bases);
+  delete c;
+}
+
+int pd_gpu_register(int device, void* address, uint64_t bytes) {
+  TRY(gpuSetDevice(device));
+  TRY(gpuHostRegister(address, bytes, gpuHostRegisterFlags));
+  return 0;
+}
+
+int pd_gpu_unregister(int device, void* address) {
+  TRY(gpuSetDevice(device));
+  TRY(gpuHostUnregister(address));
+  return 0;
+}
+
+// A point in the work of `stream`, to be waited for by save and load. Null on error.
+void* pd_gpu_mark(int device, void* stream) {
+  gpuEvent_t event = nullptr;
+  auto record = [&]() -> int {
+    TRY(gpuSetDevice(device));
+    TRY(gpuEventCreateWithFlags(&event, gpuEventDisableTiming));
+    TRY(gpuEventRecord(event, static_cast<gpuStream_t>(stream)));
+    return 0;
+  };
+  return record() == 0 ? event : nullptr;
+}
+
+void pd_gpu_unmark(int device, void* mark) {
+  gpuSetDevice(device);
+  gpuEventDestroy(static_cast<gpuEvent_t>(mark));
+}
+
+// Pages -> arena, after `mark` (may be null). Returns a ticket, or -1.
+int64_t pd_gpu_save(void* context, void* mark, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, void* host) {
+  Context& c = *static_cast<Context*>(context);
+  Lane& lane = c.lanes[SAVE];
+  Job job;
+  if (make_job(c, job, blocks, count, tokens, stride, true)) return -1;
+  if (stride * c.pages.heads > c.staging_bytes) return refuse("chunk larger than the staging buffer");
+  TRY(gpuSetDevice(c.device));
+  Slot* slot;
+  if (next_slot(lane, slot)) return -1;
+  job.chunk = slot->buffer;
+  if (mark) TRY(gpuStreamWaitEvent(lane.kernels, static_cast<gpuEvent_t>(mark), 0));
+  TRY(launch<true>(c, job, lane.sums, lane.results_device + lane.submitted % RESULTS * c.pages.heads, lane.kernels));
+  TRY(gpuEventRecord(slot->middle, lane.kernels));
+  TRY(gpuStreamWaitEvent(lane.copies, slot->middle, 0));
+  TRY(gpuMemcpyAsync(host, slot->buffer, stride * c.pages.heads, gpuMemcpyDeviceToHost, lane.copies));
+  TRY(gpuEventRecord(slot->end, lane.copies));
+  return lane.submitted++;
+}
+
+// Arena -> pages; only the scatter waits for `mark`, the DMA starts at once. Returns a ticket, or -1.
+int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, const void* host) {
+  Context& c = *static_cast<Context*>(context);
+  Lane& lane = c.lanes[LOAD];
+  Job job;
+  if (make_job(c, job, blocks, count, tokens, stride, false)) return -1;
+  if (stride * c.pages.heads > c.staging_bytes) return refuse("chunk larger than the staging buffer");
+  TRY(gpuSetDevice(c.device));
+  Slot* slot;
+  if (next_slot(lane, slot)) return -1;
+  job.chunk = slot->buffer;
+  TRY(gpuMemcpyAsync(slot->buffer, host, stride * c.pages.heads, gpuMemcpyHostToDevice, lane.copies));
+  TRY(gpuEventRecord(slot->middle, lane.copies));
+  TRY(gpuStreamWaitEvent(lane.kernels, slot->middle, 0));
+  if (mark) TRY(gpuStreamWaitEvent(lane.kernels, static_cast<gpuEvent_t>(mark), 0));
+  TRY(launch<false>(c, job, lane.sums, lane.results_device + lane.submitted % RESULTS * c.pages.heads, lane.kernels));
+  TRY(gpuEventRecord(slot->end, lane.kernels));
+  return lane.submitted++;
+}
+
+// How many tickets of the lane (0 save, 1 load) are done: all below that number. Never waits. -1 on error.
+int64_t pd_gpu_done(void* context, int which) {
+  Context& c = *static_cast<Context*>(context);
+  Lane& lane = c.lanes[which];
+  TRY(gpuSetDevice(c.device));
+  while (lane.completed < lane.submitted) {
+    const gpuError_t state = gpuEventQuery(lane.slots[lane.completed % (int64_t)lane.slots.size()].end);
+    if (state == gpuErrorNotReady) break;
+    TRY(state);
+    lane.completed++;
+  }
+  return lane.completed;
+}
+
+// Waits until `ticket` is done, without spinning.
+int pd_gpu_wait(void* context, int which, int64_t ticket) {
+  Context& c = *static_cast<Context*>(context);
+  Lane& lane = c.lanes[which];
+  if (ticket < lane.completed) return 0;
+  TRY(gpuSetDevice(c.device));
+  TRY(gpuEventSynchronize(lane.slots[ticket % (int64_t)lane.slots.size()].end));
+  lane.completed = ticket + 1;
+  return 0;
+}
+
+// Digests of a ticket that is done, one per head; `bytes`: of one shard.
+void pd_gpu_digests(void* context, int which, int64_t ticket, uint64_t bytes, uint64_t* out) {
+  Context& c = *static_cast<Context*>(context);
+  const uint64_t* sums = c.lanes[which].results + ticket % RESULTS * c.pages.heads;
+  for (uint32_t h = 0; h < c.pages.heads; h++) out[h] = finish(sums[h], bytes);
+}
+
+// When this returns, no submitted save reads pages any more. From any thread.
+int pd_gpu_settle(void* context) {
+  Context& c = *static_cast<Context*>(context);
+  TRY(gpuSetDevice(c.device));
+  TRY(gpuStreamSynchronize(c.lanes[SAVE].kernels));
+  return 0;
+}
+
+// One kernel between pages and any memory the device can reach (device memory, or registered host memory), on the lane's
+// kernel stream, waited for. For measuring and testing; `blocks_override` > 0 sets the grid.
+int pd_gpu_move(void* context, int which, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, void* chunk, int blocks_override,
+                uint64_t* out) {
+  Context c = *static_cast<Context*>(context);
+  if (blocks_override > 0) c.blocks = (uint32_t)blocks_override;
+  Lane& lane = c.lanes[which];
+  Job job;
+  if (make_job(c, job, blocks, count, tokens, stride, which == SAVE)) return -1;
+  TRY(gpuSetDevice(c.device));
+  job.chunk = static_cast<unsigned char*>(chunk);
+  uint64_t* result = lane.results_device + (RESULTS - 1) * c.pages.heads;
+  TRY(which == SAVE ? launch<true>(c, job, lane.sums, result, lane.kernels) : launch<false>(c, job, lane.sums, result, lane.kernels));
+  TRY(gpuStreamSynchronize(lane.kernels));
+  const uint64_t bytes = (uint64_t)c.pages.layers * tokens * c.pages.parts * c.pages.part_bytes;
+  for (uint32_t h = 0; h < c.pages.heads; h++) out[h] = finish(lane.results[(RESULTS - 1) * c.pages.heads + h], bytes);
+  return 0;
+}
+
+}
