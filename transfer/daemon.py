@@ -174,6 +174,19 @@ class Daemon:
             self.store.drop(message.corrupt, "corrupt")
         return int(self.store.release(message.lease, client))
 
+    def drop(self, keys: list[bytes]) -> int:
+        """Out of every tier; returns how many were in memory."""
+        count = self.store.drop(keys, "dropped")
+        self.tiering.delete(keys)
+        self.journal.flush()
+        return count
+
+    def clear(self) -> int:
+        count = self.store.clear()
+        self.tiering.clear()
+        self.journal.flush()
+        return count
+
     def refresh_gauges(self) -> None:
         """Brings the gauges up to date; called when somebody looks."""
         stats = self.store.stats()

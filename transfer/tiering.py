@@ -58,6 +58,7 @@ class _Load:
     record: ChunkRecord
     deadline: float
     promised: bool
+    unwanted: bool = False  # deleted meanwhile
 
 
 class Lower:
@@ -69,6 +70,7 @@ class Lower:
         #: contains() is so quick that the loop may ask
         self.indexed: bool = getattr(tier, "indexed", False)
         self.up = self.up_bytes = self.down = self.down_bytes = 0  # bytes of arena
+        self.deleting = 0
         self.rate = 100e6  # bytes/s up, as seen lately; the first guess is a slow disk's
         self.idle_since = 0.0
         self._ups: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -279,6 +281,9 @@ class Tiering:
                 # Failures count as slow, so that a tier that only fails is not promised from either.
                 rate = 0.0 if outcome else size * lower.rules.readers / max(seconds, 1e-6)
                 lower.rate = max(1.0, 0.7 * lower.rate + 0.3 * rate)
+        if load.unwanted:
+            self.store.discard(load.chunk)
+            return
         if outcome:
             self._not_before[key] = time.monotonic() + AGAIN_S
             self._failed(lower.name, "get", outcome, f"{why} (key {key.hex()[:16]})")
@@ -426,18 +431,46 @@ class Tiering:
     # ---- forgetting, looking, ending ----
 
     def delete(self, keys: list[bytes]) -> None:
-        """From every lower tier, on their threads; what is on its way up arrives and is dropped by whoever asked for this."""
+        """From every lower tier, on their threads, after what is being written; what is on its way up is dropped."""
+        self._unwanted(keys)
         for lower in self.lowers:
-            lower.call_down(lambda lower=lower: self._delete_on_thread(lower, keys))  # type: ignore[misc]
+            self._delete(lower, lambda tier=lower.tier: tier.delete(keys))  # type: ignore[misc]
+
+    def clear(self) -> None:
+        """All of every tier that can tell what it has; a remote one that others share keeps its chunks."""
+        self._unwanted(list(self._loads))
+        for lower in self.lowers:
+            clear = getattr(lower.tier, "clear", None)
+            if clear is not None:
+                self._delete(lower, clear)
+
+    def _unwanted(self, keys: list[bytes]) -> None:
         for key in keys:
             self._known.pop(key, None)
+            if key in self._loads:
+                self._loads[key].unwanted = True
 
-    def _delete_on_thread(self, lower: Lower, keys: list[bytes]) -> None:
+    def _delete(self, lower: Lower, call: Callable[[], object]) -> None:
+        lower.deleting += 1
+        lower.call_down(lambda: self._delete_on_thread(lower, call))
+
+    def _delete_on_thread(self, lower: Lower, call: Callable[[], object]) -> None:
+        why = ""
         try:
-            lower.tier.delete(keys)
+            call()
         except Exception as e:  # noqa: BLE001 - as in _read_on_thread
             why = f"{type(e).__name__}: {e}"
-            self.post(lambda: self._failed(lower.name, "delete", "error", why))
+        self.post(lambda: self._deleted(lower, why))
+
+    def _deleted(self, lower: Lower, why: str) -> None:
+        lower.deleting -= 1
+        if why:
+            self._failed(lower.name, "delete", "error", why)
+
+    @property
+    def deleting(self) -> bool:
+        """Whether a tier has not yet carried out what delete() or clear() asked for."""
+        return any(lower.deleting for lower in self.lowers)
 
     def tick(self, now: float) -> None:
         """About once a second: forgets what is out of date."""
@@ -486,6 +519,6 @@ class Tiering:
             self._log.error("digest mismatch in %s, dropped: %s", tier, why)
             return
         now = time.monotonic()
-        if why and self._told.get((tier, op), 0.0) < now:
+        if reason != "gone" and why and self._told.get((tier, op), 0.0) < now:
             self._told[tier, op] = now + _LOG_EVERY_S
             self._log.warning("%s of tier %s did not succeed (%s): %s", op, tier, reason, why)

@@ -143,6 +143,9 @@ class DiskTier:
         if found is None or not found[1] or found[0].record != record:
             if self._index.get(record.key) is not entry:
                 return False  # deleted or moved while it was read
+            if found is not None and found[0].record == record:
+                self._drop(record.key)  # the index is from before it was deleted
+                return False
             self.quarantine(record.key, mark=False)
             raise CorruptChunk(f"disk: {segment.path.name} at {place.offset} does not hold what the index says")
         return True
