@@ -5,6 +5,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pdserve.chunk import ChunkLayout, KeyChain, root_key
 
 LAYOUT = ChunkLayout(kind="opaque-block", kv_dtype="bfloat16", layers=30, block_tokens=128, block_bytes=98304, shards=1)
@@ -66,21 +67,18 @@ def test_media_content_is_part_of_the_keys_it_touches_and_of_all_that_follow():
 
 
 def test_keys_do_not_depend_on_the_process_or_its_hash_seed():
-    code = (
-        "from pdserve.chunk import *; l=ChunkLayout(kind='opaque-block',kv_dtype='bfloat16',layers=30,block_tokens=128,block_bytes=98304,shards=1);"
-        "print(KeyChain(root_key('m', l, 'lora', 'salt'), 4).full(list(range(12)))[-1].hex())"
-    )
-    out = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        ).stdout
-        for seed in ("0", "1", "random")
-    }
+    code = """
+from pdserve.chunk import ChunkLayout, KeyChain, root_key
+layout = ChunkLayout(kind="opaque-block", kv_dtype="bfloat16", layers=30, block_tokens=128, block_bytes=98304, shards=1)
+print(KeyChain(root_key("m", layout, "lora", "salt"), 4).full(list(range(12)))[-1].hex())
+"""
+    out = set()
+    for seed in ("0", "1", "random"):
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        run = subprocess.run(
+            [sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60
+        )
+        out.add(run.stdout)
     assert len(out) == 1
 
 
