@@ -62,6 +62,11 @@ def root_key(model_fingerprint: str, layout: ChunkLayout, lora: str = "", cache_
     return h.digest()
 
 
+def tenant_tag(cache_salt: str) -> bytes:
+    """Stands for a salt where the salt itself must not be known: what is stored of one tenant can be found by it."""
+    return blake3(b"pdserve tenant\0" + cache_salt.encode()).digest(length=16) if cache_salt else b""
+
+
 class KeyChain:
     """Keys of one token sequence, computed once and extended as the sequence grows.
 

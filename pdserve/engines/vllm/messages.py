@@ -21,6 +21,7 @@ class SaveJob:
 
     request_id: str
     chunks: list[ChunkSave]
+    tag: bytes = b""  # whose it is (chunk.tenant_tag)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pdserve import log
-from pdserve.chunk import ChunkLayout, KeyChain, root_key
+from pdserve.chunk import ChunkLayout, KeyChain, root_key, tenant_tag
 from pdserve.engines.vllm.messages import ChunkLoad, ChunkSave, LoadJob, LoadResult, SaveJob, StepPlan, WorkerReport
 from pdserve.errors import CacheError, UnsupportedError
 from pdserve.transfer import wire
@@ -349,7 +349,7 @@ class SchedulerSide:
         known = min(computed + output.num_scheduled_tokens.get(request_id, 0), tracked.request.num_tokens)
         chunks = self._full_chunks(tracked, known) + self._tail_chunk(tracked, known)
         if chunks:
-            plan.saves.append(SaveJob(request_id, chunks))
+            plan.saves.append(SaveJob(request_id, chunks, tenant_tag(tracked.request.cache_salt or "")))
             tracked.outstanding += self._workers
 
     def _full_chunks(self, tracked: Tracked, known: int) -> list[ChunkSave]:

@@ -232,7 +232,8 @@ class WorkerSide:
                 self._shards,
                 pages.shard_bytes(c.tokens, len(c.block_ids)),
                 c.tokens,
-                count=pages.shard_count,
+                job.tag,
+                pages.shard_count,
             )
             for c in job.chunks
         ]
