@@ -108,7 +108,10 @@ PROXY = {
     "e2e_request_latency_seconds": Metric(Histogram, "Request arrival to last byte", ("route",), E2E_BUCKETS),
     "prefill_leg_seconds": Metric(Histogram, "Time of the prefill leg on the producer", ("instance",), TTFT_BUCKETS),
     "leg_failures_total": Metric(
-        Counter, "Failed legs by instance and reason (connect, timeout, status, broken)", ("instance", "leg", "reason")
+        Counter, "Failed legs by instance and reason (connect, timeout, status, broken, diverged)", ("instance", "leg", "reason")
+    ),
+    "takeovers_total": Metric(
+        Counter, "Streams whose engine died, by how they went on (resume, repeat, end, none)", ("how",)
     ),
     "instance_up": Metric(Gauge, "1 while the instance answers its health probe", ("instance", "role")),
 }

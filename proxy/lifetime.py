@@ -2,6 +2,8 @@
 
     RECEIVING --split--> PREFILLING --decode--> DECODING --first_byte--> STREAMING --end--> DONE
         `-----------------decode------------------^  `----------------------------end------^
+                                              STREAMING --lost--> CONTINUING --resumed--> STREAMING
+                                              CONTINUING --end--> DONE
     any live state --error--> FAILED          any live state --gone--> ABORTED   (the client left)
 
 A request is in exactly one state, reaches exactly one terminal state, and never leaves it. Each live state has a bound
@@ -20,6 +22,7 @@ class State(Enum):
     PREFILLING = "prefilling"
     DECODING = "decoding"
     STREAMING = "streaming"
+    CONTINUING = "continuing"  # the engine died in mid-stream; another is to go on
     DONE = "done"
     FAILED = "failed"
     ABORTED = "aborted"
@@ -29,12 +32,14 @@ class Event(Enum):
     SPLIT = "split"
     DECODE = "decode"
     FIRST_BYTE = "first_byte"
+    LOST = "lost"
+    RESUMED = "resumed"
     END = "end"
     ERROR = "error"
     GONE = "gone"
 
 
-LIVE = (State.RECEIVING, State.PREFILLING, State.DECODING, State.STREAMING)
+LIVE = (State.RECEIVING, State.PREFILLING, State.DECODING, State.STREAMING, State.CONTINUING)
 TERMINAL = (State.DONE, State.FAILED, State.ABORTED)
 
 TRANSITIONS: dict[tuple[State, Event], State] = {
@@ -44,6 +49,9 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.DECODING, Event.FIRST_BYTE): State.STREAMING,
     (State.DECODING, Event.END): State.DONE,
     (State.STREAMING, Event.END): State.DONE,
+    (State.STREAMING, Event.LOST): State.CONTINUING,
+    (State.CONTINUING, Event.RESUMED): State.STREAMING,
+    (State.CONTINUING, Event.END): State.DONE,
     **{(state, Event.ERROR): State.FAILED for state in LIVE},
     **{(state, Event.GONE): State.ABORTED for state in LIVE},
 }
@@ -58,6 +66,7 @@ class Deadlines:
     prefill: float = 600.0  # PREFILLING: all attempts together, connection to last byte of the reply
     answer: float = 1800.0  # DECODING: to the whole answer when it is not streamed, to its first event when it is
     event: float = 300.0  # STREAMING: between two pieces of the stream
+    resume: float = 120.0  # CONTINUING: to the first event of the next engine, which may have to compute the prompt
     send: float = 60.0  # any state: the client does not read
     probe: float = 5.0  # one health probe of an instance
     shutdown: float = 30.0  # running requests after a stop was asked for

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 from pdserve.errors import UpstreamError
 from pdserve.proxy import openai
+from pdserve.proxy.given import Foreign
 from pdserve.proxy.lifetime import Deadlines, Event, Lifetime, State
+from pdserve.proxy.seam import Diverged
 from pdserve.proxy.upstream import Answer, LegFailure
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -54,6 +56,8 @@ class Client:
             self.lifetime.on(Event.FIRST_BYTE)
             if self.on_first is not None:
                 self.on_first(now - self.arrived)
+        elif self.lifetime.state is State.CONTINUING:
+            self.lifetime.on(Event.RESUMED)
         elif self.on_gap is not None:
             self.on_gap(now - self._last)
         self._last = now
@@ -116,27 +120,45 @@ async def first_events(answer: Answer, cutter: EventCutter, wait: float) -> byte
             return whole
 
 
+class Editor(Protocol):
+    """What happens to whole events on their way. `error` is the event with which the engine itself gave up."""
+
+    error: bytes
+
+    def edit(self, data: bytes) -> bytes: ...
+
+
 async def stream(
-    answer: Answer,
-    first: bytes,
-    cutter: EventCutter,
-    client: Client,
-    needs_done: bool,
-    gap: float,
-    edit: Callable[[bytes], bytes] | None = None,
+    answer: Answer, first: bytes, cutter: EventCutter, client: Client, editor: Editor | None, gap: float
 ) -> None:
-    """Passes the stream on, `first` included, to its orderly end; `edit` changes whole events on their way.
-    Raises LegFailure if the engine breaks off."""
-    if first:
-        await client.events(edit(first) if edit else first)
-    while data := await answer.chunk(gap):
-        if whole := cutter.feed(data):
-            await client.events(edit(whole) if edit else whole)
-    if needs_done and not cutter.done:
+    """Passes the stream on, `first` included, to its orderly end. Raises LegFailure if the engine breaks off.
+    Without an editor nothing is changed, and [DONE] is not waited for."""
+    data = first
+    while True:
+        whole = data if data is first else cutter.feed(data)
+        if whole and editor is not None:
+            whole = edited(editor, whole, answer.instance)
+        if whole:
+            await client.events(whole)
+        if editor is not None and editor.error:
+            raise LegFailure(502, "it gave up in mid-stream", answer.instance, "broken", editor.error)
+        if not (data := await answer.chunk(gap)):
+            break
+    if editor is not None and not cutter.done:
         raise LegFailure(502, "it ended the stream early", answer.instance, "broken")
     await client.end(cutter.rest)
 
 
+def edited(editor: Editor, data: bytes, instance: str) -> bytes:
+    try:
+        return editor.edit(data)
+    except (Diverged, Foreign) as exc:
+        raise LegFailure(502, str(exc) or "its events are not what they should be", instance, "diverged") from exc
+
+
 async def broken_off(client: Client, endpoint: str, failure: UpstreamError) -> None:
-    """Tells a client whose stream has begun that it is over."""
+    """Tells a client whose stream has begun that it is over, in the engine's own words if it had any."""
+    if failure.body.startswith(b"data: "):
+        await client.end(failure.body if failure.body.endswith(openai.DONE) else failure.body + openai.DONE)
+        return
     await client.end(openai.error_event(endpoint, openai.error_json(failure.status, str(failure))))

@@ -7,7 +7,8 @@
       decode leg on a consumer    no connection, or broken off before the first byte -> another consumer
                                   (an answer that is not JSON counts as broken off)
                                   an error status -> returned as it is
-                                  broken off later -> the stream ends with an error event
+                                  broken off later -> another consumer goes on, as takeover.py plans it;
+                                  the client sees one stream, or at the worst an error event as its end
 
 Both legs run inside the task of the client's request. Cancelling that task, which is what a client's leaving does,
 closes whichever engine connection is open, and with it the engine's work.
@@ -26,9 +27,10 @@ from pdserve.engines.base import Dialect
 from pdserve.errors import RequestError, UpstreamError
 from pdserve.proxy import openai, relay
 from pdserve.proxy.fleet import Fleet, Instance
-from pdserve.proxy.lifetime import Deadlines, Event
+from pdserve.proxy.lifetime import Deadlines, Event, State
 from pdserve.proxy.policies.base import Facts, Policy
 from pdserve.proxy.relay import Client
+from pdserve.proxy.takeover import Takeover
 from pdserve.proxy.upstream import Answer, LegFailure
 
 ATTEMPTS = 2  # instances tried per leg: one failure is seen through, a failing fleet is not hammered
@@ -51,7 +53,6 @@ class Exchange:
     route: str = "local"
     prefill: str = ""
     decode: str = ""
-    cached: int | None = None  # tokens of the prompt that the producer reused, where it said so
 
     def tell_route(self, why: str = "") -> None:
         """Sets the answer's x-pdserve headers to what was done so far."""
@@ -78,16 +79,20 @@ class Splitter:
             handover, why = await self._prefill(exchange, ask)
         exchange.route = "local" if why else "pd"
         exchange.client.lifetime.on(Event.DECODE)
+        keep = ask.stream and len(self._fleet.consumers()) > 1
+        chat = exchange.endpoint == openai.CHAT
+        takeover = Takeover(self._dialect, exchange.endpoint, ask.body, chat, keep)
         if handover is not None:
-            exchange.cached = self._dialect.cached_tokens(handover)
-        body = self._dialect.decode_body(exchange.endpoint, ask.body, handover)
-        await self._decode(exchange, body, why)
+            takeover.cached = self._dialect.cached_tokens(handover)
+        body = self._dialect.decode_body(exchange.endpoint, ask.body, handover, takeover.ask_ids)
+        takeover.sent = body
+        await self._decode(exchange, body, why, takeover)
 
     async def pass_on(self, exchange: Exchange, body: bytes) -> None:
         """A request that one engine answers alone, in whatever form."""
         exchange.route = "passthrough"
         exchange.client.lifetime.on(Event.DECODE)
-        await self._decode(exchange, body, "")
+        await self._decode(exchange, body, "", None)
 
     def _why_local(self, exchange: Exchange, ask: openai.Ask) -> str:
         if not self._fleet.producers():
@@ -142,9 +147,10 @@ class Splitter:
 
     # The decode leg.
 
-    async def _decode(self, exchange: Exchange, body: bytes, why: str) -> None:
+    async def _decode(self, exchange: Exchange, body: bytes, why: str, takeover: Takeover | None) -> None:
         tried: list[Instance] = []
         last: LegFailure | None = None
+        path = exchange.path
         while len(tried) < ATTEMPTS:
             facts = Facts(exchange.endpoint, len(body))
             instance = self._fleet.choose(self._decode_policy, facts, self._fleet.consumers(), tried)
@@ -155,32 +161,53 @@ class Splitter:
             exchange.tell_route(why)
             try:
                 with instance.serving():
-                    return await self._decode_on(instance, exchange, body)
+                    return await self._decode_on(instance, exchange, path, body, takeover)
             except LegFailure as failure:
                 self._fleet.failed(instance, "decode", failure, exchange.request_id)
-                if exchange.client.started or failure.reason == "timeout":
-                    raise
                 last = failure
+                if not exchange.client.started:
+                    if failure.reason == "timeout":
+                        raise
+                    continue
+                plan = takeover.plan() if takeover is not None else None
+                self._metrics["takeovers_total"].labels(plan.how if plan else "none").inc()
+                if plan is None:
+                    raise
+                if not plan.body:
+                    return await self._say_the_end(exchange, plan.last)
+                if exchange.client.lifetime.state is State.STREAMING:
+                    exchange.client.lifetime.on(Event.LOST)
+                path, body, tried = plan.path or exchange.path, plan.body, [instance]
         raise last or RequestError(503, NOBODY, "service_unavailable")
 
-    async def _decode_on(self, instance: Instance, exchange: Exchange, body: bytes) -> None:
+    async def _say_the_end(self, exchange: Exchange, last: bytes) -> None:
+        await exchange.client.end(last)
+        exchange.client.lifetime.on(Event.END)
+
+    async def _decode_on(
+        self, instance: Instance, exchange: Exchange, path: bytes, body: bytes, takeover: Takeover | None
+    ) -> None:
         client = exchange.client
-        limit = asyncio.get_running_loop().time() + self._deadlines.answer
-        first = b""
+        wait = self._deadlines.resume if client.started else self._deadlines.answer
+        limit = asyncio.get_running_loop().time() + wait
         cutter = relay.EventCutter()
-        async with self._timed(instance, limit) as bound, self._open(instance, exchange, body) as answer:
+        async with self._timed(instance, limit, wait) as bound, self._open(instance, exchange, body, path) as answer:
             if not answer.header(b"content-type").startswith(openai.EVENTS):
                 whole = await answer.read(ANSWER_LIMIT)
                 bound.reschedule(None)
-                return await self._answer_whole(instance, exchange, answer, whole)
-            first = await relay.first_events(answer, cutter, self._deadlines.answer)
+                if client.started:
+                    raise LegFailure(502, f"it answered {answer.status} instead of going on", instance.name, "status")
+                return await self._answer_whole(instance, exchange, answer, whole, takeover)
+            first = await relay.first_events(answer, cutter, wait)
             bound.reschedule(None)
-            await client.start(answer.status, openai.headers_out(answer.headers))
-            needs_done = exchange.endpoint in openai.SPLIT
-            await relay.stream(answer, first, cutter, client, needs_done, self._deadlines.event, self._edit(exchange))
+            if not client.started:
+                await client.start(answer.status, openai.headers_out(answer.headers))
+            await relay.stream(answer, first, cutter, client, takeover, self._deadlines.event)
             client.lifetime.on(Event.END)
 
-    async def _answer_whole(self, instance: Instance, exchange: Exchange, answer: Answer, body: bytes) -> None:
+    async def _answer_whole(
+        self, instance: Instance, exchange: Exchange, answer: Answer, body: bytes, takeover: Takeover | None
+    ) -> None:
         """An answer that is not a stream, whatever its status. It is complete here, so its status is true."""
         headers = openai.headers_out(answer.headers)
         if answer.status < 300 and exchange.endpoint in openai.SPLIT and not openai.is_object(body):
@@ -192,23 +219,21 @@ class Splitter:
             if shaped is not body:
                 headers = [h for h in headers if h[0] != b"content-type"] + [(b"content-type", openai.JSON)]
             body = shaped
-        elif edit := self._edit(exchange):
-            body = edit(body)
+        elif takeover is not None and takeover.cached is not None:
+            body = self._dialect.tell_cached(body, takeover.cached)
         await exchange.client.whole(answer.status, headers, body)
         exchange.client.lifetime.on(Event.END)
 
-    def _edit(self, exchange: Exchange) -> Callable[[bytes], bytes] | None:
-        cached, tell = exchange.cached, self._dialect.tell_cached
-        return None if cached is None else lambda data: tell(data, cached)
-
     @contextlib.asynccontextmanager
-    async def _timed(self, instance: Instance, when: float) -> AsyncIterator[asyncio.Timeout]:
+    async def _timed(self, instance: Instance, when: float, wait: float) -> AsyncIterator[asyncio.Timeout]:
         try:
             async with asyncio.timeout_at(when) as bound:
                 yield bound
         except TimeoutError as exc:
-            raise LegFailure(504, f"no answer within {self._deadlines.answer:g} s", instance.name, "timeout") from exc
+            raise LegFailure(504, f"no answer within {wait:g} s", instance.name, "timeout") from exc
 
-    def _open(self, instance: Instance, exchange: Exchange, body: bytes) -> AbstractAsyncContextManager[Answer]:
-        ask = (exchange.method, exchange.path, exchange.headers, body)
+    def _open(
+        self, instance: Instance, exchange: Exchange, body: bytes, path: bytes | None = None
+    ) -> AbstractAsyncContextManager[Answer]:
+        ask = (exchange.method, path or exchange.path, exchange.headers, body)
         return instance.upstream.request(*ask, self._deadlines.connect)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from pdserve.engines.body import Body
@@ -36,9 +37,9 @@ class Dialect(Protocol):
         """The JSON that the decode leg must carry, byte for byte as the prefill reply has it; None if there is none.
         Raises ValueError if the reply is not what the engine sends."""
 
-    def decode_body(self, endpoint: str, body: Body, handover: bytes | None) -> bytes:
+    def decode_body(self, endpoint: str, body: Body, handover: bytes | None, ids: bool = False) -> bytes:
         """The client's own body plus the handover. Without a handover and without fields that only the proxy may set,
-        the very bytes of the client."""
+        the very bytes of the client. `ids` asks for the token ids of prompt and answer too."""
 
     def cached_tokens(self, handover: bytes) -> int | None:
         """How much of the prompt the producer did not have to compute; None if the handover does not say."""
@@ -46,6 +47,34 @@ class Dialect(Protocol):
     def tell_cached(self, data: bytes, tokens: int) -> bytes:
         """An answer, or whole events of one, with `tokens` as the number of cached tokens where it tells any. No other
         byte is changed."""
+
+
+    # Carrying a stream on after its engine died; proxy/takeover.py tells the story.
+
+    @property
+    def RESUME_PATH(self) -> str:  # noqa: N802 - a constant of the module
+        """Where resume_body is sent."""
+
+    def resumable(self, endpoint: str, body: Body) -> bool:
+        """The tokens so far say everything about where a stream of this request is."""
+
+    def repeatable(self, body: Body) -> bool:
+        """Asked once more, the request gives the same answer."""
+
+    def greedy(self, body: Body) -> bool:
+        """No chance is involved in choosing tokens."""
+
+    def counts_apart(self, body: Body) -> bool:
+        """Generated tokens are treated otherwise than the prompt's, so that moving them there changes what follows."""
+
+    def held_back(self, body: Body) -> int:
+        """Characters at the end of what is generated that a running stream has not been given yet."""
+
+    def hide_ids(self, data: bytes) -> bytes:
+        """Whole events as they would be if no token ids had been asked for."""
+
+    def resume_body(self, endpoint: str, body: Body, prompt_ids: bytes, ids: Sequence[int]) -> bytes:
+        """A streamed request that goes on behind the tokens `ids` of the answer; `prompt_ids` is a JSON list."""
 
 
 class Command(Protocol):

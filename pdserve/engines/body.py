@@ -8,7 +8,7 @@ the values' lengths are known from that check, so a prompt of a megabyte is comp
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from typing import Any, NamedTuple
 
 import msgspec
@@ -43,6 +43,9 @@ class Body:
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
+
+    def names(self) -> Set[str]:
+        return self._values.keys()
 
     def raw_value(self, name: str) -> bytes | None:
         """The value as written, or None if there is no such field."""

@@ -1,15 +1,22 @@
-"""What the fake engine says: one completion, as vLLM would word it, or vLLM's refusal of it."""
+"""What the fake engine says: one completion, as vLLM would word it, or vLLM's refusal of it.
+
+A generated token's id tells which answer it belongs to and its place in it, so a prompt that ends in generated tokens
+is gone on with, as a model would.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import zlib
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from pdserve.engines.fake.server import FakeEngine, Seen
+
+_GENERATED = 10**9  # ids from here on are generated: _GENERATED + seed * _SPAN + place
+_SPAN = 10**6
 
 
 class Refusal(Exception):
@@ -17,6 +24,15 @@ class Refusal(Exception):
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": status}}
         super().__init__(message)
+
+
+class Step(NamedTuple):
+    """One token of one choice, and how much text comes with it."""
+
+    text: str
+    token: int
+    finish: str | None = None
+    stop_reason: str | None = None
 
 
 class Job:
@@ -32,11 +48,16 @@ class Job:
         self.prompts = _prompts(body, self.chat)
         self.prompt_tokens = sum(map(len, self.prompts))
         self.tokens = int(body.get("max_completion_tokens") or body.get("max_tokens") or engine.max_tokens)
+        self.tool = _tool(body)
         self._check(body)
         self.n = int(body.get("n") or 1)
         self.usage_asked = bool((body.get("stream_options") or {}).get("include_usage"))
+        self.ids_asked = bool(body.get("return_token_ids"))
         self.params = body.get("kv_transfer_params") or {}
-        self.seed = [zlib.crc32(" ".join(prompt).encode()) % 1000 for prompt in self.prompts]
+        stop = body.get("stop") or []
+        self.stop: list[str] = [stop] if isinstance(stop, str) else stop
+        self.places = [_place(prompt) for prompt in self.prompts]
+        self.generated = 0
 
     def _check(self, body: dict[str, Any]) -> None:
         limit = self.engine.max_model_len
@@ -48,35 +69,71 @@ class Job:
             raise Refusal(400, "min_tokens must be less than or equal to max_tokens", param="min_tokens")
         if body.get("stream_options") and not self.stream:
             raise Refusal(400, "Stream options can only be defined when `stream=True`.", param="stream_options")
-        forced = body.get("tool_choice") == "required" or isinstance(body.get("tool_choice"), dict)
-        if self.tokens == 1 and (forced or body.get("response_format")):
+        if self.tokens == 1 and (self.tool or body.get("response_format")):
             raise Refusal(500, "one token satisfies neither a tool call nor a schema", "InternalServerError")
 
-    def word(self, choice: int, i: int) -> str:
-        return f" w{(self.seed[choice // self.n] + i) % 1000}"
+    def steps(self, choice: int) -> Iterator[Step]:
+        """As vLLM: with stop strings, the last characters are kept back in case that one has begun in them."""
+        seed, place = self.places[choice // self.n]
+        keep = max((len(word) for word in self.stop), default=1) - 1
+        full, sent = "", 0
+        for i in range(self.tokens):
+            began, token = len(full), _GENERATED + seed * _SPAN + place + i
+            full += f" w{(seed + place + i + self.engine.shift) % 1000}"
+            self.generated += 1
+            for word in self.stop:
+                if (at := full.find(word, max(0, began - len(word) + 1))) >= 0:
+                    yield Step(full[sent:at], token, "stop", word)
+                    return
+            last = i == self.tokens - 1
+            upto = len(full) if last else max(sent, len(full) - keep)
+            yield Step(full[sent:upto], token, ("tool_calls" if self.tool else "length") if last else None)
+            sent = upto
 
-    def _choice(self, index: int, text: str, finish: str | None, delta: bool) -> dict[str, Any]:
-        content: dict[str, Any] = {"text": text}
-        if self.chat:
-            content = {"delta" if delta else "message": {"role": "assistant", "content": text}}
-        return {"index": index, **content, "logprobs": None, "finish_reason": finish}
+    def _delta(self, step: Step, first: bool) -> dict[str, Any]:
+        if not self.tool:
+            return {"content": step.text}
+        named = {"id": f"call-{self.engine.name}", "type": "function"} if first else {}
+        function = ({"name": self.tool} if first else {}) | {"arguments": step.text}
+        return {"tool_calls": [{**named, "index": 0, "function": function}]}
+
+    def _event(self, choice: int, step: Step, first: bool) -> bytes:
+        content = {"delta": self._delta(step, first)} if self.chat else {"text": step.text}
+        end: dict[str, Any] = {}
+        if step.finish or not self.chat:
+            end["stop_reason"] = step.stop_reason
+        if not self.chat:
+            end["prompt_token_ids"] = self.prompt_ids(choice // self.n) if self.ids_asked and first else None
+        end["token_ids"] = [step.token] if self.ids_asked else None
+        shown = {"index": choice, **content, "logprobs": None, "finish_reason": step.finish, **end}
+        return _event(self._frame([shown], True))
 
     def _frame(self, choices: list[dict[str, Any]], chunk: bool) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
-        return {"id": self.id, "object": kind, "created": 1, "model": self.engine.model, "choices": choices}
+        made = {"id": self.id, "object": kind, "created": self.engine.created, "model": self.engine.model}
+        return {**made, "choices": choices}
+
+    def prompt_ids(self, prompt: int) -> list[int]:
+        return [int(w) if w.isdigit() else zlib.crc32(w.encode()) % _SPAN for w in self.prompts[prompt]]
 
     def usage(self) -> dict[str, Any]:
-        out = self.tokens * self.n * len(self.prompts)
         cached = self.prompt_tokens - 1 if self.params.get("do_remote_prefill") else 0
         return {
-            "prompt_tokens": self.prompt_tokens, "completion_tokens": out, "total_tokens": self.prompt_tokens + out,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens": self.prompt_tokens, "total_tokens": self.prompt_tokens + self.generated,
+            "completion_tokens": self.generated, "prompt_tokens_details": {"cached_tokens": cached},
         }  # fmt: skip
 
     def reply(self) -> dict[str, Any]:
-        total = self.n * len(self.prompts)
-        texts = ["".join(self.word(c, i) for i in range(self.tokens)) for c in range(total)]
-        choices = [self._choice(c, text, "length", False) for c, text in enumerate(texts)]
+        choices = []
+        for c in range(self.n * len(self.prompts)):
+            steps = list(self.steps(c))
+            text = "".join(step.text for step in steps)
+            content: dict[str, Any] = (
+                {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+            )
+            if self.tool:
+                content["message"] = {"role": "assistant", "tool_calls": self._delta(Step(text, 0), True)["tool_calls"]}
+            choices.append({"index": c, **content, "logprobs": None, "finish_reason": steps[-1].finish})
         return {**self._frame(choices, False), "usage": self.usage(), "kv_transfer_params": self._handover()}
 
     def _handover(self) -> dict[str, Any] | None:
@@ -89,12 +146,24 @@ class Job:
         }  # fmt: skip
 
     async def events(self) -> AsyncIterator[bytes]:
-        for i in range(self.tokens):
-            if i and self.engine.gap:
+        total = self.n * len(self.prompts)
+        if self.chat:
+            for c in range(total):
+                began = {"index": c, "delta": {"role": "assistant", "content": ""}}
+                frame = self._frame([{**began, "logprobs": None, "finish_reason": None}], True)
+                yield _event({**frame, "prompt_token_ids": self.prompt_ids(0) if self.ids_asked else None})
+        voices = {c: self.steps(c) for c in range(total)}
+        first = True
+        while voices:
+            if not first and self.engine.gap:
                 await asyncio.sleep(self.engine.gap)
-            for c in range(self.n * len(self.prompts)):
-                finish = "length" if i == self.tokens - 1 else None
-                yield _event(self._frame([self._choice(c, self.word(c, i), finish, True)], True))
+            for c in list(voices):
+                step = next(voices[c], None)
+                if step is not None:
+                    yield self._event(c, step, first)
+                if step is None or step.finish:
+                    del voices[c]
+            first = False
         if self.usage_asked:
             yield _event({**self._frame([], True), "usage": self.usage()})
         yield b"data: [DONE]\n\n"
@@ -102,6 +171,21 @@ class Job:
 
 def _event(frame: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(frame, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _place(prompt: list[str]) -> tuple[int, int]:
+    """Which answer follows this prompt, and where in it."""
+    if prompt and prompt[-1].isdigit() and (code := int(prompt[-1]) - _GENERATED) >= 0:
+        return code // _SPAN, code % _SPAN + 1
+    return zlib.crc32(" ".join(prompt).encode()) % 1000, 0
+
+
+def _tool(body: dict[str, Any]) -> str:
+    """The function that has to be called, if any."""
+    choice = body.get("tool_choice")
+    if isinstance(choice, dict):
+        return str(choice["function"]["name"])
+    return str(body["tools"][0]["function"]["name"]) if choice == "required" else ""
 
 
 def _prompts(body: dict[str, Any], chat: bool) -> list[list[str]]:

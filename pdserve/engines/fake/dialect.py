@@ -2,14 +2,4 @@
 
 from __future__ import annotations
 
-from pdserve.engines.vllm.dialect import (
-    cached_tokens,
-    decode_body,
-    prefill_body,
-    read_handover,
-    tell_cached,
-    together,
-    why_local,
-)
-
-__all__ = ["cached_tokens", "decode_body", "prefill_body", "read_handover", "tell_cached", "together", "why_local"]
+from pdserve.engines.vllm.dialect import *  # noqa: F403 - all of it, as __all__ there lists it

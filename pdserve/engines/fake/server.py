@@ -39,6 +39,7 @@ class Fault:
           garbage  sends bytes that are not HTTP
           rubbish  answers 200 with a body that is not JSON
           stall    says nothing for ever
+          confess  sends head and `after` events, then an error event, as vLLM does when its core has died
           mute     sends head and `after` events, then nothing for ever
     """
 
@@ -84,6 +85,8 @@ class FakeEngine:
     gap: float = 0.0  # between tokens
     max_tokens: int = 8  # when the request does not say
     max_model_len: int = 4096
+    shift: int = 0  # makes it answer differently from its equals
+    created: int = 1  # the time that its answers carry
     hands_over: bool = True
     cached_tokens: int = 0  # what a producer says that it had cached
     healthy: bool = True
@@ -136,6 +139,9 @@ class FakeEngine:
         if not self.connections:
             self._empty.set()
 
+    def pop_fault(self) -> Fault | None:
+        return self.faults.popleft() if self.faults else self.always
+
     def note(self, seen: Seen) -> None:
         if len(self.seen) < self.keep:
             self.seen.append(seen)
@@ -145,7 +151,7 @@ class FakeEngine:
     async def answer(self, seen: Seen, out: _Connection) -> None:
         if seen.method == "GET":
             return self._page(seen, out)
-        fault = self.faults.popleft() if self.faults else self.always
+        fault = self.pop_fault()
         if fault is not None and await self._faulty(fault, out):
             return
         try:
@@ -235,6 +241,9 @@ class FakeEngine:
                 if fault.kind in ("cut", "torn"):
                     await asyncio.sleep(0.01)  # lets what was written leave before the connection is reset
                     out.cut()
+                if fault.kind == "confess":
+                    out.chunk(b"data: " + json.dumps(Refusal(500, "made to fail").body).encode() + b"\n\n")
+                    out.chunk(b"data: [DONE]\n\n")
                 if fault.kind == "mute":
                     await asyncio.Event().wait()
                 break

@@ -14,6 +14,21 @@ from typing import Final
 import msgspec
 
 from pdserve.engines.body import Body
+from pdserve.engines.vllm.resume import (
+    RESUME_PATH,
+    counts_apart,
+    greedy,
+    held_back,
+    hide_ids,
+    repeatable,
+    resumable,
+    resume_body,
+)
+
+__all__ = [
+    "RESUME_PATH", "cached_tokens", "counts_apart", "decode_body", "greedy", "held_back", "hide_ids", "prefill_body",
+    "read_handover", "repeatable", "resumable", "resume_body", "tell_cached", "together", "why_local",
+]  # fmt: skip
 
 together: Final = False
 CHAT: Final = "/v1/chat/completions"
@@ -95,11 +110,13 @@ def read_handover(reply: bytes) -> bytes | None:
     return params
 
 
-def decode_body(endpoint: str, body: Body, handover: bytes | None) -> bytes:
+def decode_body(endpoint: str, body: Body, handover: bytes | None, ids: bool = False) -> bytes:
     """A client's own kv_transfer_params is never passed on: it names hosts and blocks, which only the proxy may do."""
+    changes = {"return_token_ids": b"true"} if ids else {}
     if handover is not None:
-        return body.edited({PARAMS: handover})
-    return body.edited({}, remove=(PARAMS,)) if PARAMS in body else body.raw
+        return body.edited(changes | {PARAMS: handover})
+    remove = (PARAMS,) if PARAMS in body else ()
+    return body.edited(changes, remove) if changes or remove else body.raw
 
 
 def cached_tokens(handover: bytes) -> int | None:
