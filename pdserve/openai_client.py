@@ -124,9 +124,21 @@ class Client:
         body = {"model": self.model, "prompt": text, "add_special_tokens": False}
         return list(self._json("POST", "/tokenize", json=body)["tokens"])
 
-    def reset_prefix_cache(self) -> bool:
-        """Empties the engine's own prefix cache. False where that is refused or not offered (VLLM_SERVER_DEV_MODE)."""
-        return self.request("POST", "/reset_prefix_cache", timeout=30).status_code == 200
+    def reset_prefix_cache(self, patience: float = 5.0) -> bool:
+        """Empties the engine's own prefix cache. False where that is not offered (VLLM_SERVER_DEV_MODE).
+
+        vLLM refuses while a block is still held, which can be for a moment after the last answer: asked again until then.
+        """
+        deadline = time.monotonic() + patience
+        while True:
+            answer = self.request("POST", "/reset_prefix_cache", timeout=30)
+            if answer.status_code != 200:
+                return False
+            if not answer.content or answer.json().get("success", True):  # older versions answer with nothing
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
 
     def metrics(self) -> dict[str, float]:
         """GET /metrics as {'name{label="value"}': number}; `_created` series are left out."""

@@ -122,8 +122,8 @@ class Deployment:
             with Client(url) as client:
                 wait_for(client.healthy, seconds, f"{url} is not up")
 
-    def wait_idle(self, seconds: float = 30.0) -> None:
-        """No engine works, nothing is leased or reserved."""
+    def wait_idle(self, seconds: float = 45.0) -> None:
+        """No engine works, nothing is leased or reserved. A lease whose lookup was given up ends by itself, in 30 s."""
 
         def idle() -> bool:
             roles = [role for role, urls in self.target.engines.items() if urls]
@@ -167,7 +167,7 @@ class Stage:
         file = self.folder / f"e2e-{name}.yaml"
         file.write_text(TOPOLOGIES[name])
         top = topology.load(file)
-        self.shared_memory = _shared_memory()
+        self.shared_memory = _shared_memory(top.name)
         targets.launch(file)
         self.name, target = name, Target.of(top)
         self.current = Deployment(top, target, Client(target.url, timeout=120), Client(target.plain_url, timeout=120))
@@ -188,7 +188,7 @@ class Stage:
         targets.stop(name)
         alive = psutil.wait_procs(trees, timeout=10)[1]
         assert not alive, f"still running after stop: {alive}"
-        left = _shared_memory() - self.shared_memory - _mapped()  # what is mapped is in use by somebody else
+        left = _shared_memory(name) - self.shared_memory - _mapped()  # what is mapped is in use by somebody else
         assert not left, f"left in /dev/shm: {left}"
         assert not (env.run_root() / name / "cache.sock").exists(), "the cache's socket was left"
 
@@ -201,8 +201,10 @@ def _tree(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _shared_memory() -> set[str]:
-    return {str(path) for path in Path("/dev/shm").iterdir()}
+def _shared_memory(name: str) -> set[str]:
+    """The deployment's files in /dev/shm, and those that Python's multiprocessing makes in an engine."""
+    patterns = (f"pdserve-{name}*", "psm_*", "sem.mp-*")
+    return {str(path) for pattern in patterns for path in Path("/dev/shm").glob(pattern)}
 
 
 def _mapped() -> set[str]:
