@@ -1,4 +1,4 @@
-"""`pdserve cache serve` and `pdserve cache status`."""
+"""`pdserve cache serve|status|ls|clear|pin|scrub|check`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ import argparse
 import json
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
+from pathlib import Path
+from typing import Any
 
+from pdserve import env
 from pdserve.errors import ConfigError, PdserveError
 from pdserve.topology import parse_size
 
 EXAMPLES = """examples:
-  pdserve cache serve --socket /tmp/cache.sock --size 2GiB
+  pdserve cache serve --socket /tmp/cache.sock --size 2GiB --disk /var/lib/pdserve --disk-size 50GiB
   pdserve cache status --admin-port 8080
+  pdserve cache ls --tier disk
+  pdserve cache clear --salt tenant-1
+  pdserve cache check /var/lib/pdserve          of a store whose daemon is stopped
 """
-ANSWER_SECONDS = 5.0
+ANSWER_SECONDS = 15.0
 WRITE_POLICIES = ("write-through", "on-evict", "selective")
 _WRITE_HELP = "when a chunk is written down: at once, before it is evicted, or once it was used (default %(default)s)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="serve|status")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="serve|status|ls|clear|pin|scrub|check")
     serve = actions.add_parser("serve", help="run the cache daemon of this host")
     serve.add_argument("--socket", required=True, metavar="PATH", help="unix socket that engines connect to")
     serve.add_argument("--size", required=True, help="shared memory to hold KV in, e.g. 2GiB")
@@ -34,7 +41,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _admin(serve)
     status = actions.add_parser("status", help="what a running daemon holds")
     status.add_argument("--json", action="store_true", help="its answer as it is")
-    _admin(status)
+    ls = actions.add_parser("ls", help="list chunks")
+    ls.add_argument(
+        "--tier", default="dram", help="dram, or a tier that can be listed, e.g. disk (default %(default)s)"
+    )
+    ls.add_argument("--limit", type=int, default=50, help="at most so many (default %(default)s)")
+    ls.add_argument("--json", action="store_true", help="the daemon's answer as it is")
+    clear = actions.add_parser("clear", help="forget everything, or what one tenant stored, or one prefix")
+    which = clear.add_mutually_exclusive_group()
+    which.add_argument("--salt", help="only what was stored under this cache_salt")
+    which.add_argument("--prefix", metavar="KEY", help="only this chunk and what builds on it")
+    pin = actions.add_parser("pin", help="keep a prefix from being evicted for a while")
+    pin.add_argument("key", nargs="+", metavar="KEY", help="the last chunk of the prefix, as `ls` shows it")
+    pin.add_argument("--seconds", type=float, default=300.0, help="how long (default %(default)s)")
+    pin.add_argument("--undo", action="store_true", help="unpin these chunks instead")
+    scrub = actions.add_parser("scrub", help="verify every chunk of a running daemon now")
+    scrub.add_argument("--fast", action="store_true", help="as fast as it goes, not at the usual rate")
+    for action in (status, ls, clear, pin, scrub):
+        _admin(action)
+    check = actions.add_parser("check", help="look through a disk tier whose daemon is stopped")
+    check.add_argument("folder", metavar="FOLDER", help="its --disk, or <run dir>/<name>/kv")
+    check.add_argument("--repair", action="store_true", help="mark what is wrong as deleted; else nothing is changed")
 
 
 def _tiers(serve: argparse.ArgumentParser) -> None:
@@ -46,6 +73,9 @@ def _tiers(serve: argparse.ArgumentParser) -> None:
     )
     disk.add_argument("--disk-write", choices=WRITE_POLICIES, default=WRITE_POLICIES[0], help=_WRITE_HELP)
     disk.add_argument("--tier", metavar="URL", action="append", default=[], help="a further tier: redis://, s3://, ...")
+    disk.add_argument(
+        "--scrub-rate", metavar="SIZE", default="32MiB", help="verify so much a second, hourly; 0: never (default %(default)s)"
+    )  # fmt: skip
 
 
 def _admin(parser: argparse.ArgumentParser) -> None:
@@ -56,11 +86,23 @@ def _admin(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.action == "status":
-        return _status(args)
+    actions = {
+        "serve": _serve,
+        "status": _status,
+        "ls": _ls,
+        "clear": _clear,
+        "pin": _pin,
+        "scrub": _scrub,
+        "check": _check,
+    }
+    return actions[args.action](args)  # fmt: skip
+
+
+def _serve(args: argparse.Namespace) -> int:
     args.size = parse_size(args.size, "--size")
     if args.chunk_tokens < 16 or args.chunk_tokens % 16:
         raise ConfigError("--chunk-tokens", f"{args.chunk_tokens} is not a multiple of 16", "256 suits most engines.")
+    args.scrub_rate = parse_size(args.scrub_rate, "--scrub-rate")
     if args.disk:
         if not args.disk_size:
             raise ConfigError("--disk-size", "missing", "Say how much of the disk may be taken, e.g. 20GiB.")
@@ -72,17 +114,84 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    url = f"http://{args.admin_host}:{args.admin_port}/status"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the outside world's proxy
-    try:
-        with opener.open(url, timeout=ANSWER_SECONDS) as answer:
-            facts = json.load(answer)
-    except (urllib.error.URLError, TimeoutError, ValueError) as error:
-        raise PdserveError(f"no cache daemon answers at {url}: {getattr(error, 'reason', error)}") from error
+    facts = _ask(args, "GET", "/status")
     if args.json:
-        json.dump(facts, sys.stdout, indent=1)
-        print()
-        return 0
+        return _print_json(facts)
+    tiers, scrub = facts.pop("tiers", {}), facts.pop("scrub", {})
     for key, value in facts.items():
         print(f"{key:24} {value}")
+    for name, tier in {**tiers, "scrub": scrub}.items():
+        print(f"{name:24} {', '.join(f'{key} {value}' for key, value in tier.items())}")
+    return 0
+
+
+def _ls(args: argparse.Namespace) -> int:
+    listed = _ask(args, "GET", f"/cache/objects?limit={args.limit}&tier={urllib.parse.quote(args.tier)}")
+    if args.json:
+        return _print_json(listed)
+    for c in listed["objects"]:
+        print(f"{c['key']}  {c['tokens']:5} tokens  {c['bytes'] / 2**20:8.2f} MiB  parent {c['parent'][:16] or '-'}")
+    print(f"{len(listed['objects'])} of {listed['total']} chunks in {args.tier}")
+    return 0
+
+
+def _clear(args: argparse.Namespace) -> int:
+    query = urllib.parse.urlencode({k: v for k in ("salt", "prefix") if (v := getattr(args, k)) is not None})
+    done = _ask(args, "DELETE", f"/cache?{query}")
+    print(f"{done['dropped']} chunks dropped from memory, and from the tiers below")
+    if not done["finished"]:
+        print("a lower tier has not finished yet", file=sys.stderr)
+    return 0 if done["finished"] else 1
+
+
+def _pin(args: argparse.Namespace) -> int:
+    if args.undo:
+        print(f"{_ask(args, 'POST', '/cache/unpin', {'keys': args.key})['unpinned']} chunks unpinned")
+        return 0
+    done = _ask(args, "POST", "/cache/pin", {"keys": args.key, "ttl_s": args.seconds})
+    print(f"{done['pinned']} chunks pinned for {args.seconds:g} s")
+    if done["refused"]:
+        print(f"{done['refused']} refused: {done['why']}", file=sys.stderr)
+    return 1 if done["refused"] else 0
+
+
+def _scrub(args: argparse.Namespace) -> int:
+    _ask(args, "POST", f"/cache/scrub?fast={str(args.fast).lower()}")
+    print("begun; `pdserve cache status` says how it goes")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from pdserve.transfer import fsck
+
+    report = fsck.check(Path(args.folder), repair=args.repair, progress=lambda line: print(line, file=sys.stderr))
+    for problem in report.problems:
+        print(problem)
+    print(
+        f"{report.segments} segments, {report.chunks} chunks ({report.bytes / 2**30:.2f} GiB) as they should be, "
+        f"{report.deleted} deleted, {len(report.problems)} problems, {report.repaired} repaired"
+    )
+    return 1 if len(report.problems) > report.repaired else 0
+
+
+def _ask(args: argparse.Namespace, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    url = f"http://{args.admin_host}:{args.admin_port}{path}"
+    request = urllib.request.Request(url, json.dumps(body).encode() if body else None, method=method)
+    request.add_header("Content-Type", "application/json")
+    if token := env.admin_token():
+        request.add_header("Authorization", f"Bearer {token}")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the outside world's proxy
+    try:
+        with opener.open(request, timeout=ANSWER_SECONDS) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            raise PdserveError(f"the cache daemon refused ({error.code}): {error.read().decode()[:500]}") from error
+    except (urllib.error.URLError, TimeoutError, ValueError) as error:
+        raise PdserveError(f"no cache daemon answers at {url}: {getattr(error, 'reason', error)}") from error
+
+
+def _print_json(facts: Any) -> int:
+    json.dump(facts, sys.stdout, indent=1)
+    print()
     return 0

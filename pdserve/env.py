@@ -18,6 +18,11 @@ def run_root() -> Path:
     return Path(os.environ.get("PDSERVE_RUN_DIR") or f"/tmp/pdserve-{os.getuid()}")
 
 
+def admin_token() -> str:
+    """PDSERVE_ADMIN_TOKEN: what the cache daemon's HTTP side asks for; must be set when it is bound off loopback."""
+    return os.environ.get("PDSERVE_ADMIN_TOKEN", "")
+
+
 def log_level() -> str:
     """PDSERVE_LOG_LEVEL: debug, info, warning or error (default info)."""
     value = os.environ.get("PDSERVE_LOG_LEVEL", "info").lower()

@@ -1,20 +1,59 @@
-"""The daemon's HTTP side: health, status, metrics, what is in the cache."""
+"""The daemon's HTTP side: health, status, metrics; what is in the cache, and what a person may do with it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import FastAPI, Query, Response
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, Field
+
+from pdserve.chunk import KEY_BYTES, tenant_tag
 
 if TYPE_CHECKING:
     from pdserve.transfer.daemon import Daemon
 
+#: how long DELETE waits for the lower tiers
+DELETE_S = 10.0
+Hex = Annotated[str, Field(pattern=f"^[0-9a-f]{{{2 * KEY_BYTES}}}$")]
+Keys = Annotated[list[Hex], Field(max_length=65536)]
 
-def make_app(daemon: Daemon) -> FastAPI:
-    """The routes, over one daemon."""
-    app = FastAPI(title="pdserve cache", docs_url=None, redoc_url=None)
 
+class KeysBody(BaseModel):
+    keys: Keys
+
+
+class PinBody(KeysBody):
+    ttl_s: Annotated[float, Field(gt=0, le=24 * 3600)] = 300.0
+
+
+class LevelBody(BaseModel):
+    level: Literal["debug", "info", "warning", "error"]
+
+
+def make_app(daemon: Daemon, token: str = "") -> FastAPI:
+    """The routes, over one daemon. With a token, everything but /healthz wants `Authorization: Bearer TOKEN`."""
+    app = FastAPI(title="pdserve cache", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if token and request.url.path != "/healthz" and not hmac.compare_digest(given.encode(), token.encode()):
+            return JSONResponse({"detail": "this address wants Authorization: Bearer TOKEN"}, 401)
+        return await call_next(request)
+
+    _looking(app, daemon)
+    _acting(app, daemon)
+    return app
+
+
+def _looking(app: FastAPI, daemon: Daemon) -> None:
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
@@ -23,26 +62,76 @@ def make_app(daemon: Daemon) -> FastAPI:
     async def status() -> dict[str, Any]:
         return daemon.status()
 
+    @app.get("/config")
+    async def config() -> dict[str, Any]:
+        return daemon.config()
+
     @app.get("/metrics")
     async def metrics() -> Response:
         daemon.refresh_gauges()
         return Response(generate_latest(daemon.registry), media_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/cache/stats")
+    async def stats() -> dict[str, Any]:
+        return {"dram": daemon.store.stats(), **daemon.tiering.stats()}
+
     @app.get("/cache/objects")
     async def objects(
-        offset: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=1, le=10000)] = 1000
+        offset: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[int, Query(ge=1, le=10000)] = 1000,
+        tier: str = "dram",
     ) -> dict[str, Any]:
-        """Visible chunks, paged, in the order in which they were reserved."""
-        chunks = list(daemon.store.chunks())
-        page = [
-            {"key": c.key.hex(), "parent": c.parent.hex(), "tokens": c.tokens, "bytes": c.payload_bytes, "digests": [f"{d:016x}" for d in c.digests if d is not None],
-             "leases": c.leases, "tier": "dram"}
-            for c in chunks[offset : offset + limit]
-        ]  # fmt: skip
-        return {"total": len(chunks), "offset": offset, "objects": page}
+        """Chunks of a tier, paged: in memory those that can be hit, below those that the tier can list."""
+        listed = daemon.objects(tier)
+        if listed is None:
+            raise HTTPException(404, f"no tier {tier!r} here that can be listed")
+        return {"total": len(listed), "offset": offset, "objects": listed[offset : offset + limit]}
 
+
+def _acting(app: FastAPI, daemon: Daemon) -> None:
     @app.delete("/cache")
-    async def clear() -> dict[str, int]:
-        return {"dropped": daemon.store.clear()}
+    async def clear(salt: str | None = None, prefix: Hex | None = None) -> dict[str, Any]:
+        """All; or what was stored under one cache_salt; or the chunk `prefix` and everything that builds on it."""
+        if salt == "":
+            raise HTTPException(422, "an empty salt is everybody who gives none: leave it out to clear everything")
+        if salt is not None:
+            dropped = daemon.drop(daemon.keys_of_tag(tenant_tag(salt)))
+        elif prefix is not None:
+            dropped = daemon.drop(daemon.keys_below(bytes.fromhex(prefix)))
+        else:
+            dropped = daemon.clear()
+        ends = time.monotonic() + DELETE_S
+        while daemon.tiering.deleting and time.monotonic() < ends:  # noqa: ASYNC110 - a few milliseconds, of threads
+            await asyncio.sleep(0.005)
+        return {"dropped": dropped, "finished": not daemon.tiering.deleting}
 
-    return app
+    @app.post("/cache/prefetch")
+    async def prefetch(body: KeysBody) -> dict[str, int]:
+        """Brings the run of these keys up from the lower tiers; asking again says how many are still coming."""
+        return {"loading": daemon.tiering.loading([bytes.fromhex(k) for k in body.keys], time.monotonic())}
+
+    @app.post("/cache/pin")
+    async def pin(body: PinBody) -> dict[str, Any]:
+        pinned, refused, why = daemon.pins.pin([bytes.fromhex(k) for k in body.keys], body.ttl_s, time.monotonic())
+        return {"pinned": pinned, "refused": refused, "why": why}
+
+    @app.post("/cache/unpin")
+    async def unpin(body: KeysBody) -> dict[str, int]:
+        return {"unpinned": daemon.pins.unpin([bytes.fromhex(k) for k in body.keys])}
+
+    @app.post("/cache/scrub")
+    async def scrub(fast: bool = False) -> dict[str, Any]:
+        """A pass now; GET /status says how it goes."""
+        if daemon.scrubber is None:
+            raise HTTPException(503, "not running yet")
+        daemon.scrubber.start(at_once=fast)
+        return dict(daemon.scrubber.state)
+
+    @app.get("/loglevel")
+    async def loglevel() -> dict[str, str]:
+        return {"level": logging.getLevelName(logging.getLogger("pdserve").level).lower()}
+
+    @app.post("/loglevel")
+    async def set_loglevel(body: LevelBody) -> dict[str, str]:
+        logging.getLogger("pdserve").setLevel(body.level.upper())
+        return {"level": body.level}

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import fcntl
 import os
 import signal
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,16 @@ import uvicorn
 import uvloop
 from prometheus_client import CollectorRegistry
 
-from pdserve import log, metrics
+from pdserve import env, log, metrics
 from pdserve.errors import ConfigError, ProtocolError, StartError
-from pdserve.transfer import admin, arena, faults, journal, wire
+from pdserve.transfer import admin, arena, faults, journal, scrub, wire
 from pdserve.transfer.eviction import POLICIES
 from pdserve.transfer.journal import Journal
+from pdserve.transfer.pins import Pins
+from pdserve.transfer.scrub import Scrubber
 from pdserve.transfer.store import Store
 from pdserve.transfer.tiering import Rules, Tiering
-from pdserve.transfer.tiers.base import Tier, TierError
+from pdserve.transfer.tiers.base import ChunkRecord, Tier, TierError
 
 EXPIRE_EVERY_S = 1.0
 #: what is queued for a lower tier when the daemon is told to stop gets so long
@@ -59,11 +62,12 @@ class Daemon:
         chunk_tokens: int,
         policy: str = "lru",
         tiers: Sequence[tuple[Tier, Rules]] = (),
+        scrub_rate: int = scrub.DEFAULT_RATE,
         fault: faults.Fault = faults.none,
     ) -> None:
         if policy not in POLICIES:
             raise ConfigError("cache.policy", f"unknown policy {policy!r}", f"Known: {', '.join(sorted(POLICIES))}.")
-        self.name, self.chunk_tokens = name, chunk_tokens
+        self.name, self.chunk_tokens, self.policy = name, chunk_tokens, policy
         self.daemon_id = uuid.uuid4().hex
         self.started = time.time()
         self.registry = CollectorRegistry()
@@ -87,6 +91,9 @@ class Daemon:
         for tier, rules in tiers:
             self.tiering.add(tier, rules)
         self._evicted_below: dict[str, int] = {}
+        self.pins = Pins(self.store)
+        self.scrubber: Scrubber | None = None
+        self.scrub_rate = scrub_rate
         self.clients: dict[int, _Connection] = {}
         self._next_client = 0
         self._op_seconds = {op: self.metrics["cache_op_seconds"].labels(op) for op in _OPS.values()}
@@ -187,6 +194,46 @@ class Daemon:
         self.journal.flush()
         return count
 
+    def keys_of_tag(self, tag: bytes) -> list[bytes]:
+        return list({r.key for r in self._listed() if r.tag == tag})
+
+    def keys_below(self, root: bytes) -> list[bytes]:
+        """`root` and every chunk that builds on it, in memory or where tiers can be listed."""
+        children: dict[bytes, list[bytes]] = {}
+        for record in self._listed():
+            children.setdefault(record.parent, []).append(record.key)
+        keys, rest = {root}, [root]
+        while rest:
+            fresh = [k for k in children.get(rest.pop(), ()) if k not in keys]
+            keys.update(fresh)
+            rest += fresh
+        return list(keys)
+
+    def _listed(self) -> Iterator[ChunkRecord]:
+        yield from (chunk.record() for chunk in self.store.chunks())
+        for lower in self.tiering.lowers:
+            if hasattr(lower.tier, "records"):
+                yield from lower.tier.records()
+
+    def objects(self, tier: str) -> list[dict[str, Any]] | None:
+        """What GET /cache/objects lists; None when that tier is not here or cannot be listed."""
+        if tier == "dram":
+            return [{**_shown(c.record()), "leases": c.leases, "tier": tier} for c in self.store.chunks()]
+        for lower in self.tiering.lowers:
+            if lower.name == tier and hasattr(lower.tier, "records"):
+                return [{**_shown(record), "tier": tier} for record in lower.tier.records()]
+        return None
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "size": self.arena.size,
+            "chunk_tokens": self.chunk_tokens,
+            "policy": self.policy,
+            "scrub_rate": self.scrub_rate,
+            "tiers": {x.name: dataclasses.asdict(x.rules) for x in self.tiering.lowers},
+        }
+
     def refresh_gauges(self) -> None:
         """Brings the gauges up to date; called when somebody looks."""
         stats = self.store.stats()
@@ -195,6 +242,7 @@ class Daemon:
         self.metrics["cache_leases"].set(stats["leases"])
         self.metrics["cache_reservations"].set(stats["reservations"])
         self.metrics["cache_clients"].set(len(self.clients))
+        self.metrics["cache_pinned_bytes"].set(self.pins.total)
         for name, facts in self.tiering.stats().items():
             self.metrics["cache_capacity_bytes"].labels(name).set(facts["capacity_bytes"])
             self.metrics["cache_used_bytes"].labels(name).set(facts["used_bytes"])
@@ -216,7 +264,10 @@ class Daemon:
             "arena": str(self.arena.path),
             "clients": [c.label for c in self.clients.values()],
             **self.store.stats(),
+            "pinned_bytes": self.pins.total,
+            "recovering": self.tiering.recovering,
             "tiers": self.tiering.stats(),
+            "scrub": dict(self.scrubber.state) if self.scrubber else {},
         }
 
     def close(self) -> None:
@@ -225,6 +276,17 @@ class Daemon:
         self.arena.close()
         with contextlib.suppress(FileNotFoundError):
             self.arena.path.unlink()
+
+
+def _shown(r: ChunkRecord) -> dict[str, Any]:
+    return {
+        "key": r.key.hex(),
+        "parent": r.parent.hex(),
+        "tokens": r.tokens,
+        "bytes": r.payload_bytes,
+        "digests": [f"{d:016x}" for d in r.digests],
+        "tag": r.tag.hex(),
+    }
 
 
 class _Connection(asyncio.Protocol):
@@ -293,7 +355,9 @@ class _AdminServer(uvicorn.Server):
         yield
 
 
-async def serve(daemon: Daemon, path: Path, admin_host: str, admin_port: int, stop: asyncio.Event) -> None:
+async def serve(
+    daemon: Daemon, path: Path, admin_host: str, admin_port: int, stop: asyncio.Event, token: str = ""
+) -> None:
     """Listens until `stop` is set, then closes everything."""
     loop = daemon.loop = asyncio.get_running_loop()
     daemon.recover()
@@ -305,9 +369,12 @@ async def serve(daemon: Daemon, path: Path, admin_host: str, admin_port: int, st
         os.umask(previous)
     # Bound here, not by uvicorn, which would end the whole process when the port is taken.
     listener = socket.create_server((admin_host, admin_port), backlog=64)
-    http = _AdminServer(uvicorn.Config(admin.make_app(daemon), log_level="warning", access_log=False, lifespan="off"))
+    app = admin.make_app(daemon, token)
+    http = _AdminServer(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
     http_task = asyncio.create_task(http.serve(sockets=[listener]))
     expirer = asyncio.create_task(_expire(daemon))
+    daemon.scrubber = Scrubber(daemon.store, daemon.tiering, daemon.metrics, daemon.scrub_rate)
+    scrubbing = asyncio.create_task(daemon.scrubber.run())
     host, port = listener.getsockname()[:2]
     daemon.log.info(
         "ready: %s, %.2f GiB, chunks of %d tokens, admin http://%s:%d",
@@ -321,11 +388,12 @@ async def serve(daemon: Daemon, path: Path, admin_host: str, admin_port: int, st
         await stop.wait()
     finally:
         expirer.cancel()
+        scrubbing.cancel()
         server.close()
         for connection in list(daemon.clients.values()):
             connection._transport.abort()
         http.should_exit = True
-        await asyncio.wait([http_task, expirer], timeout=5)
+        await asyncio.wait([http_task, expirer, scrubbing], timeout=5)
         listener.close()
         path.unlink(missing_ok=True)  # noqa: ASYNC240 - nothing is served any more
 
@@ -335,6 +403,7 @@ async def _expire(daemon: Daemon) -> None:
         await asyncio.sleep(EXPIRE_EVERY_S)
         daemon.store.expire(time.monotonic())
         daemon.tiering.tick(time.monotonic())
+        daemon.pins.expire(time.monotonic())
         daemon.journal.flush()
 
 
@@ -363,12 +432,16 @@ def main(args: argparse.Namespace) -> int:
             f"{path} is longer than a unix socket's path may be",
             "Set PDSERVE_RUN_DIR to a shorter folder.",
         )
+    if args.admin_host not in ("127.0.0.1", "localhost", "::1") and not env.admin_token():
+        fix = "Set PDSERVE_ADMIN_TOKEN, or bind 127.0.0.1."
+        raise ConfigError("cache.admin_host", f"{args.admin_host} is open to others, and there is no token", fix)
     with _only_one(path):
         daemon = Daemon(
             name=args.name,
             size=args.size,
             chunk_tokens=args.chunk_tokens,
             policy=getattr(args, "policy", "lru"),
+            scrub_rate=getattr(args, "scrub_rate", scrub.DEFAULT_RATE),
             tiers=_tiers(args),
         )
         try:
@@ -401,6 +474,6 @@ async def _run(daemon: Daemon, path: Path, args: argparse.Namespace) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        await serve(daemon, path, args.admin_host, args.admin_port, stop)
+        await serve(daemon, path, args.admin_host, args.admin_port, stop, env.admin_token())
     except OSError as e:
         raise StartError(f"cannot listen on {args.admin_host}:{args.admin_port} or {path}: {e}") from e

@@ -243,7 +243,7 @@ class Tiering:
         self._loads[load.record.key] = load
         lower.up += 1
         lower.up_bytes += load.chunk.size
-        into = self._shards(load.chunk)
+        into = self.shards(load.chunk)
         lower.call_up(lambda: self._read_on_thread(lower, load, into))
 
     def _read_on_thread(self, lower: Lower, load: _Load, into: list[np.ndarray]) -> None:
@@ -395,7 +395,7 @@ class Tiering:
         chunk.below.add(lower.name)
         lower.down += 1
         lower.down_bytes += size
-        record, shards, uses = chunk.record(), self._shards(chunk), chunk.uses
+        record, shards, uses = chunk.record(), self.shards(chunk), chunk.uses
         lower.call_down(lambda: self._write_on_thread(lower, chunk, record, shards, uses))
         return True
 
@@ -507,7 +507,8 @@ class Tiering:
         for lower in [*self.lowers, *([self._recovery] if self._recovery else [])]:
             lower.close(deadline)
 
-    def _shards(self, chunk: Chunk) -> list[np.ndarray]:
+    def shards(self, chunk: Chunk) -> list[np.ndarray]:
+        """Where its bytes are."""
         whole = self.arena()
         starts = [chunk.offset + i * chunk.stride for i in range(len(chunk.digests))]
         return [whole[start : start + chunk.shard_bytes] for start in starts]

@@ -1,0 +1,243 @@
+"""The daemon's HTTP side and its command, over a real daemon with a disk tier."""
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from pdserve import __main__ as command
+from pdserve import kernels
+from pdserve.chunk import tenant_tag
+from pdserve.errors import ConfigError, StartError
+from pdserve.transfer import admin, arena, daemon, fsck, wire
+from pdserve.transfer.client import CacheClient
+from pdserve.transfer.tiers.disk import DiskTier
+
+SIZE = 1 << 20
+
+
+def key(i):
+    return i.to_bytes(32, "little")
+
+
+@pytest.fixture
+def serving(tmp_path, monkeypatch):
+    """A daemon in a process of its own, its client, and what asks it."""
+    from multiprocessing import get_context
+
+    name = f"test-{os.getpid()}-{time.monotonic_ns()}"
+    port = _free_port()
+    args = SimpleNamespace(
+        socket=str(tmp_path / "c.sock"), size=32 << 20, chunk_tokens=256, admin_host="127.0.0.1", admin_port=port, name=name,
+        disk=str(tmp_path / "kv"), disk_size=128 << 20, disk_min_free=0, disk_write="write-through", scrub_rate=0,
+    )  # fmt: skip
+    process = get_context("spawn").Process(target=daemon.main, args=(args,))
+    process.start()
+
+    def ask(method, path, body=None):
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"}, method=method
+        )
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
+    client = CacheClient(args.socket, "t")
+    _until(lambda: _works(lambda: ask("GET", "/healthz")), 30)
+    yield SimpleNamespace(ask=ask, client=client, port=port, process=process, folder=tmp_path / "kv")
+    client.close()
+    process.terminate()
+    process.join(20)
+    process.close()
+    arena.path_for(name).unlink(missing_ok=True)
+
+
+def _free_port():
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return s.getsockname()[1]
+
+
+def _works(call):
+    try:
+        call()
+    except OSError:
+        return False
+    return True
+
+
+def _until(what, patience=20.0):
+    ends = time.monotonic() + patience
+    while not what():
+        assert time.monotonic() < ends, "it did not come to that"
+        time.sleep(0.02)
+
+
+def put(client, i, parent=0, tag=b""):
+    data = np.full(SIZE, i % 251, np.uint8)
+    item = wire.ReserveItem(key(i), key(parent) if parent else b"", 0, 1, SIZE, 256, tag)
+    (g,) = client.reserve("w", [item], 5)
+    assert g.status == wire.GRANTED
+    client.arena.bytes[g.offset : g.offset + SIZE] = data
+    client.commit([wire.CommitItem(g.reservation, kernels.digest(data))], 5)
+    return g.offset
+
+
+def hits(client, *ids):
+    """How long a run is found, waiting for what is on its way up."""
+    ends = time.monotonic() + 20
+    while True:
+        reply = client.lookup([key(i) for i in ids], 5)
+        for i, f in zip(ids, reply.found, strict=False):
+            assert (client.arena.bytes[f.offset : f.offset + SIZE] == i % 251).all()
+        if reply.lease:
+            client.release(reply.lease, 5, len(reply.found), 0)
+        if not reply.loading:
+            return len(reply.found)
+        assert time.monotonic() < ends
+        time.sleep(0.005)
+
+
+def test_what_is_deleted_is_gone_from_every_tier(serving):
+    a, b = tenant_tag("tenant-a"), tenant_tag("tenant-b")
+    for i in (1, 2, 3):
+        put(serving.client, i, i - 1, a)
+    _until(lambda: serving.ask("GET", "/cache/stats")["disk"]["chunks"] == 3)  # the queue holds an eighth of the arena
+    for i in (11, 12, 13):
+        put(serving.client, i, i - 1 if i > 11 else 0, b)
+    _until(lambda: serving.ask("GET", "/cache/stats")["disk"]["chunks"] == 6)
+    assert serving.ask("DELETE", "/cache?salt=tenant-a") == {"dropped": 3, "finished": True}
+    assert hits(serving.client, 1) == 0
+    assert serving.ask("DELETE", "/cache?prefix=" + key(12).hex()) == {"dropped": 2, "finished": True}
+    assert hits(serving.client, 11, 12, 13) == 1
+    assert [o["key"] for o in serving.ask("GET", "/cache/objects?tier=disk")["objects"]] == [key(11).hex()]
+    assert serving.ask("DELETE", "/cache") == {"dropped": 1, "finished": True}
+    assert hits(serving.client, 11) == 0
+    for wrong in ("/cache?salt=", "/cache?prefix=xyz"):
+        with pytest.raises(urllib.error.HTTPError, match="422"):
+            serving.ask("DELETE", wrong)
+
+
+def test_prefetch_brings_up_what_memory_has_lost(serving):
+    for i in range(1, 60):  # memory holds 32
+        put(serving.client, i)
+        if i % 3 == 0:
+            time.sleep(0.02)
+    _until(lambda: serving.ask("GET", "/status")["tiers"]["disk"]["queued_down"] == 0)
+    keys = {"keys": [key(1).hex()]}
+    _until(lambda: serving.ask("POST", "/cache/prefetch", keys)["loading"] == 0)
+    assert serving.ask("GET", "/cache/objects?limit=3")["total"] >= 30
+    reply = serving.client.lookup([key(1)], 5)
+    assert [f.tier for f in reply.found] == ["disk"]
+
+
+def test_a_scrub_finds_what_has_changed_in_memory_and_on_disk(serving):
+    offset = put(serving.client, 1)
+    put(serving.client, 2)
+    _until(lambda: serving.ask("GET", "/cache/stats")["disk"]["chunks"] == 2)
+    serving.client.arena.bytes[offset + 77] ^= 4
+    (segment,) = serving.folder.glob("*.seg")
+    with segment.open("r+b") as f:
+        f.seek(segment.stat().st_size - 5)
+        f.write(b"\x99")
+    serving.ask("POST", "/cache/scrub?fast=true")
+    _until(lambda: serving.ask("GET", "/status")["scrub"]["passes"] == 1)
+    assert serving.ask("GET", "/status")["scrub"]["corrupt"] == 2
+    stats = serving.ask("GET", "/cache/stats")
+    assert (stats["dram"]["chunks"], stats["disk"]["chunks"], stats["disk"]["quarantined_chunks"]) == (1, 1, 1)
+    assert hits(serving.client, 1) == 1  # from the disk, whose copy is sound
+    assert hits(serving.client, 2) == 1
+
+
+def test_the_command_asks_the_daemon(serving, capsys):
+    put(serving.client, 1)
+    put(serving.client, 2, 1)
+    at = ["--admin-port", str(serving.port)]
+    _until(lambda: serving.ask("GET", "/cache/stats")["disk"]["chunks"] == 2)
+    assert command.main(["cache", "ls", *at]) == 0
+    assert command.main(["cache", "ls", "--tier", "disk", *at]) == 0
+    assert f"{key(2).hex()}    256 tokens      1.00 MiB  parent {key(1).hex()[:16]}" in capsys.readouterr().out
+    assert command.main(["cache", "pin", key(2).hex(), "--seconds", "60", *at]) == 0
+    assert "2 chunks pinned for 60 s" in capsys.readouterr().out
+    assert command.main(["cache", "status", *at]) == 0
+    out = capsys.readouterr().out
+    assert f"pinned_bytes             {2 * SIZE}" in out
+    assert "disk                     chunks 2, used_bytes" in out
+    assert command.main(["cache", "pin", "--undo", key(2).hex(), key(1).hex(), *at]) == 0
+    assert command.main(["cache", "scrub", "--fast", *at]) == 0
+    assert command.main(["cache", "ls", "--tier", "nowhere", *at]) == 1
+    assert command.main(["cache", "check", str(serving.folder)]) == 1
+    assert "a cache daemon uses" in capsys.readouterr().err
+    assert command.main(["cache", "clear", *at]) == 0
+    assert "2 chunks dropped" in capsys.readouterr().out
+    assert serving.ask("POST", "/loglevel", {"level": "warning"}) == serving.ask("GET", "/loglevel")
+    assert serving.ask("GET", "/config")["tiers"]["disk"]["write"] == "write-through"
+
+
+def test_check_names_every_problem_and_repairs_on_demand(tmp_path):
+    folder = tmp_path / "kv"
+    with pytest.raises(StartError, match="holds no disk tier"):
+        fsck.check(folder)
+    tier = DiskTier(folder, 64 << 20, min_free=0)
+    from pdserve.transfer.tiers.conformance import make_chunk, soon
+
+    chunks = [make_chunk(8192, 2) for _ in range(6)]
+    for record, payload in chunks:
+        tier.put(record, payload, soon())
+    tier.delete([chunks[5][0].key])
+    tier.close()
+    clean = fsck.check(folder)
+    assert (clean.segments, clean.chunks, clean.deleted, clean.problems) == (1, 5, 1, [])
+    (file,) = folder.glob("*.seg")
+    with file.open("r+b") as f:
+        f.seek(4096 * 2 + 3)  # the first chunk's bytes
+        f.write(b"\xff\x00\xff")
+        f.seek(4096 * 6 + 30)  # the second chunk's header
+        f.write(b"\xff\x00\xff")
+        f.seek(0, 2)
+        f.write(b"torn")
+    (folder / "00000009.seg").write_bytes(b"nothing")
+    found = fsck.check(folder)
+    assert found.chunks == 3
+    text = "\n".join(found.problems)
+    for words in (
+        "digest mismatch at 4096",
+        "damaged header at 24576",
+        "torn tail of 4 bytes",
+        "00000009.seg: not a segment",
+    ):
+        assert words in text
+    repaired = fsck.check(folder, repair=True)
+    assert repaired.repaired == 3  # the damaged header's region stays as it is, skipped
+    again = fsck.check(folder)
+    assert again.problems == [p for p in found.problems if "damaged header" in p]
+    tier = DiskTier(folder, 64 << 20, min_free=0)
+    assert tier.stats()["chunks"] == 3
+    tier.close()
+
+
+def test_with_a_token_only_health_is_open():
+    client = TestClient(admin.make_app(SimpleNamespace(status=lambda: {}), "s3cret"))
+    assert client.get("/healthz").status_code == 200
+    for wrong in ({}, {"Authorization": "Bearer no"}, {"Authorization": "Bearer é".encode()}):
+        assert client.get("/status", headers=wrong).status_code == 401
+        assert client.delete("/cache", headers=wrong).status_code == 401
+    assert client.get("/status", headers={"Authorization": "Bearer s3cret"}).status_code == 200
+
+
+def test_bound_off_loopback_without_a_token_nothing_starts(tmp_path, monkeypatch):
+    monkeypatch.delenv("PDSERVE_ADMIN_TOKEN", raising=False)
+    args = SimpleNamespace(
+        socket=str(tmp_path / "c.sock"), size=1 << 20, chunk_tokens=256, admin_host="0.0.0.0", admin_port=1, name="x"
+    )
+    with pytest.raises(ConfigError, match="PDSERVE_ADMIN_TOKEN"):
+        daemon.main(args)
+    assert not Path("/dev/shm/pdserve-x.arena").exists()
