@@ -187,7 +187,10 @@ class CacheClient:
         while True:
             reply = self._receive(deadline)
             if getattr(reply, "id", call_id) != call_id:
-                continue  # the late answer of a call that gave up
+                # The late answer of a call that gave up. A lease that it brings is nobody's: back with it at once.
+                if isinstance(reply, wire.LookupReply) and reply.lease:
+                    self._socket.sendall(wire.encode(wire.Release(0, reply.lease)))
+                continue
             if isinstance(reply, wire.Refused):
                 raise ProtocolError(reply.reason)
             return reply

@@ -122,7 +122,7 @@ def test_a_client_reconnects_to_a_new_daemon_by_itself(tmp_path, start_cache):
 
 def test_a_hung_daemon_costs_one_deadline_and_then_nothing(cache_daemon):
     client = CacheClient(cache_daemon.socket, "x")
-    client.ping(5)
+    assert store(client, 1, np.zeros(4096, np.uint8))
     os.kill(cache_daemon.process.pid, signal.SIGSTOP)
     try:
         with pytest.raises(CacheUnavailable, match="did not answer within 50 ms"):
@@ -132,7 +132,9 @@ def test_a_hung_daemon_costs_one_deadline_and_then_nothing(cache_daemon):
     finally:
         os.kill(cache_daemon.process.pid, signal.SIGCONT)
     time.sleep(1.1)
-    assert client.lookup([key(1)], 5).found == []  # the late answer to the first call is not taken for this one's
+    assert client.lookup([key(9)], 5).found == []  # the late answer to the first call is not taken for this one's
+    client.ping(5)
+    assert cache_daemon.status()["leases"] == 0  # and the lease that it brought went back
     client.close()
 
 

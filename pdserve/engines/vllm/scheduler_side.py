@@ -26,7 +26,7 @@ MIN_TOKENS = 16
 FRESH_S = 5.0
 #: the prefill leg has ended, its last chunks may still be on their way into the arena: how long to wait for the first
 #: sign of them, and for the next chunk after the last one seen
-HANDOVER_START_S = 0.5
+HANDOVER_START_S = 1.5
 HANDOVER_STALL_S = 2.0
 HANDOVER_POLL_S = 0.002
 #: chunks are on their way up from a lower tier: how long to wait for the next one after the last, and in all
