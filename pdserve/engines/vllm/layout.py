@@ -142,8 +142,9 @@ def host_pages(
         if tensor.shape[0] != num_blocks or size != layout.block_bytes or not block.is_contiguous():
             raise UnsupportedError(
                 f"layer {name}: KV cache of shape {tuple(tensor.shape)}, strides {tensor.stride()} is not "
-                f"{num_blocks} contiguous blocks of {layout.block_bytes} bytes as declared; pdserve does not guess layouts. Report this vLLM version and backend."
+                f"{num_blocks} contiguous blocks of {layout.block_bytes} bytes as declared; "
+                "pdserve does not guess layouts. Report this vLLM version and backend."
             )
         bases.append(tensor.data_ptr())
         strides.append(tensor.stride(0) * tensor.element_size())
-    return HostPages(bases, strides, layout.block_bytes, num_blocks, block_tokens=layout.block_tokens, first_shard=rank)
+    return HostPages(bases, strides, layout.block_bytes, num_blocks, first_shard=rank)
