@@ -233,7 +233,7 @@ class S3Tier:
             raise
         body = answer["Body"]
         wake = operation.woken_by(partial(_shut, body)) if operation else contextlib.nullcontext()
-        with self._mapped(name), wake, contextlib.closing(body):
+        with self._mapped(name), contextlib.closing(body), wake:
             data = body.read()
         size = int(answer.get("ContentRange", f"/{len(data)}").rpartition("/")[2])
         return data, size, answer.get("ETag", "")

@@ -1,6 +1,7 @@
 """The S3 tier against real servers of that protocol: the suite, parts, conditions, odd answers, deadlines."""
 
 import contextlib
+import functools
 import threading
 import time
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ def _credentials(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
 
 
+@functools.cache  # making one takes longer than most tests
 def client_of(endpoint):
     config = boto3.session.Config(s3={"addressing_style": "path"})
     return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", config=config)
@@ -80,15 +82,13 @@ class OverS3(Subject):
 @pytest.fixture
 def subject(s3_server, relay):
     made = OverS3(s3_server, relay)
-    yield made
-    made.client.close()
+    return made
 
 
 @pytest.fixture
 def moto(moto_server, relay):
     made = OverS3(moto_server, relay)
-    yield made
-    made.client.close()
+    return made
 
 
 @pytest.fixture

@@ -136,10 +136,20 @@ class Moto(Server):
         return f"http://127.0.0.1:{self.port}"
 
 
-class Mooncake(Server):
-    """mooncake_master; the memory comes from whoever mounts a segment."""
+LENDER = """
+import sys, time
+from mooncake.store import MooncakeDistributedStore
+store = MooncakeDistributedStore()
+sys.exit(1) if store.setup("127.0.0.1", "P2PHANDSHAKE", int(sys.argv[2]), 16 << 20, "tcp", "", sys.argv[1]) else None
+open("ready", "w").close()
+time.sleep(86400)
+"""
 
-    def __init__(self) -> None:
+
+class Mooncake(Server):
+    """mooncake_master, and a process that lends memory to the pool."""
+
+    def __init__(self, memory: int = 512 << 20) -> None:
         program = Path(sys.executable).parent / "mooncake_master"
         if not program.exists():
             raise Missing("mooncake_master is not installed: pip install mooncake-transfer-engine-non-cuda")
@@ -150,6 +160,22 @@ class Mooncake(Server):
         self.port, metrics = free_port(), free_port()
         argv = [program, f"--rpc_port={self.port}", f"--metrics_port={metrics}"]
         super().__init__(argv, lambda: answers(self.port), _folder())
+        folder = _folder()
+        lend = [sys.executable, "-P", "-c", LENDER, f"127.0.0.1:{self.port}", str(memory)]
+        try:
+            self.lender = Server(lend, (folder / "ready").exists, folder)
+        except BaseException:
+            super().kill()
+            raise
+
+    @property
+    def url(self) -> str:
+        return f"mooncake://127.0.0.1:{self.port}"
+
+    def kill(self) -> None:
+        if hasattr(self, "lender"):
+            self.lender.kill()
+        super().kill()
 
 
 class Relay:

@@ -1,0 +1,197 @@
+"""The Mooncake tier against a real master and a process that lends memory."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import msgspec
+import numpy as np
+import pytest
+
+from pdserve.errors import ConfigError
+from pdserve.transfer.tiers import conformance
+from pdserve.transfer.tiers.base import TierError
+from pdserve.transfer.tiers.conformance import Subject, is_whole, make_chunk, read, soon
+from pdserve.transfer.tiers.mooncake import MooncakeOptions, MooncakeTier
+
+# Writes a chunk and is killed: while the shards are on their way, or when the record is all that is missing.
+KILLED_WRITER = """
+import os, signal, sys, threading, time
+import msgspec, numpy as np
+from pdserve.transfer.tiers import mooncake
+from pdserve.transfer.tiers.base import ChunkRecord
+record = msgspec.msgpack.decode(sys.stdin.buffer.read(int(sys.argv[3])), type=ChunkRecord)
+data = np.frombuffer(sys.stdin.buffer.read(), np.uint8)
+n = record.shard_bytes
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+tier = mooncake.MooncakeTier(mooncake.MooncakeOptions(master=sys.argv[1], timeout=20.0))
+tier.contains([record.key])
+class Fatal:
+    def __init__(self, store): self.store = store
+    def __getattr__(self, name): return getattr(self.store, name)
+    def put(self, *words): die()
+    def batch_put_from_multi_buffers(self, *words):
+        if sys.argv[2] == "shards": threading.Timer(0.0005, die).start()
+        return self.store.batch_put_from_multi_buffers(*words)
+tier._store = Fatal(tier._store)
+tier.put(record, [data[i * n : (i + 1) * n] for i in range(len(record.digests))], time.monotonic() + 20)
+"""
+
+
+class Quick(MooncakeTier):
+    """Connects without asking a child process first: the suite opens many."""
+
+    def _try_in_a_child(self):
+        pass
+
+
+class OverMooncake(Subject):
+    shard_sizes = (65536, 1, 70001, 1 << 20)
+    options: dict = {}  # noqa: RUF012
+
+    def __init__(self, server, client):
+        self.server, self.client = server, client
+        self.like = SimpleNamespace(_options=MooncakeOptions(master=""))  # for the names that a tier uses
+        self.breaks = 0
+
+    def open(self):
+        return Quick(MooncakeOptions(master=f"127.0.0.1:{self.server.port}", **{"timeout": 2.0, **self.options}))
+
+    def break_put(self, tier, record, payload):
+        self.breaks += 1
+        head = msgspec.msgpack.encode(record)
+        when = ["shards", "record"][self.breaks % 2]
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", KILLED_WRITER, f"127.0.0.1:{self.server.port}", when, str(len(head))],
+            input=head + b"".join(part.tobytes() for part in payload),
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == -signal.SIGKILL
+
+    def flip(self, record, position):
+        (name, *_) = MooncakeTier._payload_names(self.like, record)
+        data = bytearray(self.client.get(name))
+        data[position] ^= 1
+        assert self.client.remove(name, True) == 0
+        assert self.client.put(name, bytes(data)) == 0
+
+    @contextmanager
+    def _stalled(self):
+        self.server.stop()
+        yield
+        self.server.go_on()
+
+    def stalled(self, tier):
+        return self._stalled()
+
+
+@pytest.fixture(scope="module")
+def client(mooncake_server):
+    store = pytest.importorskip("mooncake.store").MooncakeDistributedStore()
+    master = f"127.0.0.1:{mooncake_server.port}"
+    assert store.setup("127.0.0.1", "P2PHANDSHAKE", 0, 16 << 20, "tcp", "", master) == 0
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def subject(mooncake_server, client):
+    return OverMooncake(mooncake_server, client)
+
+
+@pytest.fixture
+def tier(subject):
+    made = subject.open()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("rule", conformance.RULES, ids=conformance.name_of)
+def test_conformance(rule, subject):
+    rule(subject)
+
+
+def test_straight_from_and_to_the_arena(mooncake_server):
+    options = MooncakeOptions(master=f"127.0.0.1:{mooncake_server.port}", zero_copy=True, timeout=5.0)
+    arena = np.zeros(1 << 20, np.uint8)
+    with contextlib.closing(Quick(options)) as tier:
+        tier.register(arena)
+        record, payload = make_chunk(70_000, 3)
+        inside = [arena[i * 80_000 : i * 80_000 + 70_000] for i in range(3)]
+        for part, data in zip(inside, payload, strict=True):
+            part[:] = data
+        assert tier._direct(inside)
+        assert not tier._direct(payload)
+        assert tier.put(record, inside, soon())
+        arena[:] = 0
+        assert tier.get(record, inside, soon())
+        assert is_whole(record, inside)
+        assert not arena[70_000:80_000].any()
+        assert is_whole(record, read(tier, record))  # and to memory elsewhere, by way of the buffer
+        with pytest.raises(TierError, match="deadline"):
+            tier.get(record, inside, time.monotonic() - 1)
+
+
+def test_shards_that_the_pool_evicted_are_a_miss(tier):
+    record, payload = make_chunk(1000)
+    assert tier.put(record, payload, soon())
+    tier._store.remove(tier._payload_names(record)[0], True)
+    assert read(tier, record) is None
+    assert tier.put(record, payload, soon())
+    assert is_whole(record, read(tier, record))
+
+
+def test_a_record_that_is_none_is_a_miss_and_is_replaced(tier):
+    record, payload = make_chunk(1000)
+    assert tier.contains([record.key]) == [None]
+    assert tier._store.put(tier._record_name(record.key), b"PDKV junk") == 0
+    assert tier.contains([record.key]) == [None]
+    assert tier.put(record, payload, soon())
+    assert tier.contains([record.key]) == [record]
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["nobody there", "silent"])
+def test_connecting_to_a_dead_master_stops_nobody_else(mooncake_server, silent):
+    """The library would hold the interpreter lock for a minute and a half."""
+    longest, over = [0.0], threading.Event()
+
+    def watch():
+        last = time.monotonic()
+        while not over.wait(0.01):
+            longest[0], last = max(longest[0], time.monotonic() - last), time.monotonic()
+
+    master = f"127.0.0.1:{mooncake_server.port if silent else 1}"
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    if silent:
+        mooncake_server.stop()
+    try:
+        with (
+            contextlib.closing(MooncakeTier(MooncakeOptions(master=master, timeout=2.0))) as tier,
+            pytest.raises(TierError),
+        ):
+            tier.contains([bytes(32)])
+    finally:
+        mooncake_server.go_on()
+        over.set()
+        watcher.join()
+    assert longest[0] < 10.0
+
+
+def test_the_first_call_connects(mooncake_server):
+    record, payload = make_chunk(1000)
+    with contextlib.closing(MooncakeTier(MooncakeOptions(master=f"127.0.0.1:{mooncake_server.port}"))) as tier:
+        assert tier.put(record, payload, soon())
+        assert is_whole(record, read(tier, record))
+
+
+def test_without_the_library_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mooncake.store", None)
+    with pytest.raises(ConfigError, match=r"pip install 'pdserve\[mooncake\]'"):
+        MooncakeTier(MooncakeOptions(master="h:1"))
