@@ -82,7 +82,7 @@ def _looking(app: FastAPI, daemon: Daemon) -> None:
         tier: str = "dram",
     ) -> dict[str, Any]:
         """Chunks of a tier, paged: in memory those that can be hit, below those that the tier can list."""
-        listed = daemon.objects(tier)
+        listed = daemon.catalog.objects(tier)
         if listed is None:
             raise HTTPException(404, f"no tier {tier!r} here that can be listed")
         return {"total": len(listed), "offset": offset, "objects": listed[offset : offset + limit]}
@@ -95,9 +95,9 @@ def _acting(app: FastAPI, daemon: Daemon) -> None:
         if salt == "":
             raise HTTPException(422, "an empty salt is everybody who gives none: leave it out to clear everything")
         if salt is not None:
-            dropped = daemon.drop(daemon.keys_of_tag(tenant_tag(salt)))
+            dropped = daemon.drop(daemon.catalog.keys_of_tag(tenant_tag(salt)))
         elif prefix is not None:
-            dropped = daemon.drop(daemon.keys_below(bytes.fromhex(prefix)))
+            dropped = daemon.drop(daemon.catalog.keys_below(bytes.fromhex(prefix)))
         else:
             dropped = daemon.clear()
         ends = time.monotonic() + DELETE_S

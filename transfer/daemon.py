@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,20 @@ from prometheus_client import CollectorRegistry
 from pdserve import env, log, metrics
 from pdserve.errors import ConfigError, ProtocolError, StartError
 from pdserve.transfer import admin, arena, faults, journal, scrub, wire
+from pdserve.transfer.catalog import Catalog
+from pdserve.transfer.connection import Connection
 from pdserve.transfer.eviction import POLICIES
 from pdserve.transfer.journal import Journal
+from pdserve.transfer.lower import Rules
 from pdserve.transfer.pins import Pins
 from pdserve.transfer.scrub import Scrubber
 from pdserve.transfer.store import Store
-from pdserve.transfer.tiering import Rules, Tiering
-from pdserve.transfer.tiers.base import ChunkRecord, Tier, TierError
+from pdserve.transfer.tiering import Tiering
+from pdserve.transfer.tiers.base import Tier, TierError
 
 EXPIRE_EVERY_S = 1.0
 #: what is queued for a lower tier when the daemon is told to stop gets so long
 DRAIN_S = 3.0
-HELLO_S = 5.0
-#: a client that does not read its answers is let go before it fills our memory
-MAX_UNSENT = 32 << 20
 _OPS = {
     wire.Lookup: "lookup",
     wire.Reserve: "reserve",
@@ -92,9 +92,10 @@ class Daemon:
             self.tiering.add(tier, rules)
         self._evicted_below: dict[str, int] = {}
         self.pins = Pins(self.store)
+        self.catalog = Catalog(self.store, self.tiering)
         self.scrubber: Scrubber | None = None
         self.scrub_rate = scrub_rate
-        self.clients: dict[int, _Connection] = {}
+        self.clients: dict[int, Connection] = {}
         self._next_client = 0
         self._op_seconds = {op: self.metrics["cache_op_seconds"].labels(op) for op in _OPS.values()}
 
@@ -125,9 +126,9 @@ class Daemon:
             placed = self.tiering.verify_in_place(left)
             self.log.info("%d chunks are in the arena from before; each is found again once it is verified", placed)
 
-    def protocol(self) -> _Connection:
+    def protocol(self) -> Connection:
         self._next_client += 1
-        return _Connection(self, self._next_client)
+        return Connection(self, self._next_client)
 
     def welcome(self) -> wire.Welcome:
         return wire.Welcome(wire.VERSION, self.daemon_id, str(self.arena.path), self.arena.size, self.chunk_tokens)
@@ -194,36 +195,6 @@ class Daemon:
         self.journal.flush()
         return count
 
-    def keys_of_tag(self, tag: bytes) -> list[bytes]:
-        return list({r.key for r in self._listed() if r.tag == tag})
-
-    def keys_below(self, root: bytes) -> list[bytes]:
-        """`root` and every chunk that builds on it, in memory or where tiers can be listed."""
-        children: dict[bytes, list[bytes]] = {}
-        for record in self._listed():
-            children.setdefault(record.parent, []).append(record.key)
-        keys, rest = {root}, [root]
-        while rest:
-            fresh = [k for k in children.get(rest.pop(), ()) if k not in keys]
-            keys.update(fresh)
-            rest += fresh
-        return list(keys)
-
-    def _listed(self) -> Iterator[ChunkRecord]:
-        yield from (chunk.record() for chunk in self.store.chunks())
-        for lower in self.tiering.lowers:
-            if hasattr(lower.tier, "records"):
-                yield from lower.tier.records()
-
-    def objects(self, tier: str) -> list[dict[str, Any]] | None:
-        """What GET /cache/objects lists; None when that tier is not here or cannot be listed."""
-        if tier == "dram":
-            return [{**_shown(c.record()), "leases": c.leases, "tier": tier} for c in self.store.chunks()]
-        for lower in self.tiering.lowers:
-            if lower.name == tier and hasattr(lower.tier, "records"):
-                return [{**_shown(record), "tier": tier} for record in lower.tier.records()]
-        return None
-
     def config(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -278,75 +249,6 @@ class Daemon:
             self.arena.path.unlink()
 
 
-def _shown(r: ChunkRecord) -> dict[str, Any]:
-    return {
-        "key": r.key.hex(),
-        "parent": r.parent.hex(),
-        "tokens": r.tokens,
-        "bytes": r.payload_bytes,
-        "digests": [f"{d:016x}" for d in r.digests],
-        "tag": r.tag.hex(),
-    }
-
-
-class _Connection(asyncio.Protocol):
-    """One engine process. Its end releases all that it held."""
-
-    def __init__(self, daemon: Daemon, client: int) -> None:
-        self._daemon, self.client, self.label = daemon, client, "?"
-        self._reader = wire.FrameReader()
-        self._greeted = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport: asyncio.Transport = transport  # type: ignore[assignment]
-        self._hello_timer = asyncio.get_running_loop().call_later(HELLO_S, self._late)
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            for frame in self._reader.feed(data):
-                self._handle(wire.decode_request(frame))
-        except ProtocolError as e:
-            self._daemon.log.warning("client %s refused: %s", self.label, e)
-            self._transport.write(wire.encode(wire.Refused(0, str(e))))
-            self._transport.close()
-
-    def _handle(self, message: wire.Request) -> None:
-        if self._transport.is_closing():
-            return
-        if isinstance(message, wire.Hello):
-            self._greet(message)
-        elif not self._greeted:
-            raise ProtocolError("the first message must be a greeting")
-        else:
-            self._transport.write(wire.encode(self._daemon.answer(message, self.client)))
-            if self._transport.get_write_buffer_size() > MAX_UNSENT:
-                self._daemon.log.warning("client %s does not read its answers: closed", self.label)
-                self._transport.abort()
-
-    def _greet(self, message: wire.Hello) -> None:
-        if message.version != wire.VERSION:
-            raise ProtocolError(
-                f"this daemon speaks protocol version {wire.VERSION}, the client {message.version}: install the same pdserve on both sides"
-            )
-        self._hello_timer.cancel()
-        self._greeted = True
-        self.label = f"{message.name} (pid {message.pid})"
-        self._daemon.clients[self.client] = self
-        self._daemon.log.info("client %s connected", self.label)
-        self._transport.write(wire.encode(self._daemon.welcome()))
-
-    def _late(self) -> None:
-        if not self._greeted:
-            self._transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._hello_timer.cancel()
-        self._daemon.clients.pop(self.client, None)
-        self._daemon.store.client_gone(self.client)
-        if self._greeted:
-            self._daemon.log.info("client %s left", self.label)
-
-
 class _AdminServer(uvicorn.Server):
     """uvicorn without its signal handlers: the daemon has its own."""
 
@@ -391,7 +293,7 @@ async def serve(
         scrubbing.cancel()
         server.close()
         for connection in list(daemon.clients.values()):
-            connection._transport.abort()
+            connection.abort()
         http.should_exit = True
         await asyncio.wait([http_task, expirer, scrubbing], timeout=5)
         listener.close()

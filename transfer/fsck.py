@@ -13,9 +13,8 @@ import msgspec
 from pdserve import kernels
 from pdserve.errors import StartError
 from pdserve.transfer.allocator import PAGE
-from pdserve.transfer.tiers import segments
+from pdserve.transfer.tiers import disk_index, segments
 from pdserve.transfer.tiers.base import TierError
-from pdserve.transfer.tiers.disk import INDEX_FILE
 
 
 class Report(msgspec.Struct):
@@ -44,7 +43,7 @@ def check(folder: Path, *, repair: bool = False, progress: Callable[[str], None]
             progress(f"{file.name}: {report.chunks} chunks so far, {len(report.problems)} problems")
             _segment(file, report, repair)
         if repair and report.repaired:
-            (folder / INDEX_FILE).unlink(missing_ok=True)
+            (folder / disk_index.FILE).unlink(missing_ok=True)
     finally:
         os.close(lock)
     return report
@@ -55,7 +54,7 @@ def _segment(file: Path, report: Report, repair: bool) -> None:
     try:
         report.segments += 1
         size = os.fstat(fd).st_size
-        page = memoryview(segments.aligned(PAGE))
+        page = segments.aligned(PAGE).data
         name = segments.read_first_page(page[: os.preadv(fd, [page], 0)])
         if name is None or f"{name.number:08d}.seg" != file.name:
             report.problems.append(f"{file.name}: not a segment of this version, or its first page is damaged")

@@ -84,11 +84,12 @@ class Journal:
     def read(self, arena_bytes: int) -> Left:
         """What an earlier daemon had in an arena of this size; what it wrote after its last whole entry is cut off."""
         data = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
-        head, *entries = _entries(data) or [None]
+        entries = _entries(data)
+        head = entries[0] if entries else None
         if not isinstance(head, _Head) or head.format != FORMAT or head.arena_bytes != arena_bytes:
             return []
         left: dict[bytes, tuple[ChunkRecord, int]] = {}
-        for entry in entries:
+        for entry in entries[1:]:
             if isinstance(entry, _Came):
                 left.pop(entry.key, None)
                 left[entry.key] = (_record(entry), entry.offset)

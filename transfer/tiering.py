@@ -8,8 +8,6 @@ for either longer than it has agreed to.
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,16 +18,13 @@ import numpy as np
 from pdserve import kernels, log
 from pdserve.transfer import faults
 from pdserve.transfer.allocator import align
+from pdserve.transfer.lower import WRITE_POLICIES, InPlace, Lower, Rules
+from pdserve.transfer.remote import Remote
 from pdserve.transfer.store import Chunk, Store
 from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, Tier, TierError
 
-WRITE_POLICIES = ("write-through", "on-evict", "selective")
 #: a key that could not be brought up is not tried again for so long
 AGAIN_S = 1.0
-#: how long an answer of a remote tier about a key is good: that it has it, that it does not
-KNOWN_S, ABSENT_S = 30.0, 2.0
-#: how long a client is told to wait for such an answer
-ASK_S = 0.25
 #: a chunk that would take longer than this to arrive, by what the tier did lately, is not promised to anybody
 PROMISE_S = 5.0
 #: shares of the arena that may be on their way up, or kept from eviction because they are on their way down
@@ -37,17 +32,6 @@ UP_SHARE, DOWN_SHARE = 4, 8
 #: `on-evict`: begins to write and evict ahead above the first share of the arena, stops at the second
 HIGH, LOW = 0.90, 0.80
 _LOG_EVERY_S = 10.0
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How a tier is used."""
-
-    write: str = "write-through"
-    get_s: float = 10.0
-    put_s: float = 30.0
-    readers: int = 2
-    max_queued: int = 256
 
 
 @dataclass
@@ -59,84 +43,6 @@ class _Load:
     deadline: float
     promised: bool
     unwanted: bool = False  # deleted meanwhile
-
-
-class Lower:
-    """One lower tier, its threads and what is queued for them. Counters belong to the loop."""
-
-    def __init__(self, tier: Tier, rules: Rules) -> None:
-        self.tier, self.rules = tier, rules
-        self.name = tier.name
-        #: contains() is so quick that the loop may ask
-        self.indexed: bool = getattr(tier, "indexed", False)
-        self.up = self.up_bytes = self.down = self.down_bytes = 0  # bytes of arena
-        self.deleting = 0
-        self.rate = 100e6  # bytes/s up, as seen lately; the first guess is a slow disk's
-        self.idle_since = 0.0
-        self._ups: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._downs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=_work, args=(jobs,), name=f"pdserve-{self.name}", daemon=True)
-            for jobs in [self._ups] * rules.readers + [self._downs]
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def call_up(self, job: Callable[[], None]) -> None:
-        self._ups.put(job)
-
-    def call_down(self, job: Callable[[], None]) -> None:
-        self._downs.put(job)
-
-    def seconds_for(self, size: int) -> float:
-        return (self.up_bytes + size) / self.rate
-
-    def close(self, deadline: float) -> None:
-        for _ in range(self.rules.readers):
-            self._ups.put(None)
-        self._downs.put(None)
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        self.tier.close()
-
-
-def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job()
-
-
-class InPlace:
-    """The arena as an earlier daemon left it, as a tier: the bytes are where they belong and only need to be verified."""
-
-    name = "dram"
-    indexed = True
-
-    def contains(self, keys: list[bytes]) -> list[ChunkRecord | None]:
-        return [None] * len(keys)
-
-    def get(self, record: ChunkRecord, into: list[np.ndarray], deadline: float) -> bool:
-        return True
-
-    def put(self, record: ChunkRecord, payload: list[np.ndarray], deadline: float) -> bool:
-        return False
-
-    def delete(self, keys: list[bytes]) -> int:
-        return 0
-
-    def stats(self) -> dict[str, int | float | str]:
-        return {"chunks": 0, "used_bytes": 0, "capacity_bytes": 0, "state": "ok"}
-
-    def close(self) -> None:
-        pass
-
-
-@dataclass
-class _Known:
-    """What remote tiers said of a key."""
-
-    until: float
-    asking: int = 0
-    found: tuple[Lower, ChunkRecord] | None = None
 
 
 @dataclass
@@ -154,10 +60,10 @@ class Tiering:
         self._log = log.get("tiers")
         self._told: dict[tuple[str, str], float] = {}
         self._not_before: dict[bytes, float] = {}
-        self._known: dict[bytes, _Known] = {}
         self._loads: dict[bytes, _Load] = {}
         self._closing = False
         self._recovery: Lower | None = None
+        self.remote = Remote(self.store, self.lowers, self.metrics, self.post, self._failed)
         self.store.on_committed.append(self._committed)
 
     def add(self, tier: Tier, rules: Rules) -> None:
@@ -175,7 +81,8 @@ class Tiering:
         """
         if not self.lowers and self._recovery is None:
             return 0
-        self._ask_remote(keys, now)
+        if not self._closing:
+            self.remote.ask(keys, now)
         coming = 0
         for key in keys:
             chunk = self.store.peek(key)
@@ -211,8 +118,7 @@ class Tiering:
                 (record,) = lower.tier.contains([key])
                 if record is not None:
                     return lower, record
-        known = self._known.get(key)
-        return known.found if known else None
+        return self.remote.found(key)
 
     def _start(self, key: bytes, now: float) -> bool:
         """Begins to bring a chunk up; False when nobody should wait for it."""
@@ -220,8 +126,7 @@ class Tiering:
             return False
         found = self._find(key)
         if found is None:
-            known = self._known.get(key)
-            return known is not None and known.asking > 0 and now < known.until
+            return self.remote.asking(key, now)
         lower, record = found
         size = align(record.shard_bytes) * len(record.digests)
         promised = lower.seconds_for(size) <= PROMISE_S
@@ -293,54 +198,6 @@ class Tiering:
         if self.store.publish(load.chunk, load.record.digests) and lower is not self._recovery:
             self.metrics["cache_tier_chunks_total"].labels(lower.name, "up").inc()
             self.metrics["cache_tier_bytes_total"].labels(lower.name, "up").inc(size)
-
-    # ---- asking remote tiers what they have ----
-
-    def _ask_remote(self, keys: list[bytes], now: float) -> None:
-        remotes = [lower for lower in self.lowers if not lower.indexed]
-        if not remotes or self._closing:
-            return
-        unknown = [
-            key
-            for key in keys
-            if ((known := self._known.get(key)) is None or (known.until < now and not known.asking))
-            and self.store.peek(key) is None
-        ]
-        if not unknown:
-            return
-        for key in unknown:
-            self._known[key] = _Known(now + ASK_S, len(remotes))
-        for lower in remotes:
-            lower.call_up(lambda lower=lower: self._ask_on_thread(lower, unknown))  # type: ignore[misc]
-
-    def _ask_on_thread(self, lower: Lower, keys: list[bytes]) -> None:
-        started = time.monotonic()
-        records: list[ChunkRecord | None] = [None] * len(keys)
-        why = ""
-        try:
-            records = lower.tier.contains(keys)
-        except TierError as e:
-            why = str(e)
-        except Exception as e:  # noqa: BLE001 - as in _read_on_thread
-            why = f"{type(e).__name__}: {e}"
-        seconds = time.monotonic() - started
-        self.post(lambda: self._answered(lower, keys, records, why, seconds))
-
-    def _answered(
-        self, lower: Lower, keys: list[bytes], records: list[ChunkRecord | None], why: str, seconds: float
-    ) -> None:
-        self.metrics["cache_tier_seconds"].labels(lower.name, "contains").observe(seconds)
-        if why:
-            self._failed(lower.name, "contains", "error", why)
-        now = time.monotonic()
-        for key, record in zip(keys, records, strict=True):
-            known = self._known.get(key)
-            if known is None:
-                continue
-            known.asking -= 1
-            if record is not None and known.found is None:
-                known.found = (lower, record)
-            known.until = now + (KNOWN_S if known.found else ABSENT_S if not known.asking else ASK_S)
 
     # ---- down ----
 
@@ -446,7 +303,7 @@ class Tiering:
 
     def _unwanted(self, keys: list[bytes]) -> None:
         for key in keys:
-            self._known.pop(key, None)
+            self.remote.forget(key)
             if key in self._loads:
                 self._loads[key].unwanted = True
 
@@ -475,7 +332,7 @@ class Tiering:
     def tick(self, now: float) -> None:
         """About once a second: forgets what is out of date."""
         self._not_before = {k: t for k, t in self._not_before.items() if t > now}
-        self._known = {k: v for k, v in self._known.items() if v.until > now or v.asking}
+        self.remote.tick(now)
         for lower in self.lowers:
             if not lower.up and lower.rate < 10e6:
                 lower.rate *= 1.5  # a tier that failed gets its chance again by and by

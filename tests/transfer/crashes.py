@@ -30,7 +30,7 @@ from pdserve import kernels
 from pdserve.transfer import arena, faults, journal, wire
 from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.daemon import Daemon
-from pdserve.transfer.tiering import WRITE_POLICIES, Rules
+from pdserve.transfer.lower import WRITE_POLICIES, Rules
 from pdserve.transfer.tiers.disk import DiskTier
 
 KEYS = 60
@@ -246,7 +246,7 @@ async def _life(name, folder, plan, seed, label, nth, account, writer) -> None: 
     life.daemon.recover()
     if life.rng.random() < 0.5:
         await life.check(account, plan)  # else: work begins while the chunks of before are still being verified
-    await life.work(life.rng.randrange(20, 120))
+    await life.work(life.rng.randrange(10, 70))
     if not label:
         await life.settle()
         await life.check(Account(), plan)

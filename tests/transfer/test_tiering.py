@@ -10,8 +10,9 @@ from prometheus_client import CollectorRegistry
 from pdserve import kernels, metrics
 from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.eviction import LeafFirstLru
+from pdserve.transfer.lower import Rules
 from pdserve.transfer.store import Store
-from pdserve.transfer.tiering import Rules, Tiering
+from pdserve.transfer.tiering import Tiering
 from pdserve.transfer.tiers.memory import MemoryTier
 from pdserve.transfer.wire import EXISTS, GRANTED, CommitItem, ReserveItem
 
@@ -303,7 +304,7 @@ def test_remote_tiers_are_asked_in_the_background_and_answers_kept(world):
     contains = w.tier.contains
     w.tier.contains = lambda keys: asked.append(keys) or contains(keys)
     assert w.lookup(1, 2, 3) == ([], 3)  # not known yet: worth asking again in a moment
-    w.turn(lambda: not w.tiering._known[key(3)].asking)
+    w.turn(lambda: not w.tiering.remote._known[key(3)].asking)
     assert w.lookup(1, 2, 3) == ([], 2)
     w.settle()
     assert w.lookup(1, 2, 3) == (["memory"] * 2, 0)
@@ -312,7 +313,7 @@ def test_remote_tiers_are_asked_in_the_background_and_answers_kept(world):
 
 
 def test_a_remote_tier_that_does_not_answer_costs_a_moment(world, monkeypatch):
-    monkeypatch.setattr("pdserve.transfer.tiering.ASK_S", 0.05)
+    monkeypatch.setattr("pdserve.transfer.remote.ASK_S", 0.05)
     w = world(tier=MemoryTier())
     w.tier.faults.stall()
     assert w.lookup(1) == ([], 1)

@@ -16,19 +16,17 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import numpy as np
-from blake3 import blake3
 
 from pdserve import log
 from pdserve.errors import StartError
 from pdserve.transfer import faults
 from pdserve.transfer.allocator import PAGE, align
-from pdserve.transfer.tiers import segments
+from pdserve.transfer.tiers import disk_index, segments
 from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, TierError
+from pdserve.transfer.tiers.disk_index import Entry, Segment
 from pdserve.transfer.tiers.segments import Place
 
 MIN_SIZE = 64 << 20
@@ -36,45 +34,6 @@ DEFAULT_MIN_FREE = 1 << 30
 RETRY_S = 5.0
 #: part of a segment's bytes that compaction may carry over when the segment goes; the cap keeps room for it
 KEEP_SHARE = 4
-INDEX_FILE = "index"
-_INDEX_MAGIC = b"pdserveI"
-
-
-class _Segment:
-    """One file. `used` is the clock of its last use: the segment with the lowest goes first."""
-
-    __slots__ = ("direct", "doomed", "end", "fd", "keys", "name", "path", "readers", "used")
-
-    def __init__(self, name: segments.SegmentName, path: Path, fd: int, direct: bool) -> None:
-        self.name, self.path, self.fd, self.direct = name, path, fd, direct
-        self.end = PAGE
-        self.keys: set[bytes] = set()
-        self.used = 0
-        self.readers = 0
-        self.doomed = False
-
-    @property
-    def number(self) -> int:
-        return self.name.number
-
-
-class _Entry:
-    __slots__ = ("hits", "place", "segment")
-
-    def __init__(self, segment: _Segment, place: Place, hits: int = 0) -> None:
-        self.segment, self.place, self.hits = segment, place, hits
-
-
-class _IndexSegment(msgspec.Struct, frozen=True, array_like=True):
-    name: segments.SegmentName
-    end: int
-    used: int
-    places: list[Place]
-
-
-class _IndexFile(msgspec.Struct, frozen=True, array_like=True):
-    format: int
-    segments: list[_IndexSegment]
 
 
 class DiskTier:
@@ -102,9 +61,9 @@ class DiskTier:
         self._log = log.get("disk")
         self._lock = threading.Lock()  # the index; never held across I/O
         self._writing = threading.Lock()  # whoever appends, evicts or rewrites files
-        self._index: dict[bytes, _Entry] = {}
-        self._segments: dict[int, _Segment] = {}
-        self._current: _Segment | None = None
+        self._index: dict[bytes, Entry] = {}
+        self._segments: dict[int, Segment] = {}
+        self._current: Segment | None = None
         self._clock = 0
         self._state, self._retry_at = "ok", 0.0
         self._counts = dict.fromkeys(("evicted_chunks", "moved_chunks", "quarantined_chunks", "quarantined_bytes"), 0)
@@ -112,9 +71,12 @@ class DiskTier:
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock_file = self._take_lock()
-            self._load()
+            self._index, found = disk_index.load(path, self._log)
         except OSError as e:
             raise TierError(f"the disk tier cannot use {path}: {e}") from e
+        for segment in found:
+            self._segments[segment.number] = segment
+            self._use(segment)
 
     # ---- the contract ----
 
@@ -235,7 +197,7 @@ class DiskTier:
 
     def clear(self) -> int:
         with self._writing, self._lock:
-            (self.path / INDEX_FILE).unlink(missing_ok=True)
+            (self.path / disk_index.FILE).unlink(missing_ok=True)
             count = len(self._index)
             self._index.clear()
             self._current = None
@@ -249,18 +211,7 @@ class DiskTier:
         """The index as a file, so that the next start need not read every header. Checked when it is read."""
         with self._lock:
             listed = [(s, [self._index[k].place for k in s.keys]) for s in self._segments.values()]
-        content = _IndexFile(
-            segments.DISK_FORMAT, [_IndexSegment(s.name, s.end, s.used, sorted_places(p)) for s, p in listed]
-        )
-        body = msgspec.msgpack.encode(content)
-        fresh = self.path / (INDEX_FILE + ".new")
-        with fresh.open("wb") as f:
-            f.write(_INDEX_MAGIC + blake3(body).digest() + body)
-            f.flush()
-            self._fault("disk.index.write")
-            os.fsync(f.fileno())
-        self._fault("disk.index.rename")
-        fresh.replace(self.path / INDEX_FILE)
+        disk_index.write(self.path, listed, self._fault)
 
     # ---- writing; self._writing is held ----
 
@@ -276,7 +227,7 @@ class DiskTier:
         return True
 
     def _append(
-        self, record: ChunkRecord, payload: list[np.ndarray], deadline: float, moved: _Entry | None = None
+        self, record: ChunkRecord, payload: list[np.ndarray], deadline: float, moved: Entry | None = None
     ) -> None:
         segment = self._segment_for(segments.payload_on_disk(record))
         head = segments.header(segment.number, segment.end, record)
@@ -291,9 +242,9 @@ class DiskTier:
             if wanted:
                 self._found(segment, place)
         if not wanted:
-            self._mark_dead(_Entry(segment, place))
+            self._mark_dead(Entry(segment, place))
 
-    def _segment_for(self, payload: int) -> _Segment:
+    def _segment_for(self, payload: int) -> Segment:
         current = self._current
         if current is not None and (current.end == PAGE or current.end + payload + PAGE <= self.segment_bytes):
             return current
@@ -303,7 +254,7 @@ class DiskTier:
         name = segments.SegmentName(segments.DISK_FORMAT, max(self._segments, default=0) + 1, time.time())
         path = self.path / f"{name.number:08d}.seg"
         fd, direct = segments.open_file(str(path), os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        segment = self._current = _Segment(name, path, fd, direct)
+        segment = self._current = Segment(name, path, fd, direct)
         with self._lock:
             self._segments[name.number] = segment
             self._use(segment)
@@ -348,7 +299,7 @@ class DiskTier:
             self._evict(victim, deadline)
         return True
 
-    def _evict(self, victim: _Segment, deadline: float) -> None:
+    def _evict(self, victim: Segment, deadline: float) -> None:
         """Throws a segment away, but carries those of its chunks over that were read since they were written."""
         budget = (victim.end - PAGE) // KEEP_SHARE
         with self._lock:
@@ -370,7 +321,7 @@ class DiskTier:
             del self._segments[victim.number]
             self._remove(victim)
 
-    def _move(self, entry: _Entry, deadline: float) -> None:
+    def _move(self, entry: Entry, deadline: float) -> None:
         record = entry.place.record
         shards = [segments.aligned(record.shard_bytes)[: record.shard_bytes] for _ in record.digests]
         head = segments.read_record(entry.segment.fd, entry.place, shards, deadline)
@@ -387,7 +338,7 @@ class DiskTier:
 
     # ---- small things ----
 
-    def _use(self, segment: _Segment) -> None:
+    def _use(self, segment: Segment) -> None:
         self._clock += 1
         segment.used = self._clock
 
@@ -401,14 +352,14 @@ class DiskTier:
         facts = os.statvfs(self.path)
         return facts.f_bavail * facts.f_frsize
 
-    def _drop(self, key: bytes) -> _Entry | None:
+    def _drop(self, key: bytes) -> Entry | None:
         with self._lock:
             entry = self._index.pop(key, None)
             if entry is not None:
                 entry.segment.keys.discard(key)
             return entry
 
-    def _mark_dead(self, entry: _Entry) -> None:
+    def _mark_dead(self, entry: Entry) -> None:
         with self._lock:
             if entry.segment.doomed:
                 return
@@ -420,13 +371,13 @@ class DiskTier:
         finally:
             self._read_done(entry.segment)
 
-    def _read_done(self, segment: _Segment) -> None:
+    def _read_done(self, segment: Segment) -> None:
         with self._lock:
             segment.readers -= 1
             if segment.doomed and segment.readers == 0:
                 os.close(segment.fd)
 
-    def _remove(self, segment: _Segment) -> None:
+    def _remove(self, segment: Segment) -> None:
         """self._lock is held."""
         segment.path.unlink(missing_ok=True)
         segment.doomed = True
@@ -444,102 +395,10 @@ class DiskTier:
             raise StartError(f"another cache daemon already uses the disk tier in {self.path}") from e
         return fd
 
-    def _load(self) -> None:
-        files = sorted(self.path.glob("[0-9]*.seg"))
-        known = {s.name: s for s in read_index(self.path / INDEX_FILE)}
-        clocks = {name.number: s.used for name, s in known.items()}
-        told = time.monotonic()
-        for done, file in enumerate(files):
-            if time.monotonic() - told > 1:
-                told = time.monotonic()
-                self._log.info("reading segments: %d of %d", done, len(files))
-            segment = self._open(file)
-            if segment is not None:
-                self._read_segment(segment, known.get(segment.name))
-        # Segments that the index does not know are newer than those that it does.
-        order = sorted(self._segments.values(), key=lambda s: (s.number not in clocks, clocks.get(s.number, s.number)))
-        for segment in order:
-            self._use(segment)
-        if files:
-            self._log.info("%d chunks in %d segments of %s", len(self._index), len(self._segments), self.path)
-
-    def _open(self, file: Path) -> _Segment | None:
-        try:
-            fd, direct = segments.open_file(str(file), os.O_RDWR)
-        except OSError as e:
-            if e.errno not in (errno.EROFS, errno.EACCES):
-                self._log.warning("segment %s cannot be opened: %s", file.name, e)
-                return None
-            fd, direct = segments.open_file(str(file), os.O_RDONLY)
-        number = int(file.stem) if file.stem.isdigit() else -1
-        try:
-            page = memoryview(segments.aligned(PAGE))
-            got = os.preadv(fd, [page], 0)
-        except OSError as e:
-            self._log.warning("segment %s cannot be read: %s", file.name, e)
-            os.close(fd)
-            return None
-        name = segments.read_first_page(page[:got])
-        if name is None or name.number != number:
-            # Of another version, or damaged at its very start: nothing in it can be hit, and it must not eat the cap.
-            self._log.warning("segment %s is not of this version or damaged: removed", file.name)
-            os.close(fd)
-            with contextlib.suppress(OSError):
-                file.unlink()
-            return None
-        return _Segment(name, file, fd, direct)
-
-    def _read_segment(self, segment: _Segment, known: _IndexSegment | None) -> None:
-        size = os.fstat(segment.fd).st_size
-        if known is not None and known.end <= size:
-            for place in known.places:
-                if place.end <= known.end:
-                    self._found(segment, place)
-            segment.end = known.end
-        for item in self._scan(segment, size):
-            if isinstance(item, int):
-                segment.end = item
-            elif item.live:
-                self._found(segment, item.place)
-        if size > segment.end:
-            self._log.info("segment %s: a torn tail of %d bytes is cut off", segment.path.name, size - segment.end)
-            with contextlib.suppress(OSError):
-                os.ftruncate(segment.fd, segment.end)
-        self._segments[segment.number] = segment
-
-    def _scan(self, segment: _Segment, size: int) -> Iterator[segments.Scanned | int]:
-        try:
-            yield from segments.scan(segment.fd, segment.number, segment.end, size)
-        except OSError as e:
-            self._log.warning("segment %s cannot be read to its end: %s", segment.path.name, e)
-            # Nothing is cut off: it may be readable another time.
-
-    def _found(self, segment: _Segment, place: Place) -> None:
-        """The newest copy of a key is the one that counts."""
-        old = self._index.get(place.record.key)
-        if old is not None:
-            old.segment.keys.discard(place.record.key)
-        self._index[place.record.key] = _Entry(segment, place)
-        segment.keys.add(place.record.key)
+    def _found(self, segment: Segment, place: Place) -> None:
+        disk_index.note(self._index, segment, place)
 
 
 def _in_time(deadline: float) -> None:
     if time.monotonic() > deadline:
         raise TierError("disk: deadline passed")
-
-
-def sorted_places(places: list[Place]) -> list[Place]:
-    return sorted(places, key=lambda p: p.offset)
-
-
-def read_index(path: Path) -> list[_IndexSegment]:
-    """What the index file says; nothing when there is none, or when it is damaged or of another version."""
-    try:
-        data = path.read_bytes()
-        body = memoryview(data)[len(_INDEX_MAGIC) + 32 :]
-        if data[: len(_INDEX_MAGIC)] != _INDEX_MAGIC or blake3(body).digest() != data[len(_INDEX_MAGIC) :][:32]:
-            return []
-        content = msgspec.msgpack.decode(body, type=_IndexFile)
-    except (OSError, msgspec.MsgspecError):
-        return []
-    return content.segments if content.format == segments.DISK_FORMAT else []

@@ -191,7 +191,7 @@ def _search(fd: int, segment: int, offset: int, size: int) -> int:
 
 
 def _read_some(fd: int, offset: int, length: int, buffer: np.ndarray) -> memoryview:
-    view = memoryview(buffer)[: align(length)]
+    view = buffer.data[: align(length)]
     return view[: min(length, os.preadv(fd, [view], offset))]
 
 
@@ -216,7 +216,7 @@ def open_file(path: str, flags: int, mode: int = 0o600) -> tuple[int, bool]:
 def write_record(fd: int, offset: int, head: bytes, shards: list[np.ndarray], deadline: float) -> None:
     first = aligned(len(head))
     first[: len(head)] = np.frombuffer(head, np.uint8)
-    views = [memoryview(first)]
+    views = [first.data]
     for shard in shards:
         views += _as_pages(shard)
     _all(os.pwritev, fd, views, offset, deadline)
@@ -225,34 +225,34 @@ def write_record(fd: int, offset: int, head: bytes, shards: list[np.ndarray], de
 def read_record(fd: int, place: Place, shards: list[np.ndarray], deadline: float) -> memoryview:
     """Reads header and payload in one go, the payload into `shards`; returns the header's bytes, to be compared."""
     first = aligned(place.header_bytes)
-    views = [memoryview(first)]
+    views = [first.data]
     patches: list[tuple[np.ndarray, np.ndarray]] = []
     for shard in shards:
         views += _into_pages(shard, patches)
     _all(os.preadv, fd, views, place.offset, deadline)
     for to, source in patches:
         to[:] = source
-    return memoryview(first)
+    return first.data
 
 
 def _as_pages(shard: np.ndarray) -> list[memoryview]:
     """The shard as whole pages of aligned memory: in place where it is, its last part page (or an unaligned one) copied."""
     whole = shard.size // PAGE * PAGE if shard.ctypes.data % PAGE == 0 else 0
-    views = [memoryview(shard[:whole])] if whole else []
+    views = [shard[:whole].data] if whole else []
     if whole < shard.size:
         rest = aligned(shard.size - whole)
         rest[: shard.size - whole] = shard[whole:]
-        views.append(memoryview(rest))
+        views.append(rest.data)
     return views
 
 
 def _into_pages(shard: np.ndarray, patches: list[tuple[np.ndarray, np.ndarray]]) -> list[memoryview]:
     whole = shard.size // PAGE * PAGE if shard.ctypes.data % PAGE == 0 else 0
-    views = [memoryview(shard[:whole])] if whole else []
+    views = [shard[:whole].data] if whole else []
     if whole < shard.size:
         rest = aligned(shard.size - whole)
         patches.append((shard[whole:], rest[: shard.size - whole]))
-        views.append(memoryview(rest))
+        views.append(rest.data)
     return views
 
 

@@ -11,7 +11,7 @@ from pdserve import kernels
 from pdserve.chunk import FORMAT_VERSION
 from pdserve.errors import StartError
 from pdserve.transfer.allocator import PAGE
-from pdserve.transfer.tiers import conformance, disk, segments
+from pdserve.transfer.tiers import conformance, disk_index, segments
 from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, TierError
 from pdserve.transfer.tiers.disk import DiskTier
 
@@ -140,7 +140,7 @@ def test_a_restart_finds_everything_with_or_without_its_index(tmp_path, index):
         tier.delete([chunk(3)[0].key])
         tier.save_index = lambda: None
     tier.close()
-    file = tmp_path / disk.INDEX_FILE
+    file = tmp_path / disk_index.FILE
     if index == "removed":
         file.unlink()
     if index == "damaged":
@@ -159,7 +159,7 @@ def test_a_torn_tail_is_cut_off_and_what_was_before_it_stays(tmp_path):
     tier = open_tier(tmp_path)
     fill(tier, range(6))
     tier.close()
-    (tmp_path / disk.INDEX_FILE).unlink()
+    (tmp_path / disk_index.FILE).unlink()
     (file,) = tmp_path.glob("*.seg")
     size = file.stat().st_size
     for cut in (size - 1, size - 2 * PAGE, size - 6 * PAGE - 1):
@@ -170,14 +170,14 @@ def test_a_torn_tail_is_cut_off_and_what_was_before_it_stays(tmp_path):
         assert len(kept) in (4, 5)
         assert file.stat().st_size == PAGE + len(kept) * 7 * PAGE
         again.close()
-        (tmp_path / disk.INDEX_FILE).unlink()
+        (tmp_path / disk_index.FILE).unlink()
 
 
 def test_a_damaged_header_costs_its_own_record_only(tmp_path):
     tier = open_tier(tmp_path)
     fill(tier, range(6))
     tier.close()
-    (tmp_path / disk.INDEX_FILE).unlink()
+    (tmp_path / disk_index.FILE).unlink()
     (file,) = tmp_path.glob("*.seg")
     with file.open("r+b") as f:
         f.seek(PAGE + 2 * 7 * PAGE + 40)
@@ -194,12 +194,12 @@ def test_an_index_of_another_time_does_no_harm(tmp_path):
     tier = open_tier(tmp_path)
     fill(tier, range(6))
     tier.save_index()
-    old = (tmp_path / disk.INDEX_FILE).read_bytes()
+    old = (tmp_path / disk_index.FILE).read_bytes()
     tier.clear()
     assert present(tier, range(6)) == []
     fill(tier, range(10, 16))
     tier.close()
-    (tmp_path / disk.INDEX_FILE).write_bytes(old)
+    (tmp_path / disk_index.FILE).write_bytes(old)
     again = open_tier(tmp_path)
     assert present(again, range(20)) == list(range(10, 16))
     again.close()
@@ -418,7 +418,7 @@ def test_single_bit_flips_anywhere_never_give_a_wrong_answer(tmp_path):
                 f.write(bytes([byte ^ (1 << int(rng.integers(8)))]))
             flips += 1
         if rng.integers(2):
-            (folder / disk.INDEX_FILE).unlink()
+            (folder / disk_index.FILE).unlink()
         again = open_tier(folder)
         wrong_seen += 60 - sum(whole(again, i, pages=1, shards=2) for i in range(60))
         fill(again, range(60), pages=1, shards=2)

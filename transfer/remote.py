@@ -1,0 +1,101 @@
+"""What remote tiers have: asked on their threads, in the background, and remembered for a while. Runs in the loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pdserve.transfer.lower import Lower
+from pdserve.transfer.store import Store
+from pdserve.transfer.tiers.base import ChunkRecord, TierError
+
+#: how long an answer about a key is good: that it is there, that it is not
+KNOWN_S, ABSENT_S = 30.0, 2.0
+#: how long a client is told to wait for such an answer
+ASK_S = 0.25
+
+
+@dataclass
+class _Known:
+    """What remote tiers said of a key."""
+
+    until: float
+    asking: int = 0
+    found: tuple[Lower, ChunkRecord] | None = None
+
+
+class Remote:
+    def __init__(
+        self,
+        store: Store,
+        lowers: list[Lower],
+        metrics: dict[str, Any],
+        post: Callable[[Callable[[], None]], object],
+        failed: Callable[[str, str, str, str], None],
+    ) -> None:
+        self._store, self._lowers, self._m, self._post, self._failed = store, lowers, metrics, post, failed
+        self._known: dict[bytes, _Known] = {}
+
+    def found(self, key: bytes) -> tuple[Lower, ChunkRecord] | None:
+        known = self._known.get(key)
+        return known.found if known else None
+
+    def asking(self, key: bytes, now: float) -> bool:
+        """Whether an answer may still come that is worth waiting for."""
+        known = self._known.get(key)
+        return known is not None and known.asking > 0 and now < known.until
+
+    def forget(self, key: bytes) -> None:
+        self._known.pop(key, None)
+
+    def tick(self, now: float) -> None:
+        self._known = {k: v for k, v in self._known.items() if v.until > now or v.asking}
+
+    def ask(self, keys: list[bytes], now: float) -> None:
+        """Asks every remote tier about the keys that nobody knows about, all in one call for each."""
+        remotes = [lower for lower in self._lowers if not lower.indexed]
+        if not remotes:
+            return
+        unknown = [
+            key
+            for key in keys
+            if ((known := self._known.get(key)) is None or (known.until < now and not known.asking))
+            and self._store.peek(key) is None
+        ]
+        if not unknown:
+            return
+        for key in unknown:
+            self._known[key] = _Known(now + ASK_S, len(remotes))
+        for lower in remotes:
+            lower.call_up(lambda lower=lower: self._ask_on_thread(lower, unknown))  # type: ignore[misc]
+
+    def _ask_on_thread(self, lower: Lower, keys: list[bytes]) -> None:
+        started = time.monotonic()
+        records: list[ChunkRecord | None] = [None] * len(keys)
+        why = ""
+        try:
+            records = lower.tier.contains(keys)
+        except TierError as e:
+            why = str(e)
+        except Exception as e:  # noqa: BLE001 - as in _read_on_thread
+            why = f"{type(e).__name__}: {e}"
+        seconds = time.monotonic() - started
+        self._post(lambda: self._answered(lower, keys, records, why, seconds))
+
+    def _answered(
+        self, lower: Lower, keys: list[bytes], records: list[ChunkRecord | None], why: str, seconds: float
+    ) -> None:
+        self._m["cache_tier_seconds"].labels(lower.name, "contains").observe(seconds)
+        if why:
+            self._failed(lower.name, "contains", "error", why)
+        now = time.monotonic()
+        for key, record in zip(keys, records, strict=True):
+            known = self._known.get(key)
+            if known is None:
+                continue
+            known.asking -= 1
+            if record is not None and known.found is None:
+                known.found = (lower, record)
+            known.until = now + (KNOWN_S if known.found else ABSENT_S if not known.asking else ASK_S)

@@ -1,0 +1,178 @@
+"""What the disk tier knows of its files: in memory, in a small file that saves the next start the reading, and how it is
+found out from the segments themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+from blake3 import blake3
+
+from pdserve.transfer import faults
+from pdserve.transfer.allocator import PAGE
+from pdserve.transfer.tiers import segments
+from pdserve.transfer.tiers.segments import Place
+
+FILE = "index"
+_MAGIC = b"pdserveI"
+
+
+class Segment:
+    """One file. `used` is the clock of its last use: the segment with the lowest goes first."""
+
+    __slots__ = ("direct", "doomed", "end", "fd", "keys", "name", "path", "readers", "used")
+
+    def __init__(self, name: segments.SegmentName, path: Path, fd: int, direct: bool) -> None:
+        self.name, self.path, self.fd, self.direct = name, path, fd, direct
+        self.end = PAGE
+        self.keys: set[bytes] = set()
+        self.used = 0
+        self.readers = 0
+        self.doomed = False
+
+    @property
+    def number(self) -> int:
+        return self.name.number
+
+
+class Entry:
+    """A chunk: where it stands, and how often it was read since it was written there."""
+
+    __slots__ = ("hits", "place", "segment")
+
+    def __init__(self, segment: Segment, place: Place, hits: int = 0) -> None:
+        self.segment, self.place, self.hits = segment, place, hits
+
+
+class _Listed(msgspec.Struct, frozen=True, array_like=True):
+    name: segments.SegmentName
+    end: int
+    used: int
+    places: list[Place]
+
+
+class _Content(msgspec.Struct, frozen=True, array_like=True):
+    format: int
+    segments: list[_Listed]
+
+
+Index = dict[bytes, Entry]
+
+
+def note(index: Index, segment: Segment, place: Place) -> None:
+    """The newest copy of a key is the one that counts."""
+    old = index.get(place.record.key)
+    if old is not None:
+        old.segment.keys.discard(place.record.key)
+    index[place.record.key] = Entry(segment, place)
+    segment.keys.add(place.record.key)
+
+
+def write(folder: Path, listed: list[tuple[Segment, list[Place]]], fault: faults.Fault) -> None:
+    """The whole index as a file, in one piece or not at all."""
+    rows = [_Listed(s.name, s.end, s.used, sorted(places, key=lambda p: p.offset)) for s, places in listed]
+    body = msgspec.msgpack.encode(_Content(segments.DISK_FORMAT, rows))
+    fresh = folder / (FILE + ".new")
+    with fresh.open("wb") as f:
+        f.write(_MAGIC + blake3(body).digest() + body)
+        f.flush()
+        fault("disk.index.write")
+        os.fsync(f.fileno())
+    fault("disk.index.rename")
+    fresh.replace(folder / FILE)
+
+
+def _read(path: Path) -> list[_Listed]:
+    """What the file says; nothing when there is none, or when it is damaged or of another version."""
+    try:
+        data = path.read_bytes()
+        body = memoryview(data)[len(_MAGIC) + 32 :]
+        if data[: len(_MAGIC)] != _MAGIC or blake3(body).digest() != data[len(_MAGIC) :][:32]:
+            return []
+        content = msgspec.msgpack.decode(body, type=_Content)
+    except (OSError, msgspec.MsgspecError):
+        return []
+    return content.segments if content.format == segments.DISK_FORMAT else []
+
+
+def load(folder: Path, log: logging.Logger) -> tuple[Index, list[Segment]]:
+    """Every chunk in the folder, and the segments, least used first. Headers are read only where the file says nothing."""
+    files = sorted(folder.glob("[0-9]*.seg"))
+    known = {s.name: s for s in _read(folder / FILE)}
+    index: Index = {}
+    found: list[Segment] = []
+    told = time.monotonic()
+    for done, file in enumerate(files):
+        if time.monotonic() - told > 1:
+            told = time.monotonic()
+            log.info("reading segments: %d of %d", done, len(files))
+        segment = _open(file, log)
+        if segment is not None:
+            _read_segment(index, segment, known.get(segment.name), log)
+            found.append(segment)
+    # Segments that the file does not know are newer than those that it does.
+    clocks = {name.number: s.used for name, s in known.items()}
+    found.sort(key=lambda s: (s.number not in clocks, clocks.get(s.number, s.number)))
+    if files:
+        log.info("%d chunks in %d segments of %s", len(index), len(found), folder)
+    return index, found
+
+
+def _open(file: Path, log: logging.Logger) -> Segment | None:
+    try:
+        fd, direct = segments.open_file(str(file), os.O_RDWR)
+    except OSError as e:
+        if e.errno not in (errno.EROFS, errno.EACCES):
+            log.warning("segment %s cannot be opened: %s", file.name, e)
+            return None
+        fd, direct = segments.open_file(str(file), os.O_RDONLY)
+    number = int(file.stem) if file.stem.isdigit() else -1
+    try:
+        page = segments.aligned(PAGE).data
+        got = os.preadv(fd, [page], 0)
+    except OSError as e:
+        log.warning("segment %s cannot be read: %s", file.name, e)
+        os.close(fd)
+        return None
+    name = segments.read_first_page(page[:got])
+    if name is None or name.number != number:
+        # Of another version, or damaged at its very start: nothing in it can be hit, and it must not eat the cap.
+        log.warning("segment %s is not of this version or damaged: removed", file.name)
+        os.close(fd)
+        with contextlib.suppress(OSError):
+            file.unlink()
+        return None
+    return Segment(name, file, fd, direct)
+
+
+def _read_segment(index: Index, segment: Segment, known: _Listed | None, log: logging.Logger) -> None:
+    size = os.fstat(segment.fd).st_size
+    if known is not None and known.end <= size:
+        for place in known.places:
+            if place.end <= known.end:
+                note(index, segment, place)
+        segment.end = known.end
+    for item in _scan(segment, size, log):
+        if isinstance(item, int):
+            segment.end = item
+        elif item.live:
+            note(index, segment, item.place)
+    if size > segment.end:
+        log.info("segment %s: a torn tail of %d bytes is cut off", segment.path.name, size - segment.end)
+        with contextlib.suppress(OSError):
+            os.ftruncate(segment.fd, segment.end)
+
+
+def _scan(segment: Segment, size: int, log: logging.Logger) -> Iterator[segments.Scanned | int]:
+    try:
+        yield from segments.scan(segment.fd, segment.number, segment.end, size)
+    except OSError as e:
+        log.warning("segment %s cannot be read to its end: %s", segment.path.name, e)
+        yield size  # nothing is cut off: it may be readable another time
