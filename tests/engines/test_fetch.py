@@ -55,7 +55,7 @@ def request(chunks=4):
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-    monkeypatch.setattr(scheduler_side, "HANDOVER_POLL_S", 0.0)
+    monkeypatch.setattr(scheduler_side, "POLL_S", 0.0)
 
 
 def side(client):

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass, field
 from typing import Any
 
 from pdserve import log
 from pdserve.chunk import ChunkLayout, KeyChain, root_key, tenant_tag
 from pdserve.engines.vllm.messages import ChunkLoad, ChunkSave, LoadJob, LoadResult, SaveJob, StepPlan, WorkerReport
+from pdserve.engines.vllm.tracked import Hit, Tracked, Wait
 from pdserve.errors import CacheError, UnsupportedError
-from pdserve.transfer import wire
 from pdserve.transfer.client import CacheClient
 
 #: a lookup on the way of a request; what is not answered by then is a miss
@@ -28,67 +27,10 @@ FRESH_S = 5.0
 #: sign of them, and for the next chunk after the last one seen
 HANDOVER_START_S = 1.5
 HANDOVER_STALL_S = 2.0
-HANDOVER_POLL_S = 0.002
+POLL_S = 0.002
 #: chunks are on their way up from a lower tier: how long to wait for the next one after the last, and in all
 FETCH_STALL_S = 1.0
 FETCH_MAX_S = 30.0
-
-
-@dataclass
-class Hit:
-    """A lookup's answer, its chunks under a lease."""
-
-    lease: int
-    daemon_id: str
-    first_chunk: int
-    found: list[wire.Found]
-    end: int  # tokens from the start of the prompt that are covered
-    at: float
-
-
-@dataclass
-class Handover:
-    """Waiting for chunks that a producer has promised."""
-
-    since: float
-    seen: int = 0  # tokens found so far
-    seen_at: float = 0.0
-    pending: bool = False  # the next chunk is being written
-    polled_at: float = 0.0
-    over: bool = False
-
-
-@dataclass
-class Fetch:
-    """Waiting for chunks that the daemon brings up from a lower tier."""
-
-    since: float
-    seen: int = 0  # tokens found so far
-    seen_at: float = 0.0
-    polled_at: float = 0.0
-    over: bool = False
-
-
-@dataclass
-class Tracked:
-    """What the connector remembers of one request."""
-
-    request: Any
-    chain: KeyChain
-    block_ids: list[int] = field(default_factory=list)
-    hit: Hit | None = None
-    loading: Hit | None = None  # handed to the workers; the lease lives until they are done
-    loading_from: int = 0
-    no_load: bool = False  # a load failed once: this request computes
-    no_save: bool = False
-    next_chunk: int = 0  # full chunks before this are stored, being stored, or not worth it
-    tail_done: bool = False
-    outstanding: int = 0  # save jobs times workers that have not reported yet
-    cached_tokens: int = 0  # of the prompt, when it was first scheduled: from the engine's own cache and from ours
-    handover: Handover | None = None
-    fetch: Fetch | None = None
-    result: LoadResult | None = None
-    finished: bool = False
 
 
 class SchedulerSide:
@@ -115,7 +57,7 @@ class SchedulerSide:
         if tracked is None or tracked.no_load or tracked.loading is not None:
             return 0, False
         waits = [w for w in (tracked.handover, tracked.fetch) if w is not None and not w.over]
-        if any(time.monotonic() - w.polled_at < HANDOVER_POLL_S for w in waits):
+        if any(time.monotonic() - w.polled_at < POLL_S for w in waits):
             return None, False
         hit = tracked.hit
         if hit is None or time.monotonic() - hit.at > FRESH_S or hit.first_chunk != local // self._chunk_tokens:
@@ -191,7 +133,7 @@ class SchedulerSide:
         if not reply.loading:
             tracked.fetch = None
         elif tracked.fetch is None:
-            tracked.fetch = Fetch(time.monotonic(), seen_at=time.monotonic())
+            tracked.fetch = Wait(time.monotonic())
         if not reply.found:
             return None
         end = first * self._chunk_tokens + sum(f.tokens for f in reply.found)
@@ -205,51 +147,40 @@ class SchedulerSide:
         return min(count, request.num_tokens) if params.get("do_remote_prefill") and isinstance(count, int) else 0
 
     def _handover_incomplete(self, tracked: Tracked, seen: int) -> bool:
-        """True while promised chunks are missing that are worth waiting for."""
+        """True while chunks that a producer has promised are missing and worth waiting for."""
         if seen >= self._promised_tokens(tracked.request):
             return False
-        now = time.monotonic()
-        state = tracked.handover = tracked.handover or Handover(now, seen_at=now)
-        if state.over:
+        wait = tracked.handover = tracked.handover or Wait(time.monotonic())
+        return self._ask_again(
+            tracked, wait, seen, "handover incomplete", HANDOVER_STALL_S if wait.pending else HANDOVER_START_S
+        )
+
+    def _fetch_incomplete(self, tracked: Tracked, seen: int) -> bool:
+        """True while chunks are on their way up from a lower tier and arrive steadily."""
+        if tracked.fetch is None:
             return False
-        if seen > state.seen:
-            state.seen, state.seen_at = seen, now
-        patience = HANDOVER_STALL_S if state.pending else HANDOVER_START_S
-        if now - state.seen_at > patience or not self._client.connected:
-            state.over = True
+        return self._ask_again(tracked, tracked.fetch, seen, "lower tier too slow", FETCH_STALL_S, FETCH_MAX_S)
+
+    def _ask_again(
+        self, tracked: Tracked, wait: Wait, seen: int, trouble: str, stall: float, longest: float = float("inf")
+    ) -> bool:
+        if wait.over:
+            return False
+        now = time.monotonic()
+        if not self._client.connected or not wait.goes_on(seen, now, stall, longest):
+            wait.over = True
             missing = tracked.request.num_tokens - seen
             self._log.warning(
-                "handover incomplete after %.1f s: %d tokens are computed here request_id=%s",
-                now - state.since,
+                "%s after %.1f s: %d tokens are computed here request_id=%s",
+                trouble,
+                now - wait.since,
                 missing,
                 tracked.request.request_id,
             )
             return False
         if not self._busy:
-            time.sleep(HANDOVER_POLL_S)  # nothing else runs: leave the core to whoever is writing the chunks
-        state.polled_at = time.monotonic()
-        return True
-
-    def _fetch_incomplete(self, tracked: Tracked, seen: int) -> bool:
-        """True while chunks are on their way up from a lower tier and arrive steadily."""
-        state = tracked.fetch
-        if state is None or state.over:
-            return False
-        now = time.monotonic()
-        if seen > state.seen:
-            state.seen, state.seen_at = seen, now
-        if now - state.seen_at > FETCH_STALL_S or now - state.since > FETCH_MAX_S or not self._client.connected:
-            state.over = True
-            self._log.warning(
-                "lower tier too slow: %d tokens after %.1f s, the rest is computed request_id=%s",
-                seen,
-                now - state.since,
-                tracked.request.request_id,
-            )
-            return False
-        if not self._busy:
-            time.sleep(HANDOVER_POLL_S)  # nothing else runs: leave the core to whoever brings them
-        state.polled_at = time.monotonic()
+            time.sleep(POLL_S)  # nothing else runs: leave the core to whoever brings the chunks
+        wait.polled_at = time.monotonic()
         return True
 
     # ---- loading ----
