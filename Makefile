@@ -6,13 +6,13 @@ ENGINE ?= cpu
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format typecheck unit e2e bench-quick clean
+.PHONY: help setup demo test lint format typecheck unit e2e bench-quick soak clean
 
 help:
 	@echo "make demo [KEEP=1]   install what is missing, start, show, stop (KEEP=1 leaves it running)"
 	@echo "make test            install what is missing, then lint, types and all tests"
 	@echo "make setup           only install; quick when nothing changed"
-	@echo "make lint | typecheck | unit | e2e | bench-quick | format | clean"
+	@echo "make lint | typecheck | unit | e2e | bench-quick | soak | format | clean"
 
 setup:
 	@$(PYTHON) scripts/setup.py --engine $(ENGINE)
@@ -46,6 +46,11 @@ e2e: setup
 
 bench-quick: setup
 	@$(BIN)/python -P tests/bench/bench_quick.py --check
+
+# Thousands of kills and recoveries of the cache daemon, then a million operations: about half an hour.
+soak: setup
+	@$(BIN)/python tests/transfer/crashes.py --schedules 5000 --minutes 25
+	@$(BIN)/python tests/transfer/soak.py
 
 # Ends what runs from this checkout before its environment goes; the demo model in ~/.cache/pdserve stays.
 clean:

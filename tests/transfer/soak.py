@@ -1,0 +1,92 @@
+"""A million operations against one daemon with a disk tier: memory and file descriptors stay flat.
+
+python tests/transfer/soak.py [--operations 1000000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pdserve import kernels
+from pdserve.errors import CacheUnavailable
+from pdserve.transfer import wire
+from pdserve.transfer.client import CacheClient
+
+SHARD, PER_CALL = 8192, 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--operations", type=int, default=1_000_000)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        name = f"soak-{os.getpid()}"
+        words = [
+            "cache",
+            "serve",
+            "--socket",
+            f"{folder}/c.sock",
+            "--size",
+            "64MiB",
+            "--name",
+            name,
+            "--admin-port",
+            "18094",
+        ]
+        words += ["--disk", f"{folder}/kv", "--disk-size", "128MiB", "--disk-min-free", "0"]
+        process = subprocess.Popen([sys.executable, "-P", "-m", "pdserve", *words])
+        try:
+            run(CacheClient(f"{folder}/c.sock", "soak"), Path(f"/proc/{process.pid}"), args.operations)
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def run(client: CacheClient, proc: Path, operations: int) -> None:
+    ends = time.monotonic() + 60
+    while True:
+        try:
+            client.ping(5)
+            break
+        except CacheUnavailable:
+            assert time.monotonic() < ends
+            time.sleep(0.1)
+    payload = np.full(SHARD, 3, np.uint8)
+    digest = kernels.digest(payload)
+    done, start, began = 0, (0, 0), time.monotonic()
+    while done < operations:
+        first = int(np.random.default_rng(done).integers(60_000)) * 16
+        keys = [(first + i).to_bytes(32, "little") for i in range(PER_CALL)]
+        reply = client.lookup(keys, 30)
+        if reply.lease:
+            client.release(reply.lease, 30, len(reply.found), 0)
+        items = [wire.ReserveItem(k, keys[i - 1] if i else b"", 0, 1, SHARD, 256) for i, k in enumerate(keys)]
+        granted = [g for g in client.reserve("w", items, 30) if g.status == wire.GRANTED]
+        assert client.arena is not None
+        for grant in granted:
+            client.arena.bytes[grant.offset : grant.offset + SHARD] = payload
+        client.commit([wire.CommitItem(g.reservation, digest) for g in granted], 30)
+        done += 1 + 1 + 2 * PER_CALL
+        if not any(start) and done > operations // 4:  # everything is full, every path was taken
+            start = _weight(proc)
+    end = _weight(proc)
+    print(f"{done} operations in {time.monotonic() - began:.0f} s; KiB, descriptors: {start} -> {end}")
+    assert end[0] < start[0] + 24 * 1024, "memory grows"
+    assert end[1] <= start[1] + 4, "descriptors grow"
+
+
+def _weight(proc: Path) -> tuple[int, int]:
+    line = next(x for x in (proc / "status").read_text().splitlines() if x.startswith("RssAnon"))
+    return int(line.split()[1]), len(list((proc / "fd").iterdir()))
+
+
+if __name__ == "__main__":
+    main()
