@@ -21,7 +21,8 @@ demo: setup
 	@$(BIN)/pdserve demo $(if $(KEEP),--keep)
 
 # pytest last, so that its closing line is the last one.
-test: setup
+test:
+	@$(PYTHON) scripts/setup.py --engine $(ENGINE) --test-servers
 	@$(MAKE) --no-print-directory lint typecheck
 	@$(BIN)/pytest
 

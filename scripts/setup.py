@@ -43,9 +43,13 @@ class SetupError(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--engine", choices=("cpu", "cuda"), default="cpu", help="which vLLM to install (default cpu)")
-    engine = parser.parse_args().engine
+    parser.add_argument("--test-servers", action="store_true", help="also the servers that the tests talk to (Debian packages)")
+    args = parser.parse_args()
+    engine = args.engine
     begun = time.monotonic()
     try:
+        if args.test_servers:
+            debian_packages(test_servers())
         if is_current(engine):
             print(f"setup: {VENV} is up to date")
             return 0
@@ -98,13 +102,27 @@ def model_is_there() -> bool:
 
 
 def system_packages() -> None:
-    """Debian packages, only those whose content is missing. What vLLM cannot run without stops here."""
+    """What vLLM and its installation need of the system."""
     python_package = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
     wanted = [
         (python_package, has_venv(), True, "to make a virtual environment"),
         ("libnuma1", has_library("libnuma.so.1"), True, "by vLLM on the CPU"),
         ("g++", shutil.which("g++") is not None, False, "to compile kernels; without it slower ones are used"),
     ]
+    debian_packages(wanted)
+
+
+def test_servers() -> list[tuple[str, bool, bool, str]]:
+    """Real servers for the tests; a test whose server is missing is skipped and says so."""
+    return [
+        ("redis-server", shutil.which("redis-server") is not None, False, "to test the Redis tier"),
+        ("openssl", shutil.which("openssl") is not None, False, "to test the Redis tier over TLS"),
+        ("libibverbs1", has_library("libibverbs.so.1"), False, "to test the Mooncake tier"),
+    ]
+
+
+def debian_packages(wanted: list[tuple[str, bool, bool, str]]) -> None:
+    """Installs those (name, is there, required, why) that are missing. Only a required one that cannot be had stops here."""
     missing = [(name, required, why) for name, there, required, why in wanted if not there]
     if not missing:
         return
