@@ -124,6 +124,12 @@ class Guarded:
         self._lock = threading.Lock()
         self._last_error = ""
 
+    def register(self, arena: np.ndarray) -> None:
+        """Shows the tier the memory that chunks lie in, should it want to know."""
+        register = getattr(self.tier, "register", None)
+        if register is not None:
+            register(arena)
+
     def contains(self, keys: list[bytes]) -> list[ChunkRecord | None]:
         with self._guard():
             return self.tier.contains(keys)

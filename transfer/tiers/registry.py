@@ -24,6 +24,7 @@ import msgspec
 
 from pdserve.errors import ConfigError
 from pdserve.transfer.tiers.base import Tier
+from pdserve.transfer.tiers.breaker import Guarded
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -40,8 +41,16 @@ _UNITS = {
 }
 
 
-def build(url: str, key: str = "cache.tiers[0]") -> Tier:
-    """The tier that `url` names; `key` is where the user wrote it. Raises ConfigError. Connects to nothing yet."""
+def build(url: str, key: str = "cache.tiers[0]") -> Guarded:
+    """The tier that `url` names, behind a circuit breaker; `key` is where the user wrote it.
+
+    Raises ConfigError. Connects to nothing yet.
+    """
+    return Guarded(bare(url, key))
+
+
+def bare(url: str, key: str = "cache.tiers[0]") -> Tier:
+    """The tier alone."""
     try:
         parts = urlsplit(url)
         port = parts.port

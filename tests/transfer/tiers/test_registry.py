@@ -20,7 +20,7 @@ from pdserve.transfer.tiers import registry
 def test_redis_urls(url, expected):
     pytest.importorskip("redis")
     tier = registry.build(url)
-    options = tier._options
+    options = tier.tier._options
     assert {name: getattr(options, name) for name in expected} == expected
     assert tier.name == "redis"
     tier.close()
@@ -28,12 +28,13 @@ def test_redis_urls(url, expected):
 
 def test_a_directory(tmp_path):
     tier = registry.build(f"file://{tmp_path}?ttl=3600&min_free=0.5")
-    assert (tier.name, tier._ttl, tier._min_free) == ("fs", 3600.0, 0.5)
+    assert (tier.name, tier.tier._ttl, tier.tier._min_free) == ("fs", 3600.0, 0.5)
     tier.close()
 
 
-def test_memory():
-    assert registry.build("memory:").name == "memory"
+def test_every_tier_comes_behind_a_breaker():
+    tier = registry.build("memory:")
+    assert (tier.name, tier.stats()["circuit"]) == ("memory", "closed")
 
 
 @pytest.mark.parametrize(
