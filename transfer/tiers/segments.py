@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Annotated
@@ -203,6 +204,19 @@ def aligned(size: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, max(PAGE, align(size))), np.uint8)
 
 
+_of_thread = threading.local()
+
+
+def _scratch(size: int) -> np.ndarray:
+    """Aligned memory of this thread for a header: mapping some anew each time costs as much as the rest of a call."""
+    if size > MAX_HEADER:
+        return aligned(size)
+    if not hasattr(_of_thread, "page"):
+        _of_thread.page = aligned(MAX_HEADER)
+    page: np.ndarray = _of_thread.page
+    return page[:size]
+
+
 def open_file(path: str, flags: int, mode: int = 0o600) -> tuple[int, bool]:
     """(file descriptor, whether it bypasses the page cache). Some file systems refuse that."""
     try:
@@ -214,7 +228,7 @@ def open_file(path: str, flags: int, mode: int = 0o600) -> tuple[int, bool]:
 
 
 def write_record(fd: int, offset: int, head: bytes, shards: list[np.ndarray], deadline: float) -> None:
-    first = aligned(len(head))
+    first = _scratch(len(head))
     first[: len(head)] = np.frombuffer(head, np.uint8)
     views = [first.data]
     for shard in shards:
@@ -223,8 +237,9 @@ def write_record(fd: int, offset: int, head: bytes, shards: list[np.ndarray], de
 
 
 def read_record(fd: int, place: Place, shards: list[np.ndarray], deadline: float) -> memoryview:
-    """Reads header and payload in one go, the payload into `shards`; returns the header's bytes, to be compared."""
-    first = aligned(place.header_bytes)
+    """Reads header and payload in one go, the payload into `shards`; returns the header's bytes, to be compared before
+    this thread reads or writes again."""
+    first = _scratch(place.header_bytes)
     views = [first.data]
     patches: list[tuple[np.ndarray, np.ndarray]] = []
     for shard in shards:
