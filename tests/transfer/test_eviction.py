@@ -1,9 +1,10 @@
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.transfer.eviction import POLICIES, LeafFirstLru
+from pdserve.transfer.eviction import POLICIES, LeafFirstCost, LeafFirstLru, recompute_cost
 
 
 def key(i: int) -> bytes:
@@ -68,8 +69,76 @@ def test_lru_takes_the_deepest_chunk_of_the_coldest_prefix():
     assert order == [12, 11, 3, 2, 1]
 
 
-def test_the_heap_does_not_grow_with_touches():
+def chain(policy, *ids):
+    for above, i in zip((0, *ids), ids, strict=False):
+        policy.add(key(i), key(above) if above else b"")
+
+
+def use(policy, *ids):
+    for i in reversed(ids):
+        policy.touch(key(i))
+
+
+def evict(policy, count=1):
+    gone = []
+    for _ in range(count):
+        victim = policy.victim()
+        policy.remove(victim)
+        gone.append(int.from_bytes(victim, "little"))
+    return gone
+
+
+def test_cost_keeps_the_dear_end_of_a_long_prompt_before_the_cheap_start_of_a_newer_one():
+    policy, long = LeafFirstCost(), tuple(range(1, 301))
+    chain(policy, *long)
+    chain(policy, 1001, 1002)
+    assert evict(policy, 2) == [1002, 1001]
     lru = LeafFirstLru()
+    chain(lru, *long)
+    chain(lru, 1001, 1002)
+    assert evict(lru, 2) == [300, 299]
+
+
+def test_cost_does_not_keep_for_ever_what_nobody_uses():
+    policy, long = LeafFirstCost(), tuple(range(1, 301))
+    chain(policy, *long)
+    gone = []
+    for i in range(2000, 2400):  # one small prompt after the other
+        policy.add(key(i), b"")
+        gone += evict(policy)
+    assert [i for i in gone if i <= 300] == list(reversed(long))
+
+
+def test_cost_forgets_how_often_a_finished_conversation_was_used():
+    policy = LeafFirstCost()
+    chain(policy, 1, 2)
+    for _ in range(100):
+        use(policy, 1, 2)
+    for i in range(10, 20):
+        policy.add(key(i), b"")
+        evict(policy)
+    assert key(2) not in policy._nodes
+
+
+def test_dropping_a_dear_chunk_does_not_make_all_others_look_old():
+    policy, long = LeafFirstCost(), tuple(range(1, 301))
+    chain(policy, 1001)
+    chain(policy, *long)
+    for i in reversed(long[1:]):
+        policy.remove(key(i))  # not the victims: 1001 is
+    policy.add(key(1002), b"")
+    assert policy._nodes[key(1001)].rank == policy._nodes[key(1002)].rank == 1.0
+
+
+def test_a_deeper_chunk_costs_more():
+    costs = [recompute_cost(depth) for depth in range(1000)]
+    assert costs[0] == 1.0
+    assert costs == sorted(set(costs))
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_the_heap_does_not_grow_with_touches(name):
+    lru = POLICIES[name]()
     for i in range(1, 11):
         lru.add(key(i), b"")
     for i in range(100_000):
