@@ -110,6 +110,19 @@ PROXY = {
     "leg_failures_total": Metric(
         Counter, "Failed legs by instance and reason (connect, timeout, status, broken, diverged)", ("instance", "leg", "reason")
     ),
+    "requests_refused_total": Metric(
+        Counter,
+        "Requests refused with 429, by reason (too_many_streams, rate_limit_exceeded, slo_cannot_be_met, engine)",
+        ("reason",),
+    ),
+    "admission_limit": Metric(Gauge, "Requests that may be between arrival and first token at once"),
+    "admission_waiting": Metric(Gauge, "Requests that wait for their turn"),
+    "split_decisions_total": Metric(
+        Counter,
+        "Completions by what was decided at first: pd, or why a consumer alone was asked (no-producer, short-prompt, "
+        "mostly-cached, producers-busy, several-prompts, prompt-logprobs, prompt-embeds, beam-search, no-tokens)",
+        ("decision",),
+    ),
     "takeovers_total": Metric(
         Counter, "Streams whose engine died, by how they went on (resume, repeat, end, none)", ("how",)
     ),

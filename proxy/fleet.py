@@ -1,51 +1,33 @@
 """The instances behind the proxy: which are up, what runs on each, which models they serve.
 
 An instance is up when its last probe of /health answered 200. It goes down after `FAILURES` probes in a row (a busy
-engine may answer late) or at once when it refuses a connection, and comes back with its next good probe. Routing reads
-this view and never waits for it.
+engine may answer late), at once when it refuses a connection, and for a rest when its legs keep failing; it comes back
+on trial with its next good probe (instance.py). Routing reads this view and never waits for it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from pdserve import log
+from pdserve.errors import RequestError
+from pdserve.proxy.instance import Instance, preferred
 from pdserve.proxy.lifetime import Deadlines
 from pdserve.proxy.policies.base import Facts, Policy
-from pdserve.proxy.upstream import LegFailure, Upstream
+from pdserve.proxy.upstream import LegFailure
 
 PROBE_EVERY = 1.0
+LOAD_EVERY = 2  # probes between two looks at an engine's /metrics, which cost it more than a probe
 FAILURES = 3
 _MODELS_LIMIT = 4 * 1024 * 1024
+_LOAD = re.compile(rb"^vllm:num_requests_(?:running|waiting)\{[^}]*\} ([0-9.e+]+)$", re.MULTILINE)
 _log = log.get("proxy.fleet")
-
-
-@dataclass(eq=False)
-class Instance:
-    """One engine. `role` is prefill, decode or both."""
-
-    name: str
-    role: str
-    upstream: Upstream
-    up: bool = False
-    in_flight: int = 0
-    failures: int = 0
-    models: frozenset[str] = frozenset()
-
-    @contextlib.contextmanager
-    def serving(self) -> Iterator[None]:
-        """Counts a request as running here."""
-        self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
 
 
 class _Model(msgspec.Struct):
@@ -60,34 +42,63 @@ class _Models(msgspec.Struct):
 class Fleet:
     """The live view. `start` probes once before it returns, so that what is up at start is known at start."""
 
-    instances: Sequence[Instance]
+    instances: list[Instance]
     deadlines: Deadlines
     metrics: dict[str, Any]
     served: frozenset[str] = frozenset()  # names given on the command line, beside what the engines report
     probe_every: float = PROBE_EVERY
-    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
 
     async def start(self) -> None:
         await asyncio.gather(*(self.probe(instance) for instance in self.instances))
-        self._tasks = [asyncio.create_task(self._watch(i), name=f"probe {i.name}") for i in self.instances]
+        for instance in self.instances:
+            self._tasks[instance.name] = asyncio.create_task(self._watch(instance), name=f"probe {instance.name}")
 
     async def stop(self) -> None:
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         self._tasks.clear()
         for instance in self.instances:
             await instance.upstream.close()
 
+    async def add(self, instance: Instance) -> None:
+        """Takes an instance in and probes it once; afterwards it is watched like the others."""
+        if self.named(instance.name) is not None:
+            raise RequestError(409, f"There is an instance {instance.name!r} already.", "conflict", "name")
+        self.instances.append(instance)
+        await self.probe(instance)
+        self._tasks[instance.name] = asyncio.create_task(self._watch(instance), name=f"probe {instance.name}")
+
+    async def remove(self, instance: Instance) -> None:
+        """Lets an instance finish what it has and forgets it. What runs longer than the drain deadline is not stopped,
+        but no longer waited for."""
+        instance.draining = True
+        _log.info("%s is draining: %d requests", instance.name, instance.in_flight)
+        end = asyncio.get_running_loop().time() + self.deadlines.drain
+        while instance.in_flight and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110 - a count, not an event
+            await asyncio.sleep(0.05)
+        if (task := self._tasks.pop(instance.name, None)) is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        if instance in self.instances:
+            self.instances.remove(instance)
+        await instance.upstream.close()
+        self.metrics["instance_up"].remove(instance.name, instance.role)
+        _log.info("%s is removed", instance.name)
+
+    def named(self, name: str) -> Instance | None:
+        return next((i for i in self.instances if i.name == name), None)
+
     def producers(self) -> list[Instance]:
-        return [i for i in self.instances if i.up and i.role == "prefill"]
+        return preferred([i for i in self.instances if i.usable and i.role == "prefill"])
 
     def consumers(self) -> list[Instance]:
-        return [i for i in self.instances if i.up and i.role in ("decode", "both")]
+        return preferred([i for i in self.instances if i.usable and i.role in ("decode", "both")])
 
     @property
     def ready(self) -> bool:
-        return any(i.up and i.role in ("decode", "both") for i in self.instances)
+        return any(i.usable and i.role in ("decode", "both") for i in self.instances)
 
     @property
     def models(self) -> frozenset[str]:
@@ -107,6 +118,10 @@ class Fleet:
         _log.warning("request %s: %s leg failed: %s", rid, leg, failure)
         if failure.reason == "connect" and failure.status == 502:
             self._set_up(instance, False, "it refuses connections")
+        elif any(
+            i.usable for i in self.instances if i is not instance and i.role == instance.role
+        ) and instance.went_badly(failure, asyncio.get_running_loop().time()):
+            self._set_up(instance, False, "too many requests failed on it")
 
     async def probe(self, instance: Instance) -> None:
         try:
@@ -114,13 +129,16 @@ class Fleet:
                 status = await self._status(instance)
                 if status == 200 and not instance.models:
                     instance.models = await self._ask_models(instance)
+                if status == 200 and instance.up:
+                    await self._ask_load(instance)
         except (LegFailure, TimeoutError) as exc:
             status, why = 0, str(exc) or f"no answer within {self.deadlines.probe:g} s"
         else:
             why = f"/health answered {status}"
         if status == 200:
             instance.failures = 0
-            self._set_up(instance, True, why)
+            if asyncio.get_running_loop().time() >= instance.rest_until:
+                self._set_up(instance, True, why)
             return
         instance.failures += 1
         if instance.failures >= FAILURES or not instance.up:
@@ -139,6 +157,16 @@ class Fleet:
             await answer.read(_MODELS_LIMIT)
             return answer.status
 
+    async def _ask_load(self, instance: Instance) -> None:
+        """What runs and waits there, whoever sent it. An engine that does not tell has our own requests only."""
+        instance.probes += 1
+        if instance.probes % LOAD_EVERY:
+            return
+        async with instance.upstream.request(b"GET", b"/metrics", (), b"", self.deadlines.connect) as answer:
+            raw = await answer.read(_MODELS_LIMIT)
+        if answer.status == 200 and (found := _LOAD.findall(raw)):
+            instance.told_load(int(sum(map(float, found))))
+
     async def _ask_models(self, instance: Instance) -> frozenset[str]:
         """What the engine serves, LoRA adapters included. An engine that wants a key for it is believed unseen."""
         async with instance.upstream.request(b"GET", b"/v1/models", (), b"", self.deadlines.connect) as answer:
@@ -153,7 +181,10 @@ class Fleet:
     def _set_up(self, instance: Instance, up: bool, why: str) -> None:
         if instance.up != up:
             _log.info("%s is %s: %s", instance.name, "up" if up else "down", why)
+            instance.trial = up and instance.was_up
         instance.up = up
+        instance.was_up = instance.was_up or up
         if not up:
+            instance.others = 0
             instance.models = frozenset()  # it may come back serving something else
         self.metrics["instance_up"].labels(instance.name, instance.role).set(up)

@@ -1,5 +1,6 @@
 """The life of a request: every state, transition and deadline. Whatever changes how a request can go must be here.
 
+    RECEIVING --queue--> QUEUED, and from there as from RECEIVING (only where a target for the first token is set)
     RECEIVING --split--> PREFILLING --decode--> DECODING --first_byte--> STREAMING --end--> DONE
         `-----------------decode------------------^  `----------------------------end------^
                                               STREAMING --lost--> CONTINUING --resumed--> STREAMING
@@ -8,7 +9,8 @@
 
 A request is in exactly one state, reaches exactly one terminal state, and never leaves it. Each live state has a bound
 on how long nothing may happen in it; the bounds are the fields of Deadlines, in seconds. One of them, `send`, belongs
-to every state: it bounds how long a client may refuse to read.
+to every state: it bounds how long a client may refuse to read. QUEUED is bounded by half of the target for the first
+token (admission.py).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from enum import Enum
 
 class State(Enum):
     RECEIVING = "receiving"
+    QUEUED = "queued"
     PREFILLING = "prefilling"
     DECODING = "decoding"
     STREAMING = "streaming"
@@ -29,6 +32,7 @@ class State(Enum):
 
 
 class Event(Enum):
+    QUEUE = "queue"
     SPLIT = "split"
     DECODE = "decode"
     FIRST_BYTE = "first_byte"
@@ -39,10 +43,13 @@ class Event(Enum):
     GONE = "gone"
 
 
-LIVE = (State.RECEIVING, State.PREFILLING, State.DECODING, State.STREAMING, State.CONTINUING)
+LIVE = (State.RECEIVING, State.QUEUED, State.PREFILLING, State.DECODING, State.STREAMING, State.CONTINUING)
 TERMINAL = (State.DONE, State.FAILED, State.ABORTED)
 
 TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.RECEIVING, Event.QUEUE): State.QUEUED,
+    (State.QUEUED, Event.SPLIT): State.PREFILLING,
+    (State.QUEUED, Event.DECODE): State.DECODING,
     (State.RECEIVING, Event.SPLIT): State.PREFILLING,
     (State.RECEIVING, Event.DECODE): State.DECODING,
     (State.PREFILLING, Event.DECODE): State.DECODING,
@@ -61,6 +68,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 class Deadlines:
     """Seconds. Generous where an engine may be queueing, tight where only a network or a client can be slow."""
 
+    head: float = 30.0  # before RECEIVING: from the opening of a connection, or its first byte, to the end of a head
     receive: float = 60.0  # RECEIVING: from the head of the request to the last byte of its body
     connect: float = 5.0  # PREFILLING, DECODING: to open a connection to an engine
     prefill: float = 600.0  # PREFILLING: all attempts together, connection to last byte of the reply
@@ -69,6 +77,7 @@ class Deadlines:
     resume: float = 120.0  # CONTINUING: to the first event of the next engine, which may have to compute the prompt
     send: float = 60.0  # any state: the client does not read
     probe: float = 5.0  # one health probe of an instance
+    drain: float = 300.0  # running requests of an instance that is taken out
     shutdown: float = 30.0  # running requests after a stop was asked for
 
 

@@ -66,6 +66,12 @@ def parse(raw: bytes, models: Collection[str]) -> Ask:
     return Ask(body, stream is True)
 
 
+def priority(body: Body) -> int:
+    """vLLM's field: lower is earlier. Anything that is not a number is the engine's to refuse."""
+    value = body.get("priority")
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
 def _shown(body: Body, name: str) -> str:
     value = body.raw_value(name) or b""
     return (value if len(value) <= 60 else value[:57] + b"...").decode("utf-8", "replace")

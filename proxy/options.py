@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
+from pdserve import env
 from pdserve.errors import ConfigError
 from pdserve.proxy.lifetime import Deadlines
 
@@ -19,9 +20,18 @@ class Settings:
     instances: tuple[tuple[str, str, str], ...]
     models: frozenset[str] = frozenset()
     engine: str = "vllm"
-    policy: str = "round_robin"
+    prefill_policy: str = "round_robin"
+    decode_policy: str = "round_robin"
+    pd_min_tokens: int = 0
+    pd_max_queue: int = 0
     deadlines: Deadlines = field(default_factory=Deadlines)
     max_body: int = 64 * 1024 * 1024
+    max_head: int = 64 * 1024
+    max_connections: int = 20_000
+    api_keys: str = ""
+    admin_token: str = ""
+    slo_ttft: float = 0.0
+    max_waiting: int = 256
     probe_every: float = 1.0
 
 
@@ -35,7 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", action="append", default=[], metavar="NAME", help="served model name (repeatable)")
     parser.add_argument("--engine", default="vllm", help="what the engines are (default %(default)s)")
     parser.add_argument("--policy", default="round_robin", help="how an instance is chosen (default %(default)s)")
+    for leg, whom in (("prefill", "producer"), ("decode", "consumer")):
+        parser.add_argument(f"--{leg}-policy", help=f"how a {whom} is chosen (default: as --policy)")
+    text = "prompts with fewer uncached tokens are prefilled by the consumer (default %(default)s: never)"
+    parser.add_argument("--pd-min-tokens", type=int, default=0, metavar="N", help=text)
+    text = "consumers prefill themselves while every producer has N requests (default %(default)s: never)"
+    parser.add_argument("--pd-max-queue", type=int, default=0, metavar="N", help=text)
     parser.add_argument("--max-body-mib", type=int, default=64, help="largest request body (default %(default)s)")
+    parser.add_argument("--max-head-kib", type=int, default=64, help="largest head of a request (default %(default)s)")
+    text = "connections of clients at once (default %(default)s)"
+    parser.add_argument("--max-connections", type=int, default=20_000, metavar="N", help=text)
+    parser.add_argument("--api-keys", default="", metavar="FILE", help="the proxy's own keys, hashed (proxy/keys.py)")
+    text = "target for the first token; what cannot meet it waits or is refused (default: no target)"
+    parser.add_argument("--slo-ttft", type=float, default=0.0, metavar="SECONDS", help=text)
+    text = "requests that may wait for their turn under --slo-ttft (default %(default)s)"
+    parser.add_argument("--max-waiting", type=int, default=256, metavar="N", help=text)
     for deadline in fields(Deadlines):
         flag = f"--{deadline.name}-timeout"
         parser.add_argument(flag, type=float, default=deadline.default, metavar="SECONDS", help="default %(default)g s")
@@ -56,10 +80,26 @@ def settings(args: argparse.Namespace) -> Settings:
     for name, value in seconds.items():
         if not value > 0:
             raise ConfigError(f"--{name}-timeout", f"{value:g} is not a positive number of seconds")
-    if args.max_body_mib <= 0:
-        raise ConfigError("--max-body-mib", f"{args.max_body_mib} is not positive")
-    models, max_body = frozenset(args.model), args.max_body_mib * 1024 * 1024
-    return Settings(tuple(instances), models, args.engine, args.policy, Deadlines(**seconds), max_body)
+    for flag in ("max_body_mib", "max_head_kib", "max_connections"):
+        if getattr(args, flag) <= 0:
+            raise ConfigError(f"--{flag.replace('_', '-')}", f"{getattr(args, flag)} is not positive")
+    return Settings(
+        tuple(instances),
+        models=frozenset(args.model),
+        engine=args.engine,
+        prefill_policy=args.prefill_policy or args.policy,
+        decode_policy=args.decode_policy or args.policy,
+        pd_min_tokens=args.pd_min_tokens,
+        pd_max_queue=args.pd_max_queue,
+        deadlines=Deadlines(**seconds),
+        max_head=args.max_head_kib * 1024,
+        max_connections=args.max_connections,
+        api_keys=args.api_keys,
+        admin_token=env.admin_token(),
+        slo_ttft=args.slo_ttft,
+        max_waiting=args.max_waiting,
+        max_body=args.max_body_mib * 1024 * 1024,
+    )
 
 
 def named(text: str, default: str) -> tuple[str, str]:

@@ -19,17 +19,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pdserve.engines.base import Dialect
 from pdserve.errors import RequestError, UpstreamError
 from pdserve.proxy import openai, relay
-from pdserve.proxy.fleet import Fleet, Instance
+from pdserve.proxy.admission import Pass
+from pdserve.proxy.fleet import Fleet
+from pdserve.proxy.instance import Instance
+from pdserve.proxy.keys import ANYBODY, Key
 from pdserve.proxy.lifetime import Deadlines, Event, State
-from pdserve.proxy.policies.base import Facts, Policy
+from pdserve.proxy.policies.base import Facts
 from pdserve.proxy.relay import Client
+from pdserve.proxy.routing import Routing
 from pdserve.proxy.takeover import Takeover
 from pdserve.proxy.upstream import Answer, LegFailure
 
@@ -53,6 +57,9 @@ class Exchange:
     route: str = "local"
     prefill: str = ""
     decode: str = ""
+    key: Key = field(default_factory=lambda: Key(ANYBODY))
+    leave: Pass | None = None  # its place at the gate, until its first token
+    facts: Facts = field(default_factory=lambda: Facts(""))
 
     def tell_route(self, why: str = "") -> None:
         """Sets the answer's x-pdserve headers to what was done so far."""
@@ -64,15 +71,21 @@ class Exchange:
 class Splitter:
     """Runs requests. Holds what they share and no state of any one of them."""
 
-    def __init__(self, fleet: Fleet, dialect: Dialect, make_policy: Callable[[], Policy], deadlines: Deadlines) -> None:
+    def __init__(self, fleet: Fleet, dialect: Dialect, routing: Routing, deadlines: Deadlines) -> None:
         self._fleet, self._dialect, self._deadlines, self._metrics = fleet, dialect, deadlines, fleet.metrics
-        self._prefill_policy, self._decode_policy = make_policy(), make_policy()
+        self._routing = routing
+
+    @property
+    def models(self) -> frozenset[str]:
+        return self._fleet.models
 
     async def generate(self, exchange: Exchange, ask: openai.Ask) -> None:
         """A completion. Raises RequestError or UpstreamError; if the response had begun the client has been told."""
         if not self._fleet.ready:
             raise RequestError(503, NOBODY, "service_unavailable")  # before a producer works for nothing
+        exchange.facts = self._routing.facts(exchange.endpoint, exchange.headers, ask.body)
         why = self._why_local(exchange, ask)
+        self._metrics["split_decisions_total"].labels(why or "pd").inc()
         handover = None
         if not why:
             exchange.client.lifetime.on(Event.SPLIT)
@@ -95,20 +108,22 @@ class Splitter:
         await self._decode(exchange, body, "", None)
 
     def _why_local(self, exchange: Exchange, ask: openai.Ask) -> str:
-        if not self._fleet.producers():
+        producers = self._fleet.producers()
+        if not producers:
             return "no-producer"
-        return self._dialect.why_local(exchange.endpoint, ask.body) or ""
+        if why := self._dialect.why_local(exchange.endpoint, ask.body):
+            return why
+        return self._routing.worth.why_not(exchange.facts, producers, self._fleet.consumers())
 
     # The prefill leg.
 
     async def _prefill(self, exchange: Exchange, ask: openai.Ask) -> tuple[bytes | None, str]:
         """The handover and "", or None and why there is none. Raises UpstreamError for the client's mistake."""
         body = self._dialect.prefill_body(exchange.endpoint, ask.body)
-        facts = Facts(exchange.endpoint, len(ask.body.raw))
         deadline = asyncio.get_running_loop().time() + self._deadlines.prefill
         tried: list[Instance] = []
         while len(tried) < ATTEMPTS:
-            instance = self._fleet.choose(self._prefill_policy, facts, self._fleet.producers(), tried)
+            instance = self._fleet.choose(self._routing.prefill, exchange.facts, self._fleet.producers(), tried)
             if instance is None:
                 break
             tried.append(instance)
@@ -143,6 +158,9 @@ class Splitter:
         except ValueError as exc:
             raise LegFailure(502, str(exc), instance.name, "broken") from exc
         self._metrics["prefill_leg_seconds"].labels(instance.name).observe(time.perf_counter() - began)
+        instance.went_well()
+        cached = self._dialect.cached_tokens(handover) if handover is not None else None
+        self._routing.learn(exchange.facts, instance, cached, self._dialect.prompt_tokens(reply))
         return handover
 
     # The decode leg.
@@ -152,8 +170,7 @@ class Splitter:
         last: LegFailure | None = None
         path = exchange.path
         while len(tried) < ATTEMPTS:
-            facts = Facts(exchange.endpoint, len(body))
-            instance = self._fleet.choose(self._decode_policy, facts, self._fleet.consumers(), tried)
+            instance = self._fleet.choose(self._routing.decode, exchange.facts, self._fleet.consumers(), tried)
             if instance is None:
                 break
             tried.append(instance)
@@ -202,7 +219,9 @@ class Splitter:
             bound.reschedule(None)
             if not client.started:
                 await client.start(answer.status, openai.headers_out(answer.headers))
+            instance.went_well()
             await relay.stream(answer, first, cutter, client, takeover, self._deadlines.event)
+            self._routing.learn(exchange.facts, instance, None, None)
             client.lifetime.on(Event.END)
 
     async def _answer_whole(
@@ -219,8 +238,11 @@ class Splitter:
             if shaped is not body:
                 headers = [h for h in headers if h[0] != b"content-type"] + [(b"content-type", openai.JSON)]
             body = shaped
-        elif takeover is not None and takeover.cached is not None:
-            body = self._dialect.tell_cached(body, takeover.cached)
+        else:
+            instance.went_well()
+            self._routing.learn(exchange.facts, instance, None, None)
+            if takeover is not None and takeover.cached is not None:
+                body = self._dialect.tell_cached(body, takeover.cached)
         await exchange.client.whole(answer.status, headers, body)
         exchange.client.lifetime.on(Event.END)
 

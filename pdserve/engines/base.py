@@ -44,6 +44,9 @@ class Dialect(Protocol):
     def cached_tokens(self, handover: bytes) -> int | None:
         """How much of the prompt the producer did not have to compute; None if the handover does not say."""
 
+    def prompt_tokens(self, reply: bytes) -> int | None:
+        """How long the prompt of this answer was, if its usage says so."""
+
     def tell_cached(self, data: bytes, tokens: int) -> bytes:
         """An answer, or whole events of one, with `tokens` as the number of cached tokens where it tells any. No other
         byte is changed."""

@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 
 from pdserve.errors import ConfigError
 
-_NAMES = ("round_robin", "least_load")
+_NAMES = ("round_robin", "least_load", "power_of_two", "session", "prefix", "chunk_location")
 
 
 class Candidate(Protocol):
@@ -30,6 +30,14 @@ class Candidate(Protocol):
     def in_flight(self) -> int:
         """Requests that this proxy has running on it now."""
 
+    @property
+    def load(self) -> int:
+        """Requests running or waiting there, those of other proxies included as far as the engine has told."""
+
+    @property
+    def host(self) -> str:
+        """The machine it runs on, and with it the cache that it shares with others there."""
+
 
 C = TypeVar("C", bound=Candidate)
 
@@ -40,10 +48,30 @@ class Facts:
 
     endpoint: str
     prompt_bytes: int = 0
+    session: str = ""  # whose conversation this is
+    blocks: tuple[
+        int, ...
+    ] = ()  # a hash for each beginning of the prompt, in steps of BLOCK bytes; facts.py makes them
 
 
 class Policy(Protocol):
     def pick(self, facts: Facts, candidates: Sequence[C]) -> C: ...
+
+    def learn(self, facts: Facts, candidate: Candidate, cached: int | None) -> None:
+        """What an engine's reply told: it has this prompt now, and `cached` tokens of it had been there before (None:
+        not told). A policy that learns nothing does nothing."""
+
+
+class Unlearning:
+    """For policies whose choice does not depend on what engines reply."""
+
+    def learn(self, facts: Facts, candidate: Candidate, cached: int | None) -> None:
+        pass
+
+
+def idlest(candidates: Sequence[C]) -> C:
+    """The first of the least loaded."""
+    return min(candidates, key=lambda candidate: candidate.load)
 
 
 def names() -> tuple[str, ...]:

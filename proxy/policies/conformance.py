@@ -13,6 +13,11 @@ from pdserve.proxy.policies.base import Facts, Policy
 class Dummy:
     name: str
     in_flight: int = 0
+    host: str = "h"
+
+    @property
+    def load(self) -> int:
+        return self.in_flight
 
 
 def check_policy(make: Callable[[], Policy], facts: Facts = Facts("/v1/completions")) -> None:
@@ -37,6 +42,15 @@ def check_policy(make: Callable[[], Policy], facts: Facts = Facts("/v1/completio
         "two fresh policies given the same must choose the same: nothing hidden may decide"
     )
     equal = [Dummy("a"), Dummy("b"), Dummy("c")]
-    spread = make()
-    picks = Counter(spread.pick(facts, tuple(equal)).name for _ in range(30))
-    assert len(picks) >= 1, "a tuple is a sequence too"
+    assert make().pick(facts, tuple(equal)) in equal, "a tuple is a sequence too"
+    learner = make()
+    learner.learn(facts, equal[1], 0)
+    learner.learn(facts, equal[1], None)
+    assert learner.pick(facts, equal) in equal, "learning must leave it able to choose"
+
+    crowded = [Dummy("a", 1000), Dummy("b", 0), Dummy("c", 1000)]
+    loaded = make()
+    if facts.session or facts.blocks:
+        loaded.pick(facts, [crowded[0]])
+    picks = Counter(loaded.pick(facts, crowded).name for _ in range(30))
+    assert picks["b"] >= 10, "no preference is worth a thousand requests in line"

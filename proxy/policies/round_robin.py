@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pdserve.proxy.policies.base import C, Facts
+from pdserve.proxy.policies.base import C, Facts, Unlearning
 
 
-class Policy:
+class Policy(Unlearning):
     def __init__(self) -> None:
         self._turn = 0
 

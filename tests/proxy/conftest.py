@@ -19,7 +19,7 @@ from pdserve.proxy import app as proxy_app
 from pdserve.proxy.lifetime import Deadlines
 from pdserve.proxy.options import Settings
 
-QUICK = Deadlines(receive=2, connect=1, prefill=5, answer=5, event=5, send=2, probe=1, shutdown=1)
+QUICK = Deadlines(receive=2, connect=1, prefill=5, answer=5, event=5, send=2, resume=5, probe=1, drain=5, shutdown=1)
 
 
 @pytest.fixture
@@ -161,9 +161,10 @@ async def _rig(
         bs = [await start(f"both-{i}") for i in range(both)]
         instances = tuple((e.name, e.name.rpartition("-")[0], e.url) for e in ps + ds + bs)
         given = {"instances": instances, "deadlines": QUICK, "probe_every": 0.05, **settings}
-        app = proxy_app.build(Settings(**given))
+        made_settings = Settings(**given)
+        app = proxy_app.build(made_settings)
         async with (
-            serving(app, given["deadlines"]) as (url, server),
+            serving(app, made_settings) as (url, server),
             httpx.AsyncClient(timeout=20, verify=False) as client,
         ):
             made = Rig(url, app, ps, ds + bs, client, server, set(asyncio.all_tasks()))
@@ -172,9 +173,9 @@ async def _rig(
 
 
 @contextlib.asynccontextmanager
-async def serving(app: Any, deadlines: Deadlines) -> AsyncIterator[tuple[str, uvicorn.Server]]:
+async def serving(app: Any, settings: Settings) -> AsyncIterator[tuple[str, uvicorn.Server]]:
     """As Server.serve does it, but without its ten ticks a second and its signal handlers, a process's own."""
-    config = proxy_app.serve_config(app, deadlines)
+    config = proxy_app.serve_config(app, settings)
     config.load()
     server = uvicorn.Server(config)
     server.lifespan = config.lifespan_class(config)

@@ -22,7 +22,7 @@ def test_the_rest() -> None:
     assert made.models == {"m", "n"}
     assert made.deadlines == Deadlines(prefill=7)
     assert made.max_body == 2 * 1024 * 1024
-    assert made.policy == "round_robin"
+    assert (made.prefill_policy, made.decode_policy) == ("round_robin", "round_robin")
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ class FakeEngine:
     gap: float = 0.0  # between tokens
     max_tokens: int = 8  # when the request does not say
     max_model_len: int = 4096
+    others: int = 0  # requests that it says it has beside those it has
     shift: int = 0  # makes it answer differently from its equals
     created: int = 1  # the time that its answers carry
     hands_over: bool = True
@@ -171,6 +172,9 @@ class FakeEngine:
         elif seen.path == "/v1/models":
             card = {"id": self.model, "object": "model", "owned_by": "pdserve", "max_model_len": self.max_model_len}
             out.whole(200, {"object": "list", "data": [card]})
+        elif seen.path == "/metrics":
+            text = f'vllm:num_requests_running{{model_name="fake"}} {self.running - 1 + self.others}.0\n'
+            out.raw_whole(200, text.encode(), "text/plain")
         elif seen.path == "/version":
             out.whole(200, {"version": "fake"})
         else:
@@ -287,7 +291,7 @@ class _Connection(asyncio.Protocol):
         path = self._url.partition(b"?")[0].decode("latin-1")
         seen = Seen(self._parser.get_method().decode(), path, dict(self._headers), bytes(self._body))
         self._url, self._headers, self._body = b"", {}, bytearray()
-        if path not in ("/health", "/v1/models"):
+        if path not in ("/health", "/v1/models", "/metrics"):
             self.engine.note(seen)
         self._seen = seen
         self.task = asyncio.get_running_loop().create_task(self._run(seen))

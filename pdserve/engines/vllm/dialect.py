@@ -27,7 +27,7 @@ from pdserve.engines.vllm.resume import (
 
 __all__ = [
     "RESUME_PATH", "cached_tokens", "counts_apart", "decode_body", "greedy", "held_back", "hide_ids", "prefill_body",
-    "read_handover", "repeatable", "resumable", "resume_body", "tell_cached", "together", "why_local",
+    "prompt_tokens", "read_handover", "repeatable", "resumable", "resume_body", "tell_cached", "together", "why_local",
 ]  # fmt: skip
 
 together: Final = False
@@ -50,6 +50,9 @@ _ANSWER_ONLY: Final = frozenset(
 
 # In JSON text a quote that belongs to a value is escaped, so these bytes can only be the key itself.
 _CACHED: Final = re.compile(rb'("prompt_tokens_details"\s*:\s*)(?:null|(\{\s*"cached_tokens"\s*:\s*)(?:\d+|null))')
+
+
+_PROMPT_TOKENS: Final = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
 
 
 class _Handover(msgspec.Struct):
@@ -126,6 +129,11 @@ def cached_tokens(handover: bytes) -> int | None:
     except (msgspec.DecodeError, RecursionError):
         return None
     return told if isinstance(told, int) and not isinstance(told, bool) and told >= 0 else None
+
+
+def prompt_tokens(reply: bytes) -> int | None:
+    found = _PROMPT_TOKENS.search(reply)
+    return int(found[1]) if found else None
 
 
 def tell_cached(data: bytes, tokens: int) -> bytes:

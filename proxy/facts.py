@@ -1,0 +1,40 @@
+"""What routing knows of a request: its session, and a hash for each beginning of its prompt. Pure."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+from pdserve.engines.body import Body
+from pdserve.proxy.policies.base import Facts
+
+BLOCK = 1024  # bytes of a prompt that count as one step; about 256 tokens of English
+_MOST = 1024  # blocks looked at: a megabyte of prompt
+_SESSION_LIMIT = 256
+_BODY_KEYS = ("session_id", "user")
+
+
+def facts(endpoint: str, headers: list[tuple[bytes, bytes]], body: Body, with_blocks: bool = True) -> Facts:
+    prompt = body.raw_value("messages") or body.raw_value("prompt") or b""
+    # What else parts two caches: the model (a LoRA adapter is one), and the salt that keeps tenants from each other.
+    root = (body.raw_value("model") or b"") + b"|" + (body.raw_value("cache_salt") or b"")
+    return Facts(endpoint, len(prompt), session(headers, body), blocks(root, prompt) if with_blocks else ())
+
+
+def session(headers: list[tuple[bytes, bytes]], body: Body) -> str:
+    """X-Session-ID, else the body's session_id, else its user: fields of the body itself, never text of a prompt."""
+    for name, given in headers:
+        if name == b"x-session-id" and given:
+            return given.decode("latin-1")[:_SESSION_LIMIT]
+    for key in _BODY_KEYS:
+        if isinstance(value := body.get(key) if key in body else None, str) and value:
+            return value[:_SESSION_LIMIT]
+    return ""
+
+
+def blocks(root: bytes, prompt: bytes) -> tuple[int, ...]:
+    """One number for each whole block, standing for it and all before it."""
+    state, found = blake2b(root, digest_size=8), []
+    for start in range(0, min(len(prompt), _MOST * BLOCK) - BLOCK + 1, BLOCK):
+        state.update(prompt[start : start + BLOCK])
+        found.append(int.from_bytes(state.copy().digest(), "big"))
+    return tuple(found)

@@ -1,0 +1,29 @@
+"""Everything that choosing instances needs, in one place: two policies, and whether a producer is worth it."""
+
+from __future__ import annotations
+
+from pdserve.engines.body import Body
+from pdserve.proxy import facts as reading
+from pdserve.proxy.policies import base
+from pdserve.proxy.policies.base import Candidate, Facts
+from pdserve.proxy.worth import Worth
+
+_BY_PROMPT = ("prefix", "chunk_location")
+
+
+class Routing:
+    """Producers and consumers are chosen separately, each by a policy object of its own."""
+
+    def __init__(self, prefill: str, decode: str, worth: Worth | None = None) -> None:
+        self.prefill, self.decode = base.make(prefill), base.make(decode)
+        self.worth = worth or Worth()
+        self._blocks = self.worth.wants_blocks or bool({prefill, decode} & {*_BY_PROMPT})
+
+    def facts(self, endpoint: str, headers: list[tuple[bytes, bytes]], body: Body) -> Facts:
+        return reading.facts(endpoint, headers, body, self._blocks)
+
+    def learn(self, facts: Facts, candidate: Candidate, cached: int | None, tokens: int | None) -> None:
+        """A reply of `candidate` came, for a prompt of `tokens` tokens of which `cached` had been there."""
+        self.prefill.learn(facts, candidate, cached)
+        self.decode.learn(facts, candidate, cached)
+        self.worth.learn(facts, candidate, cached, tokens)

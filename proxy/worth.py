@@ -1,0 +1,49 @@
+"""Whether a prefill elsewhere is worth it for this request. Pure decisions over what routing knows.
+
+Handing a prompt over costs a second request and a load of its KV; a short one, or one whose beginning the consumer's
+own host has in its cache, is computed sooner than handed over. And when every producer has a line before its door, a
+consumer that has none is the quicker way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pdserve.proxy.facts import BLOCK
+from pdserve.proxy.policies import chunk_location
+from pdserve.proxy.policies.base import Candidate, Facts
+
+
+class Worth:
+    """`min_tokens`: fewer uncached tokens are prefilled by the consumer. `max_queue`: requests on each producer from
+    which on consumers prefill themselves. 0 means never, for both."""
+
+    def __init__(self, min_tokens: int = 0, max_queue: int = 0) -> None:
+        self._min_tokens, self._max_queue = min_tokens, max_queue
+        self._where = chunk_location.Policy()
+        self.bytes_per_token = 4.0
+
+    @property
+    def wants_blocks(self) -> bool:
+        return self._min_tokens > 0
+
+    def why_not(self, facts: Facts, producers: Sequence[Candidate], consumers: Sequence[Candidate]) -> str:
+        """The reason for leaving the producers out, as one word; "" if they are to be used."""
+        if self._min_tokens:
+            if facts.prompt_bytes / self.bytes_per_token < self._min_tokens:
+                return "short-prompt"
+            matched = min((max(self._where.matched(facts, c)) for c in consumers), default=0)
+            if (facts.prompt_bytes - matched * BLOCK) / self.bytes_per_token < self._min_tokens:
+                return "mostly-cached"
+        full = self._max_queue and all(p.load >= self._max_queue for p in producers)
+        if full and min(c.load for c in consumers) < self._max_queue:
+            return "producers-busy"
+        return ""
+
+    def learn(self, facts: Facts, candidate: Candidate, cached: int | None, tokens: int | None = None) -> None:
+        """A reply came: the prompt is there now."""
+        if tokens and facts.prompt_bytes:
+            seen = min(8.0, max(1.0, facts.prompt_bytes / tokens))
+            self.bytes_per_token += 0.05 * (seen - self.bytes_per_token)
+        if self.wants_blocks:
+            self._where.learn(facts, candidate, cached)
