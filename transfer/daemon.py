@@ -41,6 +41,8 @@ from pdserve.transfer.tiers.base import Tier, TierError
 EXPIRE_EVERY_S = 1.0
 #: what is queued for a lower tier when the daemon is told to stop gets so long
 DRAIN_S = 3.0
+#: what a remote tier has not sent by then is a miss
+REMOTE_GET_S = 5.0
 _OPS = {
     wire.Lookup: "lookup",
     wire.Reserve: "reserve",
@@ -89,6 +91,8 @@ class Daemon:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.tiering = Tiering(self.store, lambda: self.arena.bytes, self.metrics, self._post, fault)
         for tier, rules in tiers:
+            if (register := getattr(tier, "register", None)) is not None:
+                register(self.arena.bytes)
             self.tiering.add(tier, rules)
         self._evicted_below: dict[str, int] = {}
         self.pins = Pins(self.store)
@@ -365,9 +369,10 @@ def _tiers(args: argparse.Namespace) -> list[tuple[Tier, Rules]]:
         except TierError as e:
             log.get("cache").error("%s; serving without it", e)
     for i, url in enumerate(getattr(args, "tier", None) or ()):
-        from pdserve.transfer.tiers import registry
+        from pdserve.transfer.tiers import breaker, registry
 
-        tiers.append((registry.build(url, f"cache.tiers[{i}]"), Rules(get_s=5.0)))
+        tier = breaker.Guarded(registry.build(url, f"cache.tiers[{i}]"), get_timeout=REMOTE_GET_S)
+        tiers.append((tier, Rules(get_s=REMOTE_GET_S)))
     return tiers
 
 

@@ -15,6 +15,8 @@ from pdserve.transfer.tiers.base import ChunkRecord, TierError
 KNOWN_S, ABSENT_S = 30.0, 2.0
 #: how long a client is told to wait for such an answer
 ASK_S = 0.25
+#: keys in one question, where it is not all of them
+SLICES = {"s3": 32}
 
 
 @dataclass
@@ -73,14 +75,18 @@ class Remote:
 
     def _ask_on_thread(self, lower: Lower, keys: list[bytes]) -> None:
         started = time.monotonic()
-        records: list[ChunkRecord | None] = [None] * len(keys)
+        records: list[ChunkRecord | None] = []
         why = ""
+        # A store that is asked once for each key is not asked for what lies beyond the first that it lacks.
+        size = SLICES.get(lower.name, len(keys))
         try:
-            records = lower.tier.contains(keys)
+            while len(records) < len(keys) and (not records or records[-1] is not None):
+                records += lower.tier.contains(keys[len(records) : len(records) + size])
         except TierError as e:
             why = str(e)
         except Exception as e:  # noqa: BLE001 - as in _read_on_thread
             why = f"{type(e).__name__}: {e}"
+        records += [None] * (len(keys) - len(records))
         seconds = time.monotonic() - started
         self._post(lambda: self._answered(lower, keys, records, why, seconds))
 

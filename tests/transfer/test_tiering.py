@@ -13,6 +13,7 @@ from pdserve.transfer.eviction import LeafFirstLru
 from pdserve.transfer.lower import Rules
 from pdserve.transfer.store import Store
 from pdserve.transfer.tiering import Tiering
+from pdserve.transfer.tiers.breaker import BreakerOptions, Guarded
 from pdserve.transfer.tiers.memory import MemoryTier
 from pdserve.transfer.wire import EXISTS, GRANTED, CommitItem, ReserveItem
 
@@ -355,3 +356,41 @@ def test_deleting_goes_down_to_the_tiers(world):
     w.tiering.delete([key(1)])
     w.turn(lambda: w.tier.stats()["chunks"] == 0)
     assert w.lookup(1) == ([], 0)
+
+
+def test_a_store_that_is_asked_for_each_key_is_asked_in_slices_up_to_the_first_gap(world, monkeypatch):
+    monkeypatch.setattr("pdserve.transfer.remote.SLICES", {"memory": 2})
+    w = world(tier=MemoryTier())
+    for i in (1, 2, 3):
+        w.put(i)
+    w.forget()
+    asked = []
+    contains = w.tier.contains
+    w.tier.contains = lambda keys: asked.append(len(keys)) or contains(keys)
+    w.lookup(*range(1, 10))
+    w.turn(lambda: not w.tiering.remote._known[key(9)].asking)
+    assert asked == [2, 2]
+    assert w.fetch(*range(1, 10)) == ["memory"] * 3
+
+
+def test_behind_a_breaker_a_tier_that_fails_is_left_alone_and_comes_back(world):
+    inner = MemoryTier()
+    guarded = Guarded(inner, options=BreakerOptions(failures=2, first_pause=0.3))
+    guarded.faults = inner.faults
+    w = world(tier=guarded)
+    w.put(1)
+    w.forget()
+    inner.faults.fail_next = 2
+    for i in (11, 12):
+        w.put(i)
+    assert w.tiering.stats()["memory"]["circuit"] == "open"
+    w.put(13)
+    assert inner.stats()["chunks"] == 1
+    ends = time.monotonic() + 20
+    i = 20
+    while w.tiering.stats()["memory"]["circuit"] != "closed":
+        assert time.monotonic() < ends
+        i += 2
+        w.put(i)
+        time.sleep(0.05)
+    assert w.fetch(1) == ["memory"]
