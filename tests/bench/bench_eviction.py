@@ -196,7 +196,7 @@ def show(load: Load, rows: list[dict[str, Any]], names: list[str], sizes: tuple[
             cells = []
             for size in sizes:
                 value, best = found[name, size][field], found["optimum", size][field]
-                cells.append(f"{value:>10.1%} ({value / best if best else 1:4.0%} opt)"[:20].rjust(20))
+                cells.append(f"{value:>8.1%} ({value / best if best else 1:4.0%} opt)".rjust(20))
             print(f"{name:14}" + "".join(cells))
         print()
     for name in names:

@@ -1,7 +1,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.transfer.eviction import POLICIES, LeafFirstCost, LeafFirstLru, recompute_cost
@@ -49,6 +49,7 @@ def check_policy(make, seed: int) -> None:
     assert policy.victim() is None
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(POLICIES)), st.integers())
 def test_conformance(name, seed):
     check_policy(POLICIES[name], seed)

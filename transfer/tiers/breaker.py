@@ -111,8 +111,8 @@ class Guarded:
         self,
         tier: Tier,
         *,
-        get_timeout: float = 2.0,
-        put_timeout: float = 10.0,
+        get_timeout: float = 10.0,
+        put_timeout: float = 60.0,
         options: BreakerOptions | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

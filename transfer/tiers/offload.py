@@ -116,7 +116,7 @@ class Offload:
     def call(self, job: Job[T], deadline: float) -> T:
         return self.run([job], deadline)[0]
 
-    def start(self, job: Job[None]) -> None:
+    def start(self, job: Job[Any]) -> None:
         """Something to do when a thread is free, of which nobody hears: cleaning up after a failure."""
         if not self._closed:
             self._queue.put((Operation(1), 0, job))

@@ -105,7 +105,7 @@ class S3Tier:
         if etag is None:
             return False
         starts = range(self._options.part, total, self._options.part)
-        done = self._io.run([lambda op, s=start: rest(s, etag, op) for start in starts], deadline)
+        done = self._io.run([partial(rest, start, etag) for start in starts], deadline)
         self._state = "ok"
         return all(done)
 

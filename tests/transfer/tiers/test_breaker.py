@@ -134,6 +134,7 @@ def test_a_probe_of_which_nothing_is_heard_does_not_close_the_door_for_ever():
     assert b.allow(8.0) is not None
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), max_size=60))
 def test_a_store_that_is_well_is_never_cut_off_for_longer_than_the_pause(outcomes):
     b, now = Breaker(OPTIONS), 0.0

@@ -24,12 +24,21 @@ PART = 5 << 20
 def _credentials(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setattr(boto3.session, "Session", session_of)
+
+
+_Session = boto3.session.Session
+
+
+@functools.cache  # a session reads all that AWS has from JSON, which takes longer than most tests
+def session_of(profile_name=None):
+    return _Session(profile_name=profile_name)
 
 
 @functools.cache  # making one takes longer than most tests
 def client_of(endpoint):
     config = boto3.session.Config(s3={"addressing_style": "path"})
-    return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", config=config)
+    return session_of().client("s3", endpoint_url=endpoint, region_name="us-east-1", config=config)
 
 
 def options_for(endpoint, **more):
