@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from pdserve import kernels
 from pdserve.chunk import ChunkLayout
 from pdserve.errors import UnsupportedError

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from pdserve import kernels
 from pdserve.engines.vllm import device_layout
 from pdserve.kernels import gpu, torch_path

@@ -23,7 +23,8 @@ def check_supported(vllm_config: Any, spec: Any) -> None:
     mode = getattr(spec, "kv_quant_mode", None)
     if mode is not None and (getattr(mode, "is_per_token_head", False) or getattr(mode, "is_nvfp4", False)):
         raise UnsupportedError(
-            f"KV cache quantisation {mode} keeps scales beside the cache; pdserve carries bf16, fp16, fp32 and fp8 with fixed scales. Set another kv_cache_dtype."
+            f"KV cache quantisation {mode} keeps scales beside the cache; "
+            "pdserve carries bf16, fp16, fp32 and fp8 with fixed scales. Set another kv_cache_dtype."
         )
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         raise UnsupportedError(
@@ -109,7 +110,8 @@ def dimensions(backend: Any, spec: Any, cache_dtype: str) -> dict[str, int]:
     order["content"] = len(shape) - 1
     if len(order) != len(shape) or not {"block", "token"} <= set(order):
         raise UnsupportedError(
-            f"attention backend {backend.__name__} declares a KV cache of shape {shape}, which pdserve does not understand. Choose another with --attention-backend."
+            f"attention backend {backend.__name__} declares a KV cache of shape {shape}, "
+            "which pdserve does not understand. Choose another with --attention-backend."
         )
     return order
 
@@ -141,7 +143,8 @@ def geometry_of(
     ):
         raise UnsupportedError(
             f"KV cache tensors of shape {tuple(first.shape)}, strides {first.stride()}, {first.dtype} are not the {num_blocks} blocks of "
-            f"{spec.block_size} tokens, {heads} heads, {spec.real_page_size_bytes} bytes that vLLM declared; pdserve does not guess layouts. Report this vLLM version and backend."
+            f"{spec.block_size} tokens, {heads} heads, {spec.real_page_size_bytes} bytes that vLLM declared; "
+            "pdserve does not guess layouts. Report this vLLM version and backend."
         )
     geometry = Geometry(
         bases=tuple(t.data_ptr() for t in tensors),
