@@ -185,6 +185,15 @@ def _proxy(topology: Topology, proxy: Proxy, context: Context, depends: tuple[st
             words += [f"--{role}", f"{instance.name}={instance.url}"]
     words += ["--model", context.served_model_name, "--policy", proxy.policy]
     words += ["--engine", next(i.engine.kind for i in topology.instances if i.role != "plain")]
+    for flag, value in (
+        ("--prefill-policy", proxy.prefill_policy),
+        ("--decode-policy", proxy.decode_policy),
+        ("--workers", proxy.workers if proxy.workers > 1 else None),
+        ("--pd-min-tokens", proxy.pd_min_tokens or None),
+        ("--slo-ttft", proxy.slo_ttft),
+        ("--api-keys", proxy.api_keys),
+    ):
+        words += [flag, f"{value:g}" if isinstance(value, float) else str(value)] if value is not None else []
     if proxy.prefill_timeout is not None:
         words += ["--prefill-timeout", f"{proxy.prefill_timeout:g}"]
     return Process(

@@ -5,7 +5,7 @@ Labels stay bounded: instance names, tiers, routes and reasons come from closed 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -193,6 +193,9 @@ def build(table: dict[str, Metric], registry: CollectorRegistry) -> dict[str, An
     for name, m in table.items():
         if m.kind is Histogram:
             made[name] = Histogram(_PREFIX + name, m.help, m.labels, registry=registry, buckets=m.buckets)
+        elif m.kind is Gauge:  # the mode counts only where several worker processes are shown as one
+            mode: Literal["livemax", "livesum"] = "livemax" if name.endswith("_up") else "livesum"
+            made[name] = Gauge(_PREFIX + name, m.help, m.labels, registry=registry, multiprocess_mode=mode)
         else:
             made[name] = m.kind(_PREFIX + name, m.help, m.labels, registry=registry)
     return made

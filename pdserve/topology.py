@@ -19,6 +19,7 @@ from pdserve.topology_yaml import parse_size
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
+Policy = Literal["round_robin", "least_load", "power_of_two", "session", "prefix", "chunk_location"]
 
 ROLES = ("prefill", "decode", "both", "plain")
 KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
@@ -92,7 +93,13 @@ class Cache(msgspec.Struct, frozen=True, kw_only=True):
 class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: Port = 8000
-    policy: Literal["round_robin", "least_load"] = "round_robin"
+    policy: Policy = "round_robin"
+    prefill_policy: Policy | None = None  # None: as policy
+    decode_policy: Policy | None = None
+    workers: Positive = 1  # processes that share the port
+    pd_min_tokens: Annotated[int, Meta(ge=0)] = 0  # prompts with fewer uncached tokens are not split; 0: all are
+    slo_ttft: Seconds | None = None  # target for the first token; None: nobody waits or is refused for it
+    api_keys: str | None = None  # a file of hashed keys
     prefill_timeout: Seconds | None = None
     extra_args: tuple[str, ...] = ()
 

@@ -78,7 +78,9 @@ class Admin:
             instance = Instance(wanted.name, wanted.role, Upstream(wanted.name, wanted.url))
         except (msgspec.DecodeError, ConfigError) as exc:
             raise RequestError(400, str(exc)) from exc
+        before = self._fleet.listed()
         await self._fleet.add(instance)
+        self._fleet.shared.change(instance.name, (instance.role, instance.upstream.url), before)
         told = {"name": instance.name, "state": instance.state}
         return Response(json.dumps(told), 201, media_type="application/json")
 
@@ -87,6 +89,7 @@ class Admin:
         if instance is None:
             raise RequestError(404, "There is no such instance.", "NotFoundError", code="not_found")
         if not instance.draining:
+            self._fleet.shared.change(instance.name, None, self._fleet.listed())
             instance.draining = True
             task = asyncio.create_task(self._fleet.remove(instance), name=f"drain {instance.name}")
             self._draining.add(task)

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, multiprocess
 from starlette.routing import Route
 
 from pdserve import engines, log, metrics
 from pdserve.errors import ConfigError
-from pdserve.proxy import keys, openai, options
+from pdserve.proxy import keys, openai, options, workers
 from pdserve.proxy.admin import Admin
 from pdserve.proxy.admission import Admission
 from pdserve.proxy.endpoint import Doors, Endpoint
@@ -33,6 +34,7 @@ from pdserve.proxy.instance import Instance
 from pdserve.proxy.keys import Keys
 from pdserve.proxy.options import Settings, add_arguments
 from pdserve.proxy.routing import Routing
+from pdserve.proxy.shared import Alone, Shared, Together
 from pdserve.proxy.split import Splitter
 from pdserve.proxy.upstream import Upstream
 from pdserve.proxy.worth import Worth
@@ -42,20 +44,21 @@ __all__ = ["add_arguments", "build", "main"]
 _log = log.get("proxy")
 
 
-def build(settings: Settings) -> FastAPI:
-    """The app. Its fleet, metrics registry and settings are at app.state."""
+def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
+    """The app. Its fleet, metrics registry and settings are at app.state. `shared` is what it has with other workers."""
+    shared = shared or Alone()
     registry = CollectorRegistry()
     made = metrics.build(metrics.PROXY, registry)
     instances = [Instance(name, role, Upstream(name, url)) for name, role, url in settings.instances]
-    fleet = Fleet(instances, settings.deadlines, made, settings.models, settings.probe_every)
+    fleet = Fleet(instances, settings.deadlines, made, settings.models, settings.probe_every, shared)
     dialect = engines.dialect(settings.engine)
     worth = Worth(settings.pd_min_tokens, settings.pd_max_queue)
     routing = Routing(settings.prefill_policy, settings.decode_policy, worth)
     splitter = Splitter(fleet, dialect, routing, settings.deadlines)
     admission = Admission(settings.slo_ttft, settings.max_waiting)
-    made["admission_limit"].set_function(lambda: admission.limit)
-    made["admission_waiting"].set_function(lambda: admission.waiting)
-    doors = Doors(keys.read(settings.api_keys) if settings.api_keys else Keys(), admission)
+    known = keys.read(settings.api_keys) if settings.api_keys else Keys()
+    known.shared = shared
+    doors = Doors(known, admission)
     admin = Admin(fleet, settings.admin_token)
 
     @contextlib.asynccontextmanager
@@ -87,7 +90,11 @@ def _add_own_pages(app: FastAPI, fleet: Fleet, registry: CollectorRegistry, meth
         return Response(status_code=200)
 
     async def exposed() -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        shown = registry
+        if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):  # one of several workers: what all of them have counted
+            shown = CollectorRegistry()
+            multiprocess.MultiProcessCollector(shown)
+        return Response(generate_latest(shown), media_type=CONTENT_TYPE_LATEST)
 
     async def other(path: str, request: Request) -> Response:
         if method := methods.get(f"/{path}"):
@@ -115,24 +122,57 @@ def main(args: argparse.Namespace) -> int:
     """Runs the proxy until it is asked to stop. 0 after an orderly end."""
     log.setup()
     settings = options.settings(args)
-    app = build(settings)
-    bound = _bind(args.host, args.port)
-    with contextlib.closing(bound):
+    role = workers.role()
+    if role is None and settings.workers > 1:
+        port = args.port
+
+        def bind() -> socket.socket:
+            nonlocal port
+            bound = _bind(args.host, port, shared=True)
+            port = bound.getsockname()[1]
+            return bound
+
+        deadlines = settings.deadlines
+        return workers.Parent(settings.workers, bind, deadlines.shutdown, deadlines.drain).run()
+    shared = Together(role.folder, role.row) if role else None
+    app = build(settings, shared)
+    with contextlib.closing(socket.socket(fileno=role.descriptor) if role else _bind(args.host, args.port)) as bound:
         names = ", ".join(name for name, _, _ in settings.instances)
         _log.info("listening on http://%s:%d for %s", args.host, bound.getsockname()[1], names)
-        server = uvicorn.Server(serve_config(app, settings))
+        server = _Server(serve_config(app, settings), role)
         # uvicorn raises the signal that stopped it once more when it is done; met by these, an orderly stop exits with 0.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+        if role:
+            signal.signal(signal.SIGHUP, lambda *_: server.leave(settings.deadlines.drain))
         server.run(sockets=[bound])
     return 0 if server.started else 1
 
 
-def _bind(host: str, port: int) -> socket.socket:
+class _Server(uvicorn.Server):
+    """Tells a parent, if there is one, when it serves; leaves without haste when it has been replaced."""
+
+    def __init__(self, config: uvicorn.Config, role: workers.Role | None) -> None:
+        super().__init__(config)
+        self._role = role
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._role is not None and self.started:
+            self._role.tell_ready()
+
+    def leave(self, within: float) -> None:
+        self.config.timeout_graceful_shutdown = max(1, int(within))
+        self.should_exit = True
+
+
+def _bind(host: str, port: int, shared: bool = False) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
+        if shared:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         bound.bind((host, port))
         bound.listen(2048)
     except OSError as exc:

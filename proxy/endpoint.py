@@ -64,14 +64,14 @@ class Endpoint:
         client = exchange.client
         try:
             key, headers = self._doors.keys.admit(scope["headers"])
-            key.take(time.monotonic())
+            self._doors.keys.take(key)
             try:
                 exchange.key, exchange.headers = key, openai.headers_in(headers, exchange.request_id)
                 body = await read_body(scope, receive, self._settings)
                 async with watching(receive, client):
                     await self._told(exchange, self._serve(exchange, body))
             finally:
-                key.give_back()
+                self._doors.keys.give_back(key)
         except (ClientGone, ClientStuck) as left:
             if str(left):
                 _log.warning("request %s: %s", exchange.request_id, left)
@@ -145,6 +145,8 @@ class Endpoint:
         self._metrics[metric].labels(route).observe(seconds)
 
     def _count(self, exchange: Exchange) -> None:
+        self._metrics["admission_limit"].set(self._doors.admission.limit)
+        self._metrics["admission_waiting"].set(self._doors.admission.waiting)
         client, route = exchange.client, exchange.route
         gone = client.lifetime.state is State.ABORTED
         if gone:

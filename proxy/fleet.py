@@ -20,7 +20,8 @@ from pdserve.errors import RequestError
 from pdserve.proxy.instance import Instance, preferred
 from pdserve.proxy.lifetime import Deadlines
 from pdserve.proxy.policies.base import Facts, Policy
-from pdserve.proxy.upstream import LegFailure
+from pdserve.proxy.shared import Alone, Listed, Shared
+from pdserve.proxy.upstream import LegFailure, Upstream
 
 PROBE_EVERY = 1.0
 LOAD_EVERY = 2  # probes between two looks at an engine's /metrics, which cost it more than a probe
@@ -47,12 +48,17 @@ class Fleet:
     metrics: dict[str, Any]
     served: frozenset[str] = frozenset()  # names given on the command line, beside what the engines report
     probe_every: float = PROBE_EVERY
+    shared: Shared = field(default_factory=Alone)
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
 
     async def start(self) -> None:
+        await self.follow()
+        for instance in self.instances:
+            instance.shared = self.shared
         await asyncio.gather(*(self.probe(instance) for instance in self.instances))
         for instance in self.instances:
             self._tasks[instance.name] = asyncio.create_task(self._watch(instance), name=f"probe {instance.name}")
+        self._tasks[""] = asyncio.create_task(self._follow(), name="probe list")
 
     async def stop(self) -> None:
         for task in self._tasks.values():
@@ -66,6 +72,7 @@ class Fleet:
         """Takes an instance in and probes it once; afterwards it is watched like the others."""
         if self.named(instance.name) is not None:
             raise RequestError(409, f"There is an instance {instance.name!r} already.", "conflict", "name")
+        instance.shared = self.shared
         self.instances.append(instance)
         await self.probe(instance)
         self._tasks[instance.name] = asyncio.create_task(self._watch(instance), name=f"probe {instance.name}")
@@ -86,6 +93,30 @@ class Fleet:
         await instance.upstream.close()
         self.metrics["instance_up"].remove(instance.name, instance.role)
         _log.info("%s is removed", instance.name)
+
+    def listed(self) -> Listed:
+        return {i.name: (i.role, i.upstream.url) for i in self.instances if not i.draining}
+
+    async def follow(self) -> None:
+        """Does what another worker was told of instances."""
+        wanted = self.shared.listed()
+        if wanted is None:
+            return
+        for name, (role, url) in wanted.items():
+            if self.named(name) is None:
+                await self.add(Instance(name, role, Upstream(name, url)))
+        for instance in [i for i in self.instances if i.name not in wanted and not i.draining]:
+            instance.draining = True
+            task = asyncio.create_task(self.remove(instance), name=f"drain {instance.name}")
+            self._tasks[f"drain {instance.name}"] = task
+
+    async def _follow(self) -> None:
+        while not isinstance(self.shared, Alone):
+            await asyncio.sleep(self.probe_every)
+            try:
+                await self.follow()
+            except Exception:  # noqa: BLE001 - as in _watch
+                _log.exception("the list of instances could not be followed")
 
     def named(self, name: str) -> Instance | None:
         return next((i for i in self.instances if i.name == name), None)

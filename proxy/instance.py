@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from pdserve.proxy.shared import Alone, Shared
 from pdserve.proxy.upstream import LegFailure, Upstream
 
 STRIKES = 5  # legs that fail in a row before an engine has to rest
@@ -40,6 +41,7 @@ class Instance:
     reported: int = 0  # requests that the engine says it has
     others: int = 0  # of those, not ours
     models: frozenset[str] = frozenset()
+    shared: Shared = field(default_factory=Alone)
 
     @property
     def host(self) -> str:
@@ -47,7 +49,7 @@ class Instance:
 
     @property
     def load(self) -> int:
-        return self.in_flight + self.others
+        return self.in_flight + max(self.others, self.shared.others(self.name))
 
     @property
     def usable(self) -> bool:
@@ -63,10 +65,12 @@ class Instance:
     def serving(self) -> Iterator[None]:
         """Counts a request as running here."""
         self.in_flight += 1
+        self.shared.add(self.name, 1)
         try:
             yield
         finally:
             self.in_flight -= 1
+            self.shared.add(self.name, -1)
 
     def told_load(self, requests: int) -> None:
         self.reported, self.others = requests, max(0, requests - self.in_flight)

@@ -13,12 +13,13 @@ that is one of ours is not passed on; any other Authorization is.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
 from pdserve.errors import ConfigError, RequestError
+from pdserve.proxy.shared import Alone, Shared
 
 HEADER = b"x-pdserve-key"
 ANYBODY = "anybody"
@@ -40,10 +41,10 @@ class Key:
     tokens: float = 0.0
     filled: float = 0.0
 
-    def take(self, now: float) -> None:
-        """Counts a request in. Raises RequestError 429."""
-        if self.streams and self.running >= self.streams:
-            text = f"The key {self.name!r} has {self.running} requests running, which is its limit."
+    def take(self, now: float, elsewhere: int = 0) -> None:
+        """Counts a request in; `elsewhere` run in other workers. Raises RequestError 429."""
+        if self.streams and self.running + elsewhere >= self.streams:
+            text = f"The key {self.name!r} has {self.running + elsewhere} requests running, which is its limit."
             raise RequestError(429, text, "rate_limit_error", code="too_many_streams")
         if self.per_minute:
             room = max(1.0, self.per_minute / 10)  # what may come at once
@@ -55,9 +56,6 @@ class Key:
             self.tokens -= 1
         self.running += 1
 
-    def give_back(self) -> None:
-        self.running -= 1
-
 
 @dataclass
 class Keys:
@@ -65,7 +63,17 @@ class Keys:
 
     by_hash: dict[str, Key] = field(default_factory=dict)
     anybody: Key = field(default_factory=lambda: Key(ANYBODY))
-    clock: Callable[[], float] = time.monotonic
+    shared: Shared = field(default_factory=Alone)
+
+    def take(self, key: Key) -> None:
+        """Counts a request of this key in. Raises RequestError 429."""
+        name = f"key {key.name}"
+        key.take(time.monotonic(), self.shared.others(name) if key.streams else 0)
+        self.shared.add(name, 1)
+
+    def give_back(self, key: Key) -> None:
+        key.running -= 1
+        self.shared.add(f"key {key.name}", -1)
 
     def admit(self, headers: Headers) -> tuple[Key, Headers]:
         """Whose request it is, and the headers without our key. Raises RequestError 401."""

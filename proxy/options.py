@@ -31,6 +31,7 @@ class Settings:
     api_keys: str = ""
     admin_token: str = ""
     slo_ttft: float = 0.0
+    workers: int = 1
     max_waiting: int = 256
     probe_every: float = 1.0
 
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pd-min-tokens", type=int, default=0, metavar="N", help=text)
     text = "consumers prefill themselves while every producer has N requests (default %(default)s: never)"
     parser.add_argument("--pd-max-queue", type=int, default=0, metavar="N", help=text)
+    text = "processes that share the port; SIGHUP replaces them without dropping a stream (default %(default)s)"
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help=text)
     parser.add_argument("--max-body-mib", type=int, default=64, help="largest request body (default %(default)s)")
     parser.add_argument("--max-head-kib", type=int, default=64, help="largest head of a request (default %(default)s)")
     text = "connections of clients at once (default %(default)s)"
@@ -80,7 +83,7 @@ def settings(args: argparse.Namespace) -> Settings:
     for name, value in seconds.items():
         if not value > 0:
             raise ConfigError(f"--{name}-timeout", f"{value:g} is not a positive number of seconds")
-    for flag in ("max_body_mib", "max_head_kib", "max_connections"):
+    for flag in ("max_body_mib", "max_head_kib", "max_connections", "workers"):
         if getattr(args, flag) <= 0:
             raise ConfigError(f"--{flag.replace('_', '-')}", f"{getattr(args, flag)} is not positive")
     return Settings(
@@ -96,6 +99,7 @@ def settings(args: argparse.Namespace) -> Settings:
         max_connections=args.max_connections,
         api_keys=args.api_keys,
         admin_token=env.admin_token(),
+        workers=args.workers,
         slo_ttft=args.slo_ttft,
         max_waiting=args.max_waiting,
         max_body=args.max_body_mib * 1024 * 1024,
