@@ -41,7 +41,7 @@ tier.put(record, [data[i * n : (i + 1) * n] for i in range(len(record.digests))]
 
 
 def make(root: Path, **options) -> FsTier:
-    return FsTier(FsOptions(**{"root": str(root), "min_free": 0.0, **options}))
+    return FsTier(FsOptions(**{"root": str(root), "min_free": 0.0, "timeout": 20.0, **options}))
 
 
 class Fs(Subject):
@@ -50,7 +50,7 @@ class Fs(Subject):
         self.breaks = 0
 
     def open(self):
-        return make(self.root, timeout=0.5)
+        return make(self.root)
 
     def break_put(self, tier, record, payload):
         self.breaks += 1
@@ -89,10 +89,12 @@ class Fs(Subject):
                 yield
 
         fs._mapped = hang
+        tier._timeout = 0.5
         try:
             yield
         finally:
             fs._mapped = real
+            tier._timeout = 20.0
             answering.set()
 
 

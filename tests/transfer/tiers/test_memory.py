@@ -17,7 +17,7 @@ class Shared(MemoryTier):
 
 class Memory(Subject):
     def __init__(self):
-        self.tier = Shared(timeout=0.3)
+        self.tier = Shared()
 
     def open(self):
         return self.tier

@@ -52,7 +52,6 @@ class Quick(MooncakeTier):
 
 class OverMooncake(Subject):
     shard_sizes = (65536, 1, 70001, 1 << 20)
-    options: dict = {}  # noqa: RUF012
 
     def __init__(self, server, client):
         self.server, self.client = server, client
@@ -60,7 +59,7 @@ class OverMooncake(Subject):
         self.breaks = 0
 
     def open(self):
-        return Quick(MooncakeOptions(master=f"127.0.0.1:{self.server.port}", **{"timeout": 2.0, **self.options}))
+        return Quick(MooncakeOptions(master=f"127.0.0.1:{self.server.port}", timeout=20.0))
 
     def break_put(self, tier, record, payload):
         self.breaks += 1
@@ -82,13 +81,13 @@ class OverMooncake(Subject):
         assert self.client.put(name, bytes(data)) == 0
 
     @contextmanager
-    def _stalled(self):
+    def stalled(self, tier):
+        usual = tier._options
+        tier._options = msgspec.structs.replace(usual, timeout=0.5)
         self.server.stop()
         yield
         self.server.go_on()
-
-    def stalled(self, tier):
-        return self._stalled()
+        tier._options = usual
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +185,9 @@ def test_connecting_to_a_dead_master_stops_nobody_else(mooncake_server, silent):
 
 def test_the_first_call_connects(mooncake_server):
     record, payload = make_chunk(1000)
-    with contextlib.closing(MooncakeTier(MooncakeOptions(master=f"127.0.0.1:{mooncake_server.port}"))) as tier:
+    with contextlib.closing(
+        MooncakeTier(MooncakeOptions(master=f"127.0.0.1:{mooncake_server.port}", timeout=20.0))
+    ) as tier:
         assert tier.put(record, payload, soon())
         assert is_whole(record, read(tier, record))
 

@@ -4,6 +4,7 @@ import contextlib
 import time
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 from tier_servers import Redis
 
@@ -20,7 +21,7 @@ redis = pytest.importorskip("redis", reason="pip install 'pdserve[redis]'")
 class OverRedis(Subject):
     def __init__(self, server, relay, **options):
         self.relay = relay(server.port)
-        self.options = RedisOptions(port=self.relay.port, password=server.password, timeout=0.5, **options)
+        self.options = RedisOptions(port=self.relay.port, password=server.password, timeout=20.0, **options)
         self.client = redis.Redis(
             port=server.port,
             password=server.password,
@@ -47,9 +48,11 @@ class OverRedis(Subject):
 
     @contextmanager
     def stalled(self, tier):
+        tier._options = msgspec.structs.replace(self.options, timeout=0.5)
         self.relay.silence()
         yield
         self.relay.go_on()
+        tier._options = self.options
 
 
 @pytest.fixture
@@ -88,7 +91,7 @@ def test_conformance_over_tls(rule, tls_redis_server, tls_files, relay):
 
 
 def opened(**options):
-    return contextlib.closing(RedisTier(RedisOptions(timeout=2.0, **options)))
+    return contextlib.closing(RedisTier(RedisOptions(timeout=20.0, **options)))
 
 
 def test_a_stopped_server_costs_the_deadline(redis_server):

@@ -42,7 +42,7 @@ def client_of(endpoint):
 
 
 def options_for(endpoint, **more):
-    return S3Options(**{"bucket": BUCKET, "prefix": "kv", "endpoint": endpoint, "part": PART, "timeout": 10.0, **more})
+    return S3Options(**{"bucket": BUCKET, "prefix": "kv", "endpoint": endpoint, "part": PART, "timeout": 20.0, **more})
 
 
 class OverS3(Subject):
@@ -78,14 +78,13 @@ class OverS3(Subject):
         return self.client.get_object(Bucket=BUCKET, Key=self.name(record))["Body"].read()
 
     @contextmanager
-    def _stalled(self):
+    def stalled(self, tier):
+        usual = tier._options
+        tier._options = options_for("", timeout=0.5)
         self.relay.silence()
         yield
         self.relay.go_on()
-
-    def stalled(self, tier):
-        tier._options = options_for("", timeout=0.5)
-        return self._stalled()
+        tier._options = usual
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ class Server:
         self.folder = folder
         with (folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
-                [str(a) for a in argv],
+                [*_with_parent(), *map(str, argv)],
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -74,6 +74,11 @@ class Server:
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(10)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _with_parent() -> list[str]:
+    """So that a test run that is killed leaves no servers behind."""
+    return ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
 
 
 def _folder() -> Path:
