@@ -278,7 +278,7 @@ def _install_lmcache() -> Path:
     """Into a folder of its own, without its dependencies: they fight with vLLM's versions."""
     site = env.home() / "bench" / "lmcache-0.5.6"
     if not (site / "bin" / "lmcache").exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), *LMCACHE]
+        command = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--target", str(site), *LMCACHE]
         subprocess.run(command, check=True, timeout=600)
     return site
 
