@@ -55,7 +55,7 @@ class Dialect(Protocol):
     # Carrying a stream on after its engine died; proxy/takeover.py tells the story.
 
     @property
-    def RESUME_PATH(self) -> str:  # noqa: N802 - a constant of the module
+    def RESUME_PATH(self) -> str:
         """Where resume_body is sent."""
 
     def resumable(self, endpoint: str, body: Body) -> bool:
