@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, multiprocess
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pdserve import engines, log, metrics
 from pdserve.errors import ConfigError
@@ -70,11 +72,16 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
             await admin.stop()
             await fleet.stop()
 
+    front: dict[str, ASGIApp] = {}
     app = FastAPI(title="pdserve proxy", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.fleet, app.state.registry, app.state.settings = fleet, registry, settings
     methods = dict.fromkeys((*openai.SPLIT, *openai.PASSED_ON), "POST") | dict.fromkeys(openai.FETCHED, "GET")
     for path, method in methods.items():
-        app.router.routes.append(Route(path, Endpoint(path, splitter, doors, settings, made), methods=[method]))
+        endpoint = Endpoint(path, splitter, doors, settings, made)
+        app.router.routes.append(Route(path, endpoint, methods=[method]))
+        if method == "POST":
+            front[path] = endpoint
+    app.state.front = front
     admin.add_to(app)
     _add_own_pages(app, fleet, registry, methods)
     return app
@@ -110,10 +117,23 @@ def _add_own_pages(app: FastAPI, fleet: Fleet, registry: CollectorRegistry, meth
     app.add_api_route("/{path:path}", other, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
 
 
+def fronted(app: FastAPI) -> ASGIApp:
+    """The app with a short way in: the endpoints that answer tokens are called at once, past routing and middleware,
+    which cost a tenth of a request."""
+    front: dict[str, ASGIApp] = app.state.front
+
+    async def enter(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and (endpoint := front.get(scope["path"])):
+            return await endpoint(scope, receive, send)
+        await app(scope, receive, send)
+
+    return enter
+
+
 def serve_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     protocol = guarded(settings.max_head, settings.deadlines.head, settings.max_connections)
     return uvicorn.Config(
-        app, loop="uvloop", http=protocol, ws="none", lifespan="on", log_config=None, access_log=False,
+        fronted(app), loop="uvloop", http=protocol, ws="none", lifespan="on", log_config=None, access_log=False,
         server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=max(1, int(settings.deadlines.shutdown)),
     )  # fmt: skip
 
@@ -139,6 +159,8 @@ def main(args: argparse.Namespace) -> int:
     with contextlib.closing(socket.socket(fileno=role.descriptor) if role else _bind(args.host, args.port)) as bound:
         names = ", ".join(name for name, _, _ in settings.instances)
         _log.info("listening on http://%s:%d for %s", args.host, bound.getsockname()[1], names)
+        gc.collect()
+        gc.freeze()  # what is there now stays: not to be walked again by each collection
         server = _Server(serve_config(app, settings), role)
         # uvicorn raises the signal that stopped it once more when it is done; met by these, an orderly stop exits with 0.
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -27,6 +27,7 @@ from pdserve.engines.base import Dialect
 from pdserve.errors import RequestError, UpstreamError
 from pdserve.proxy import openai, relay
 from pdserve.proxy.admission import Pass
+from pdserve.proxy.budget import Budget
 from pdserve.proxy.fleet import Fleet
 from pdserve.proxy.instance import Instance
 from pdserve.proxy.keys import ANYBODY, Key
@@ -73,7 +74,7 @@ class Splitter:
 
     def __init__(self, fleet: Fleet, dialect: Dialect, routing: Routing, deadlines: Deadlines) -> None:
         self._fleet, self._dialect, self._deadlines, self._metrics = fleet, dialect, deadlines, fleet.metrics
-        self._routing = routing
+        self._routing, self._budget = routing, Budget()
 
     @property
     def models(self) -> frozenset[str]:
@@ -83,6 +84,7 @@ class Splitter:
         """A completion. Raises RequestError or UpstreamError; if the response had begun the client has been told."""
         if not self._fleet.ready:
             raise RequestError(503, NOBODY, "service_unavailable")  # before a producer works for nothing
+        self._budget.earn()
         exchange.facts = self._routing.facts(exchange.endpoint, exchange.headers, ask.body)
         why = self._why_local(exchange, ask)
         self._metrics["split_decisions_total"].labels(why or "pd").inc()
@@ -131,6 +133,8 @@ class Splitter:
                 handover = await self._prefill_on(instance, exchange, body, deadline)
             except LegFailure as failure:
                 self._fleet.failed(instance, "prefill", failure, exchange.request_id)
+                if not self._budget.spend(failure.reason):
+                    raise LegFailure(503, "it is overloaded, and so are others", instance.name, "status") from failure
                 if failure.reason == "timeout":
                     break  # the time for this stage is used up
                 continue
@@ -186,7 +190,8 @@ class Splitter:
                     if failure.reason == "timeout":
                         raise
                     continue
-                plan = takeover.plan() if takeover is not None else None
+                affordable = takeover is not None and self._budget.spend(failure.reason)
+                plan = takeover.plan() if takeover is not None and affordable else None
                 self._metrics["takeovers_total"].labels(plan.how if plan else "none").inc()
                 if plan is None:
                     raise

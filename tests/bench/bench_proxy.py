@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -65,8 +66,9 @@ class Processes:
 
     def rust_router(self, producer: str, consumer: str) -> str | None:
         """vllm-router in its PD mode, where it is installed: the neighbour to be measured against."""
-        binary = Path(sys.executable).parent / "vllm-router"
-        if not binary.exists():
+        places = (Path(sys.executable).parent / "vllm-router", Path(os.environ.get("VLLM_ROUTER", "/nowhere")))
+        binary = next((place for place in places if place.exists()), None)
+        if binary is None:
             return None
         port = free_port()
         words = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
@@ -158,6 +160,91 @@ async def rates(urls: dict[str, str], streams: int, tokens: int, requests: int) 
     return rows
 
 
+async def crowd(urls: dict[str, str], streams: int, rounds: int) -> list[dict[str, Any]]:
+    """TTFT while `streams` clients ask at once, again and again; the rows take turns, round by round."""
+    body = json.dumps({"model": "fake", "prompt": "word " * 200, "stream": True, "max_tokens": 4}).encode()
+    ups = {name: Upstream(name, url) for name, url in urls.items()}
+    found: dict[str, list[float]] = {name: [] for name in ups}
+    for n in range(rounds + 1):
+        for name, upstream in ups.items():
+            took = await asyncio.gather(*(first_token(upstream, body) for _ in range(streams)))
+            found[name] += [seconds * 1000 for seconds in took] if n else []
+    rows = summary(found, "direct")
+    base = next((row for row in rows if "vllm-router" in row["row"]), None)
+    for row in rows:
+        row["p50 / router"] = row["p50"] / base["p50"] if base else 0.0
+        row["p99 / router"] = row["p99"] / base["p99"] if base else 0.0
+    return rows
+
+
+async def gaps(urls: dict[str, str], streams: int, tokens: int) -> list[dict[str, Any]]:
+    """Time between events of paced streams: what the proxy adds to the pace of the engine."""
+    body = json.dumps({"model": "fake", "prompt": "a b c", "stream": True, "max_tokens": tokens}).encode()
+
+    async def one(upstream: Upstream) -> list[float]:
+        times = []
+        async with upstream.request(b"POST", b"/v1/completions", HEADERS, body, 5) as answer:
+            while await answer.chunk(30):
+                times.append(time.perf_counter())
+        return [(b - a) * 1000 for a, b in itertools.pairwise(times)][:-1]
+
+    found: dict[str, list[float]] = {}
+    for name, url in urls.items():
+        upstream = Upstream(name, url)
+        parts = await asyncio.gather(*(one(upstream) for _ in range(streams)))
+        found[name] = [gap for part in parts for gap in part]
+    rows = summary(found, "direct")
+    for row in rows:
+        row["added p99"] = row["p99"] - rows[0]["p99"]
+    return rows
+
+
+async def idle(url: str, pid: int, streams: int) -> list[dict[str, Any]]:
+    """Memory of the proxy for each stream that is open and says nothing."""
+    upstream = Upstream("x", url)
+    body = json.dumps({"model": "fake", "prompt": "a b c", "stream": True, "max_tokens": 2}).encode()
+    began, left = asyncio.Event(), streams
+
+    async def hold() -> None:
+        nonlocal left
+        async with upstream.request(b"POST", b"/v1/completions", HEADERS, body, 5) as answer:
+            await answer.chunk(60)
+            left -= 1
+            await began.wait()
+
+    before = resident(pid)
+    tasks = [asyncio.create_task(hold()) for _ in range(streams)]
+    while left:  # noqa: ASYNC110 - a count, not an event
+        await asyncio.sleep(0.1)
+    held = resident(pid)
+    began.set()
+    await asyncio.gather(*tasks)
+    return [{"row": f"{streams} open streams", "KiB each": (held - before) / streams / 1024}]
+
+
+async def processor(url: str, pid: int, words: int, times: int) -> list[dict[str, Any]]:
+    """Processor time of the proxy for one request, short and long."""
+    rows, upstream = [], Upstream("x", url)
+    for count in (3, words):
+        raw = json.dumps({"model": "fake", "prompt": "word " * count, "stream": True, "max_tokens": 4}).encode()
+        for n in range(times + 10):
+            if n == 10:
+                before = ticks(pid)
+            await first_token(upstream, raw)
+        used = (ticks(pid) - before) / times * 1000
+        rows.append({"row": f"{len(raw) // 1024} KiB body", "ms of processor": used})
+    return rows
+
+
+def resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def ticks(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextlib.asynccontextmanager
 async def libraries(url: str, body: bytes) -> AsyncIterator[dict[str, Callable[[], Awaitable[float]]]]:
     """The candidates for the proxy's client, each doing the same: POST, first bytes of the stream, rest."""
@@ -228,11 +315,25 @@ def run(quick: bool) -> dict[str, Any]:
         urls = {"direct": engine, "proxy, local": local, "proxy, PD": pd}
         if router := start.rust_router(producer, engine):
             urls["vllm-router, PD"] = router
+        pid = start.running[2].pid
+        pair = {
+            "one worker": local,
+            "two workers": start.proxy("--decode", engine, "--model", "fake", "--workers", "2"),
+        }
+        slow, mute = start.engine(gap=0.02), start.engine(gap=30)
+        paced = {"direct": slow, "proxy, PD": start.proxy("--prefill", producer, "--decode", slow, "--model", "fake")}
+        quiet, quiet_pid = start.proxy("--decode", mute, "--model", "fake"), start.running[-1].pid
         found = {
             "TTFT, prompt of 2,000 words": uvloop.run(ttft(urls, 2000, times)),
             "TTFT, prompt of 80,000 words (400 kB)": uvloop.run(ttft(urls, 80_000, times // 10)),
+            "TTFT, 16 clients at once": uvloop.run(crowd(urls, 16, times // 10)),
+            "TTFT, 128 clients at once": uvloop.run(crowd(urls, 128, max(5, times // 50))),
             "8 tokens each, 16 streams": uvloop.run(rates(urls, 16, 8, times * 2)),
             "500 tokens each, 16 streams": uvloop.run(rates(urls, 16, 500, times // 5)),
+            "1 token each, 32 streams, two workers beside one": uvloop.run(rates(pair, 32, 1, times * 2)),
+            "ITL, 128 streams of 50 tokens/s": uvloop.run(gaps(paced, 128, 100)),
+            "processor time of one request": uvloop.run(processor(local, pid, 80_000, times // 10)),
+            "memory of idle streams": uvloop.run(idle(quiet, quiet_pid, 500)),
             "HTTP client alone, TTFT": uvloop.run(clients(engine, 2000, times)),
         }
     return found
