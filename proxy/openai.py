@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ JSON: Final = b"application/json"
 EVENTS: Final = b"text/event-stream"
 DONE: Final = b"data: [DONE]\n\n"
 
+# In JSON text a quote inside a value is escaped, so these bytes can only be a key; a schema's own property of that name
+# does not say "ephemeral".
+_MARK: Final = rb'"cache_control"\s*:\s*\{[^{}]*"type"\s*:\s*"ephemeral"[^{}]*\}'
+_MARKER: Final = re.compile(rb"\s*,\s*" + _MARK)
+_MARKER_ALONE: Final = re.compile(_MARK + rb"\s*,?\s*")
 _REQUEST_ID_LIMIT: Final = 256
 _HOP: Final = frozenset(
     (
@@ -49,7 +55,7 @@ class Ask:
 def parse(raw: bytes, models: Collection[str]) -> Ask:
     """Raises RequestError, 400 or 404, worded for the client. An empty `models` means that any name is let through."""
     try:
-        body = Body(raw)
+        body = Body(without_markers(raw))
     except ValueError as exc:
         raise RequestError(400, str(exc)) from exc
     stream = body.get("stream")
@@ -64,6 +70,14 @@ def parse(raw: bytes, models: Collection[str]) -> Ask:
             text = f"The model `{model[:200]}` does not exist. Available: {known}."
             raise RequestError(404, text, "NotFoundError", "model", "model_not_found")
     return Ask(body, stream is True)
+
+
+def without_markers(raw: bytes) -> bytes:
+    """The body without {"cache_control": {"type": "ephemeral"}}: a wish about caching, not a part of the prompt, and
+    unknown to engines. A prompt has the same bytes with and without it, and so hits what the other filled."""
+    if b'"cache_control"' not in raw:
+        return raw
+    return _MARKER_ALONE.sub(b"", _MARKER.sub(b"", raw))
 
 
 def priority(body: Body) -> int:

@@ -23,7 +23,7 @@ async def test_whatever_goes_wrong_every_request_ends_once_and_in_order(rig: Any
     async with rig(producers=2, consumers=2, engine={"gap": 0.001}, deadlines=deadlines) as r:
         for engine in r.producers + r.consumers:
             picks = [chance.choice(KINDS) if chance.random() < 0.3 else "" for _ in range(400)]
-            made = (Fault(k, status=chance.choice([500, 503, 429]), after=chance.randint(0, 3)) for k in picks)
+            made = (Fault(k, status=chance.choice([500, 503, 429, 400]), after=chance.randint(0, 3)) for k in picks)
             engine.faults.extend(fault if fault.kind else None for fault in made)
         ends: Counter[str] = Counter()
 
