@@ -210,12 +210,12 @@ class FrameReader:
 def decode_request(frame: bytes) -> Request:
     try:
         return _request_decoder.decode(frame)
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as e:  # a text that is not UTF-8 is not msgspec's own error
         raise ProtocolError(f"not a request of version {VERSION}: {e}") from e
 
 
 def decode_reply(frame: bytes) -> Reply:
     try:
         return _reply_decoder.decode(frame)
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
         raise ProtocolError(f"not a reply of version {VERSION}: {e}") from e

@@ -33,6 +33,7 @@ FRAMES = [wire.encode(m) for m in SEEDS]
 )
 @example([b"\xff\xff\xff\xff"], [], 1)
 @example([b"\x06\x00\x00\x00\xdd\xff\xff\xff\xff\xc0"], [], 64)  # an array said to have 2**32 elements
+@example([b"\x05\x00\x00\x00\x94\x01\x00\xa1\x80"], [], 1)  # a name that is not UTF-8
 def test_any_stream_of_bytes_is_messages_or_a_refusal(parts, changes, step):
     data = bytearray(b"".join(parts))
     for at, value in changes:
