@@ -19,6 +19,10 @@ MAX_BLOCKS = 512
 RESULTS = 1024
 
 
+#: blocks, tokens, distance between shards, address in host memory
+Chunk = tuple[Sequence[int | None], int, int, int]
+
+
 class GpuError(Exception):
     """The device, or a check before it, refused."""
 
@@ -45,8 +49,10 @@ def library(arch: str) -> ctypes.CDLL:
         ("unregister", i32, [i32, pointer]),
         ("mark", pointer, [i32, pointer]),
         ("unmark", None, [i32, pointer]),
-        ("save", i64, [pointer, pointer, pointer, i32, u32, u64, pointer]),
-        ("load", i64, [pointer, pointer, pointer, i32, u32, u64, pointer]),
+        ("save", i64, [pointer, pointer, pointer, i32, u32, u64, pointer, i32]),
+        ("load", i64, [pointer, pointer, pointer, i32, u32, u64, pointer, i32]),
+        ("submit", i32, [pointer, i32, pointer, i32, pointer, pointer, pointer, pointer, pointer, i32]),
+        ("submitted", i64, [pointer, i32]),
         ("done", i64, [pointer, i32]),
         ("wait", i32, [pointer, i32, i64]),
         ("digests", None, [pointer, i32, i64, u64, pointer]),
@@ -79,7 +85,14 @@ class Gpu:
     """
 
     def __init__(
-        self, arch: str, device: int, geometry: Geometry, staging_bytes: int, *, depth: int = 3, blocks: int = 64
+        self,
+        arch: str,
+        device: int,
+        geometry: Geometry,
+        staging_bytes: int,
+        *,
+        depth: int = 3,
+        blocks: int = 32,
     ) -> None:
         geometry.check()
         self._lib, self.device, self.geometry = library(arch), device, geometry
@@ -125,19 +138,57 @@ class Gpu:
     def mark(self, stream: int) -> Mark:
         return Mark(self._lib, self.device, stream)
 
-    def save(self, mark: Mark | None, blocks: Sequence[int], tokens: int, stride: int, host: int) -> int:
-        """Submits pages -> host memory; a ticket. Waits only while all staging buffers are in use."""
-        return self._submit(self._lib.pd_gpu_save, mark, self._ids(blocks), tokens, stride, host)
+    def save(
+        self, mark: Mark | None, blocks: Sequence[int], tokens: int, stride: int, host: int, direct: int = 0
+    ) -> int:
+        """Submits pages -> host memory; a ticket. Waits only while all staging buffers are in use.
 
-    def load(self, mark: Mark | None, blocks: Sequence[int | None], tokens: int, stride: int, host: int) -> int:
+        direct: 0 for DMA; else without the copy engines, by that many threads: slower, but the small copies of whoever
+        computes meanwhile do not queue behind it.
+        """
+        return self._submit(self._lib.pd_gpu_save, mark, self._ids(blocks), tokens, stride, host, direct)
+
+    def load(
+        self, mark: Mark | None, blocks: Sequence[int | None], tokens: int, stride: int, host: int, direct: int = 0
+    ) -> int:
         """Submits host memory -> pages; None leaves that block alone."""
-        return self._submit(self._lib.pd_gpu_load, mark, self._ids(blocks), tokens, stride, host)
+        return self._submit(self._lib.pd_gpu_load, mark, self._ids(blocks), tokens, stride, host, direct)
 
     def _submit(
-        self, call: ctypes._NamedFuncPointer, mark: Mark | None, ids: np.ndarray, tokens: int, stride: int, host: int
+        self,
+        call: ctypes._NamedFuncPointer,
+        mark: Mark | None,
+        ids: np.ndarray,
+        tokens: int,
+        stride: int,
+        host: int,
+        direct: int,
     ) -> int:
         handle = mark.handle if mark else None
-        return self._try(call(self._context, handle, ids.ctypes.data, ids.size, tokens, stride, host))
+        return self._try(call(self._context, handle, ids.ctypes.data, ids.size, tokens, stride, host, direct))
+
+    def submit(self, lane: int, mark: Mark | None, chunks: Sequence[Chunk], direct: int = 0) -> list[int]:
+        """Several chunks in one call, which holds no interpreter lock while it waits for buffers. One ticket each, in order;
+        fewer when the device refused one, and GpuError when it refused the first."""
+        ids = [self._ids(blocks) for blocks, _, _, _ in chunks]
+        flat = np.ascontiguousarray(np.concatenate(ids))
+        counts = np.array([i.size for i in ids], np.int32)
+        tokens = np.array([c[1] for c in chunks], np.uint32)
+        strides = np.array([c[2] for c in chunks], np.uint64)
+        hosts = np.array([c[3] for c in chunks], np.uint64)
+        arrays = (flat, counts, tokens, strides, hosts)
+        done = self._lib.pd_gpu_submit(
+            self._context,
+            lane,
+            mark.handle if mark else None,
+            len(chunks),
+            *(a.ctypes.data for a in arrays),
+            direct,
+        )
+        if not done:
+            raise GpuError(self._error())
+        end = int(self._lib.pd_gpu_submitted(self._context, lane))
+        return list(range(end - done, end))
 
     def _ids(self, blocks: Sequence[int | None]) -> np.ndarray:
         ids = np.array([-1 if b is None else b for b in blocks], dtype=np.int32)

@@ -22,10 +22,17 @@ from pdserve.transfer.arena import Arena
 if TYPE_CHECKING:
     import torch
 
+#: threads that store while answers are generated: on one multiprocessor, with a part of the link
+GENTLE_THREADS = 1024
+
 
 def stride_of(shard_bytes: int) -> int:
     """From one shard of a chunk to the next in the arena."""
     return align(shard_bytes)
+
+
+#: blocks, tokens, bytes of the arena, from one shard to the next
+Part = tuple[Sequence[int | None], int, np.ndarray, int]
 
 
 class Copy(Protocol):
@@ -43,6 +50,8 @@ class Pages(Protocol):
     shard_count: int
     #: False on a worker whose shards another worker stores
     stores: bool
+    #: how many chunks are best submitted together
+    together: int
     #: attach() must be called before the engine captures graphs: no other thread may allocate then
     on_device: bool
 
@@ -54,6 +63,9 @@ class Pages(Protocol):
     def attach(self, arena: Arena, chunk_tokens: int) -> None:
         """Prepares for copies to and from this arena; cheap when it is the same one as before."""
 
+    def decoding(self, now: bool) -> None:
+        """Whether answers are being generated at present: then stores should not get in their way, else they should be fast."""
+
     def mark(self) -> Any:
         """What the engine has submitted so far. Called on the engine's thread."""
 
@@ -63,10 +75,27 @@ class Pages(Protocol):
     def load(self, mark: Any, source: np.ndarray, block_ids: Sequence[int | None], tokens: int, stride: int) -> Copy:
         """`source` -> blocks; None leaves that block alone."""
 
+    def store_all(self, mark: Any, parts: Sequence[Part]) -> list[Copy]:
+        """store() of several chunks, at most `together` of them."""
+
+    def load_all(self, mark: Any, parts: Sequence[Part]) -> list[Copy]: ...
+
     def settle(self) -> None:
         """When it returns, no submitted store reads blocks any more."""
 
     def close(self) -> None: ...
+
+
+class _OneByOne:
+    """store_all and load_all for pages that copy one chunk at a time."""
+
+    together = 1
+
+    def store_all(self: Any, mark: Any, parts: Sequence[Part]) -> list[Copy]:
+        return [self.store(mark, ids, tokens, area, stride) for ids, tokens, area, stride in parts]
+
+    def load_all(self: Any, mark: Any, parts: Sequence[Part]) -> list[Copy]:
+        return [self.load(mark, area, ids, tokens, stride) for ids, tokens, area, stride in parts]
 
 
 class _Done:
@@ -82,7 +111,7 @@ class _Done:
         return self._digests
 
 
-class HostPages:
+class HostPages(_OneByOne):
     """KV in host memory, in whole opaque blocks: a shard is [layer][block]. The caller keeps the memory alive.
 
     bases: address of block 0 of each layer; strides: bytes from one block to the next, by layer; block_bytes: bytes of
@@ -118,6 +147,9 @@ class HostPages:
         return self.layers * blocks * self.block_bytes
 
     def attach(self, arena: Arena, chunk_tokens: int) -> None:
+        pass
+
+    def decoding(self, now: bool) -> None:
         pass
 
     def mark(self) -> None:
@@ -176,6 +208,7 @@ class DevicePages:
     """
 
     on_device = True
+    together = 8
 
     def __init__(
         self,
@@ -197,6 +230,7 @@ class DevicePages:
         self._gpu: gpu.Gpu | None = None
         self._staging_bytes = 0
         self._arena: Arena | None = None
+        self._decoding = False
         self._lock = threading.Lock()
 
     def describe(self) -> str:
@@ -223,18 +257,48 @@ class DevicePages:
             self._gpu.register(arena.bytes.ctypes.data, arena.size)
             self._arena = arena  # kept: what is registered must stay mapped
 
+    def decoding(self, now: bool) -> None:
+        self._decoding = now
+
     def mark(self) -> gpu.Mark | None:
         return self._gpu.mark(self._current_stream()) if self._gpu else None
 
     def store(self, mark: Any, block_ids: Sequence[int], tokens: int, to: np.ndarray, stride: int) -> Copy:
         device = self._ready(to, stride)
         ids = self._expand(block_ids, tokens)
-        return _Ticket(device, gpu.SAVE, device.save(mark, ids, tokens, stride, to.ctypes.data), tokens)
+        return _Ticket(
+            device, gpu.SAVE, device.save(mark, ids, tokens, stride, to.ctypes.data, self._way(gpu.SAVE)), tokens
+        )
 
     def load(self, mark: Any, source: np.ndarray, block_ids: Sequence[int | None], tokens: int, stride: int) -> Copy:
         device = self._ready(source, stride)
         ids = self._expand(block_ids, tokens)
-        return _Ticket(device, gpu.LOAD, device.load(mark, ids, tokens, stride, source.ctypes.data), tokens)
+        return _Ticket(
+            device, gpu.LOAD, device.load(mark, ids, tokens, stride, source.ctypes.data, self._way(gpu.LOAD)), tokens
+        )
+
+    def store_all(self, mark: Any, parts: Sequence[Part]) -> list[Copy]:
+        return self._all(gpu.SAVE, mark, parts)
+
+    def load_all(self, mark: Any, parts: Sequence[Part]) -> list[Copy]:
+        return self._all(gpu.LOAD, mark, parts)
+
+    def _all(self, lane: int, mark: Any, parts: Sequence[Part]) -> list[Copy]:
+        device: gpu.Gpu | None = None
+        chunks = []
+        for ids, tokens, area, stride in parts:
+            device = self._ready(area, stride)
+            chunks.append((self._expand(ids, tokens), tokens, stride, area.ctypes.data))
+        if device is None:
+            return []
+        tickets = device.submit(lane, mark, chunks, self._way(lane))
+        return [_Ticket(device, lane, t, c[1]) for t, c in zip(tickets, chunks, strict=False)]
+
+    def _way(self, lane: int) -> int:
+        """Loads are always DMA: somebody waits for them, and they delay a decoding step by a tenth. Stores by DMA would make
+        each such step wait for all of them (its small copies queue behind), so then they go gently. A prefill's steps are
+        long and copy little; it loses less to DMA than to a multiprocessor that is not its own."""
+        return GENTLE_THREADS if lane == gpu.SAVE and self._decoding else 0
 
     def _ready(self, area: np.ndarray, stride: int) -> gpu.Gpu:
         if self._gpu is None:
@@ -264,7 +328,7 @@ class DevicePages:
             self._gpu = self._arena = None
 
 
-class TorchPages:
+class TorchPages(_OneByOne):
     """The same where no compiler is: plain torch operations, one chunk at a time. Several times slower.
 
     layers: per layer a uint8 view [block, token, head, K or V, bytes].
@@ -286,6 +350,9 @@ class TorchPages:
         return self.layers * tokens * int(self._views[0].shape[3] * self._views[0].shape[4])
 
     def attach(self, arena: Arena, chunk_tokens: int) -> None:
+        pass
+
+    def decoding(self, now: bool) -> None:
         pass
 
     def mark(self) -> Any:

@@ -3,6 +3,10 @@
 // Each direction is a lane: a ring of staging buffers on the device, one stream for kernels and one for DMA, tied together by
 // events. Save: gather into a buffer, then one DMA of the whole chunk into the arena. Load: the other way. A call that
 // submits returns at once unless all buffers are in use. A lane belongs to one host thread; `settle` may come from any.
+//
+// Two ways. DMA is the fastest, but a copy engine serves one queue until it is empty: the small copies of an engine's step then
+// wait for all of ours. `direct` > 0 has a kernel of that many threads read or write the host's memory itself, with no copy
+// engine: few threads leave the link some room, for whoever computes meanwhile.
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -55,11 +59,17 @@ struct Context {
 
 enum { SAVE = 0, LOAD = 1 };
 
+constexpr uint32_t SHORT = 256;
+
+// `direct` 0: a short kernel on c.blocks blocks. Else all on one multiprocessor, with that many threads: a multiprocessor
+// that holds one of our blocks is lost to a matrix product that wants all of its registers, however small the block is.
 template <bool GATHER>
-gpuError_t launch(const Context& c, const Job& job, const Sums& sums, uint64_t* result, gpuStream_t stream) {
-  const dim3 grid((c.blocks + c.pages.heads - 1) / c.pages.heads, c.pages.heads);
-  if (c.wide) move<uint4, GATHER><<<grid, THREADS, 0, stream>>>(c.pages, job, sums, result);
-  else move<uint2, GATHER><<<grid, THREADS, 0, stream>>>(c.pages, job, sums, result);
+gpuError_t launch(const Context& c, const Job& job, const Sums& sums, uint64_t* result, gpuStream_t stream, uint32_t blocks, uint32_t direct) {
+  uint32_t threads = direct ? 32 : SHORT;
+  while (direct && threads * 2 <= direct && threads < THREADS) threads *= 2;
+  const dim3 grid = direct ? dim3((direct + threads - 1) / threads, 1) : dim3((blocks + c.pages.heads - 1) / c.pages.heads, c.pages.heads);
+  if (c.wide) move<uint4, GATHER><<<grid, threads, 0, stream>>>(c.pages, job, sums, result);
+  else move<uint2, GATHER><<<grid, threads, 0, stream>>>(c.pages, job, sums, result);
   return gpuGetLastError();
 }
 
@@ -115,7 +125,7 @@ int next_slot(Lane& lane, Slot*& slot) {
   slot = &lane.slots[lane.submitted % depth];
   if (lane.submitted - lane.completed >= depth) {
     TRY(gpuEventSynchronize(slot->end));
-    lane.completed = lane.submitted - depth + 1;
+    if (lane.completed < lane.submitted - depth + 1) lane.completed = lane.submitted - depth + 1;
   }
   return 0;
 }
@@ -196,7 +206,7 @@ void pd_gpu_unmark(int device, void* mark) {
 }
 
 // Pages -> arena, after `mark` (may be null). Returns a ticket, or -1.
-int64_t pd_gpu_save(void* context, void* mark, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, void* host) {
+int64_t pd_gpu_save(void* context, void* mark, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, void* host, int direct) {
   Context& c = *static_cast<Context*>(context);
   Lane& lane = c.lanes[SAVE];
   Job job;
@@ -205,9 +215,16 @@ int64_t pd_gpu_save(void* context, void* mark, const int32_t* blocks, int count,
   TRY(gpuSetDevice(c.device));
   Slot* slot;
   if (next_slot(lane, slot)) return -1;
-  job.chunk = slot->buffer;
   if (mark) TRY(gpuStreamWaitEvent(lane.kernels, static_cast<gpuEvent_t>(mark), 0));
-  TRY(launch<true>(c, job, lane.sums, lane.results_device + lane.submitted % RESULTS * c.pages.heads, lane.kernels));
+  uint64_t* const result = lane.results_device + lane.submitted % RESULTS * c.pages.heads;
+  if (direct) {
+    TRY(gpuHostGetDevicePointer((void**)&job.chunk, host, 0));
+    TRY(launch<true>(c, job, lane.sums, result, lane.kernels, 0, (uint32_t)direct));
+    TRY(gpuEventRecord(slot->end, lane.kernels));
+    return lane.submitted++;
+  }
+  job.chunk = slot->buffer;
+  TRY(launch<true>(c, job, lane.sums, result, lane.kernels, c.blocks, 0));
   TRY(gpuEventRecord(slot->middle, lane.kernels));
   TRY(gpuStreamWaitEvent(lane.copies, slot->middle, 0));
   TRY(gpuMemcpyAsync(host, slot->buffer, stride * c.pages.heads, gpuMemcpyDeviceToHost, lane.copies));
@@ -216,7 +233,8 @@ int64_t pd_gpu_save(void* context, void* mark, const int32_t* blocks, int count,
 }
 
 // Arena -> pages; only the scatter waits for `mark`, the DMA starts at once. Returns a ticket, or -1.
-int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, const void* host) {
+int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, const void* host,
+                    int direct) {
   Context& c = *static_cast<Context*>(context);
   Lane& lane = c.lanes[LOAD];
   Job job;
@@ -225,15 +243,37 @@ int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count,
   TRY(gpuSetDevice(c.device));
   Slot* slot;
   if (next_slot(lane, slot)) return -1;
+  uint64_t* const result = lane.results_device + lane.submitted % RESULTS * c.pages.heads;
+  if (direct) {
+    TRY(gpuHostGetDevicePointer((void**)&job.chunk, const_cast<void*>(host), 0));
+    if (mark) TRY(gpuStreamWaitEvent(lane.kernels, static_cast<gpuEvent_t>(mark), 0));
+    TRY(launch<false>(c, job, lane.sums, result, lane.kernels, 0, (uint32_t)direct));
+    TRY(gpuEventRecord(slot->end, lane.kernels));
+    return lane.submitted++;
+  }
   job.chunk = slot->buffer;
   TRY(gpuMemcpyAsync(slot->buffer, host, stride * c.pages.heads, gpuMemcpyHostToDevice, lane.copies));
   TRY(gpuEventRecord(slot->middle, lane.copies));
   TRY(gpuStreamWaitEvent(lane.kernels, slot->middle, 0));
   if (mark) TRY(gpuStreamWaitEvent(lane.kernels, static_cast<gpuEvent_t>(mark), 0));
-  TRY(launch<false>(c, job, lane.sums, lane.results_device + lane.submitted % RESULTS * c.pages.heads, lane.kernels));
+  TRY(launch<false>(c, job, lane.sums, result, lane.kernels, c.blocks, 0));
   TRY(gpuEventRecord(slot->end, lane.kernels));
   return lane.submitted++;
 }
+
+// Several chunks in one call, so that the caller's interpreter is left alone meanwhile. `blocks` of all of them, one after
+// another. Returns how many were submitted (their tickets are the last ones of the lane); fewer than `chunks` after an error.
+int pd_gpu_submit(void* context, int which, void* mark, int chunks, const int32_t* blocks, const int32_t* counts, const uint32_t* tokens,
+                  const uint64_t* strides, void* const* hosts, int direct) {
+  for (int i = 0; i < chunks; blocks += counts[i], i++) {
+    const int64_t ticket = which == SAVE ? pd_gpu_save(context, mark, blocks, counts[i], tokens[i], strides[i], hosts[i], direct)
+                                         : pd_gpu_load(context, mark, blocks, counts[i], tokens[i], strides[i], hosts[i], direct);
+    if (ticket < 0) return i;
+  }
+  return chunks;
+}
+
+int64_t pd_gpu_submitted(void* context, int which) { return static_cast<Context*>(context)->lanes[which].submitted; }
 
 // How many tickets of the lane (0 save, 1 load) are done: all below that number. Never waits. -1 on error.
 int64_t pd_gpu_done(void* context, int which) {
@@ -255,8 +295,9 @@ int pd_gpu_wait(void* context, int which, int64_t ticket) {
   Lane& lane = c.lanes[which];
   if (ticket < lane.completed) return 0;
   TRY(gpuSetDevice(c.device));
-  TRY(gpuEventSynchronize(lane.slots[ticket % (int64_t)lane.slots.size()].end));
-  lane.completed = ticket + 1;
+  // In order: the two ways use different streams, so a later ticket may end before an earlier one.
+  for (; lane.completed <= ticket; lane.completed++)
+    TRY(gpuEventSynchronize(lane.slots[lane.completed % (int64_t)lane.slots.size()].end));
   return 0;
 }
 
@@ -279,15 +320,15 @@ int pd_gpu_settle(void* context) {
 // kernel stream, waited for. For measuring and testing; `blocks_override` > 0 sets the grid.
 int pd_gpu_move(void* context, int which, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, void* chunk, int blocks_override,
                 uint64_t* out) {
-  Context c = *static_cast<Context*>(context);
-  if (blocks_override > 0) c.blocks = (uint32_t)blocks_override;
-  Lane& lane = c.lanes[which];
+  const Context& c = *static_cast<Context*>(context);
+  const uint32_t grid = blocks_override > 0 ? (uint32_t)blocks_override : c.blocks;
+  const Lane& lane = c.lanes[which];
   Job job;
   if (make_job(c, job, blocks, count, tokens, stride, which == SAVE)) return -1;
   TRY(gpuSetDevice(c.device));
   job.chunk = static_cast<unsigned char*>(chunk);
   uint64_t* result = lane.results_device + (RESULTS - 1) * c.pages.heads;
-  TRY(which == SAVE ? launch<true>(c, job, lane.sums, result, lane.kernels) : launch<false>(c, job, lane.sums, result, lane.kernels));
+  TRY(which == SAVE ? launch<true>(c, job, lane.sums, result, lane.kernels, grid, 0) : launch<false>(c, job, lane.sums, result, lane.kernels, grid, 0));
   TRY(gpuStreamSynchronize(lane.kernels));
   const uint64_t bytes = (uint64_t)c.pages.layers * tokens * c.pages.parts * c.pages.part_bytes;
   for (uint32_t h = 0; h < c.pages.heads; h++) out[h] = finish(lane.results[(RESULTS - 1) * c.pages.heads + h], bytes);

@@ -8,7 +8,7 @@
 
 namespace pd {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 1024;  // at most; a kernel that is to be short uses blocks of 256
 constexpr int UNROLL = 4;
 constexpr int MAX_BLOCKS = 512;
 
@@ -44,20 +44,19 @@ template <> struct Words<uint2> {
   static PD_INLINE uint64_t get(const uint2& v, int) { return (uint64_t)v.x | (uint64_t)v.y << 32; }
 };
 
-// grid: (any, heads). `result` gets the sum of each head's shard, written by the last block to finish.
+// Bytes of one head's shard, and the sum of their mixed words, by all threads of one row of blocks.
 template <typename V, bool GATHER>
-__global__ void __launch_bounds__(THREADS) move(const Pages pages, const __grid_constant__ Job job, Sums sums, uint64_t* result) {
-  const uint32_t head = blockIdx.y;
+__device__ __forceinline__ uint64_t move_head(const Pages& pages, const Job& job, uint32_t head) {
   const uint32_t per_part = pages.part_bytes / sizeof(V), per_token = pages.parts * per_part;
-  const uint32_t per_layer = job.tokens * per_token, total = pages.layers * per_layer;
+  const uint32_t per_layer = job.tokens * per_token, total = pages.layers * per_layer, threads = blockDim.x;
   unsigned char* const shard = job.chunk + head * job.stride;
   uint64_t sum = 0;
-  for (uint32_t start = blockIdx.x * (THREADS * UNROLL); start < total; start += gridDim.x * (THREADS * UNROLL)) {
+  for (uint32_t start = blockIdx.x * (threads * UNROLL); start < total; start += gridDim.x * (threads * UNROLL)) {
     V value[UNROLL];
     unsigned char* paged[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
-      const uint32_t v = start + u * THREADS + threadIdx.x;
+      const uint32_t v = start + u * threads + threadIdx.x;
       paged[u] = nullptr;
       if (v >= total) continue;
       const uint32_t layer = v / per_layer, in_layer = v - layer * per_layer;
@@ -72,7 +71,7 @@ __global__ void __launch_bounds__(THREADS) move(const Pages pages, const __grid_
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
-      const uint32_t v = start + u * THREADS + threadIdx.x;
+      const uint32_t v = start + u * threads + threadIdx.x;
       if (v >= total) continue;
       if (GATHER) *reinterpret_cast<V*>(shard + (uint64_t)v * sizeof(V)) = value[u];
       else if (paged[u]) *reinterpret_cast<V*>(paged[u]) = value[u];
@@ -81,20 +80,27 @@ __global__ void __launch_bounds__(THREADS) move(const Pages pages, const __grid_
         sum += mix(Words<V>::get(value[u], i) + ((uint64_t)v * Words<V>::count + i + 1) * STEP);
     }
   }
+  return sum;
+}
 
+// grid: (any, 1 to heads), block: a power of two up to THREADS. `result` gets the sum of each head's shard, written by the
+// last block to finish.
+template <typename V, bool GATHER>
+__global__ void __launch_bounds__(THREADS) move(const Pages pages, const __grid_constant__ Job job, Sums sums, uint64_t* result) {
   __shared__ uint64_t partial[THREADS];
-  partial[threadIdx.x] = sum;
-  __syncthreads();
-#pragma unroll
-  for (int width = THREADS / 2; width; width /= 2) {
-    if (threadIdx.x < width) partial[threadIdx.x] += partial[threadIdx.x + width];
+  for (uint32_t head = blockIdx.y; head < pages.heads; head += gridDim.y) {
+    partial[threadIdx.x] = move_head<V, GATHER>(pages, job, head);
     __syncthreads();
+    for (uint32_t width = blockDim.x / 2; width; width /= 2) {
+      if (threadIdx.x < width) partial[threadIdx.x] += partial[threadIdx.x + width];
+      __syncthreads();
+    }
+    if (threadIdx.x == 0) atomicAdd(&sums.by_head[head], (unsigned long long)partial[0]);
   }
   if (threadIdx.x == 0) {
-    atomicAdd(&sums.by_head[head], (unsigned long long)partial[0]);
     __threadfence();
     if (atomicAdd(sums.arrived, 1u) == gridDim.x * gridDim.y - 1) {
-      for (uint32_t h = 0; h < gridDim.y; h++) result[h] = atomicExch(&sums.by_head[h], 0ull);
+      for (uint32_t h = 0; h < pages.heads; h++) result[h] = atomicExch(&sums.by_head[h], 0ull);
       atomicExch(sums.arrived, 0u);
       __threadfence_system();
     }

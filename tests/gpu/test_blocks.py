@@ -131,7 +131,8 @@ def test_plain_torch_path_is_the_definition(layout):
     assert torch.equal(got.flatten(1), plain_gather(layers, names, blocks, 40))
 
 
-def test_many_chunks_through_the_lanes_with_marks(arch):
+@pytest.mark.parametrize("direct", [0, 96, 1024])
+def test_many_chunks_through_the_lanes_with_marks(arch, direct):
     """More chunks than staging buffers, both directions at once, after work on another stream that they must wait for."""
     layers, names, geometry = case("packed NHD", 16, 8, 128, torch.bfloat16)
     tokens, chunks = 48, 40
@@ -149,7 +150,9 @@ def test_many_chunks_through_the_lanes_with_marks(arch):
         mark = device.mark(stream.cuda_stream)
     plan = [GENERATOR.permutation(NUM_BLOCKS)[:3].tolist() for _ in range(chunks)]
     size = geometry.heads * stride
-    tickets = [device.save(mark, p, tokens, stride, arena.ctypes.data + i * size) for i, p in enumerate(plan)]
+    tickets = device.submit(
+        gpu.SAVE, mark, [(p, tokens, stride, arena.ctypes.data + i * size) for i, p in enumerate(plan)], direct
+    )
     device.settle()
     device.wait(gpu.SAVE, tickets[-1])
     assert device.done(gpu.SAVE) == chunks
@@ -164,7 +167,7 @@ def test_many_chunks_through_the_lanes_with_marks(arch):
     torch.cuda.synchronize()
     spread = GENERATOR.permutation(NUM_BLOCKS)[:3].tolist()
     for i in range(chunks):
-        ticket = device.load(None, spread, tokens, stride, arena.ctypes.data + i * size)
+        ticket = device.load(None, spread, tokens, stride, arena.ctypes.data + i * size, direct=direct * (i % 2))
     device.wait(gpu.LOAD, ticket)
     assert torch.equal(plain_gather(layers, names, spread, tokens), plain_gather(new, names, plan[-1], tokens))
     device.unregister(arena.ctypes.data)

@@ -54,6 +54,8 @@ class StepPlan(KVConnectorMetadata):
     #: finished requests whose blocks are kept until their saves are done: report them when they are
     awaiting: set[str] = field(default_factory=set)
     preempted: set[str] = field(default_factory=set)
+    #: whether somebody waits for the next token of an answer in this step
+    decodes: bool = False
 
 
 @dataclass

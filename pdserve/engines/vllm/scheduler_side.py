@@ -10,7 +10,7 @@ import uuid
 from typing import Any
 
 from pdserve import log
-from pdserve.chunk import ChunkLayout, KeyChain, root_key, tenant_tag
+from pdserve.chunk import CANONICAL, ChunkLayout, KeyChain, root_key, tenant_tag
 from pdserve.engines.vllm.messages import ChunkLoad, ChunkSave, LoadJob, LoadResult, SaveJob, StepPlan, WorkerReport
 from pdserve.engines.vllm.tracked import Hit, Tracked, Wait
 from pdserve.errors import CacheError, UnsupportedError
@@ -21,6 +21,8 @@ LOOKUP_S = 0.05
 RPC_S = 1.0
 #: fewer tokens than this are computed rather than loaded or stored
 MIN_TOKENS = 16
+#: a GPU computes this many in the time that a load takes at least: a step more
+MIN_LOAD_GPU = 256
 #: how old a lookup may be when its request is finally scheduled
 FRESH_S = 5.0
 #: the prefill leg has ended, its last chunks may still be on their way into the arena: how long to wait for the first
@@ -41,6 +43,7 @@ class SchedulerSide:
     ) -> None:
         self._client, self._layout, self._fingerprint = client, layout, fingerprint
         self._workers, self._instance = workers, instance
+        self._least_load = MIN_LOAD_GPU if layout.kind == CANONICAL else MIN_TOKENS
         self._requests: dict[str, Tracked] = {}
         self._loads: list[LoadJob] = []
         self._awaiting: set[str] = set()
@@ -69,7 +72,7 @@ class SchedulerSide:
         if self._handover_incomplete(tracked, hit.end if hit else 0):
             self._release_hit(tracked)
             return None, False
-        if hit is None or hit.end - local < MIN_TOKENS:
+        if hit is None or hit.end - local < self._least_load:
             self._release_hit(tracked)
             return 0, False
         return hit.end - local, True
@@ -261,6 +264,7 @@ class SchedulerSide:
             if new_blocks is not None:
                 fresh = list(new_blocks[0])
                 tracked.block_ids = fresh if request_id in cached.resumed_req_ids else tracked.block_ids + fresh
+            plan.decodes |= computed >= tracked.request.num_prompt_tokens
             self._advance(plan, request_id, computed, output)
         return plan
 

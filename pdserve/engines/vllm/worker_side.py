@@ -16,17 +16,18 @@ from collections.abc import Callable
 from typing import Any
 
 from pdserve import log
-from pdserve.engines.vllm.messages import ChunkLoad, LoadJob, LoadResult, SaveJob, StepPlan, WorkerReport
+from pdserve.engines.vllm.messages import ChunkLoad, ChunkSave, LoadJob, LoadResult, SaveJob, StepPlan, WorkerReport
 from pdserve.errors import CacheError
 from pdserve.transfer import wire
+from pdserve.transfer.arena import Arena
 from pdserve.transfer.client import CacheClient
-from pdserve.transfer.staging import Copy, Pages, stride_of
+from pdserve.transfer.staging import Copy, Pages, Part, stride_of
 
 RPC_S = 5.0
 #: saves that wait; beyond this they are dropped, because a save must never slow the engine down
 MAX_QUEUED_SAVES = 4096
 #: chunks that are committed together; fewer would let a consumer start earlier, and cost more round trips
-COMMIT_TOGETHER = 8
+COMMIT_TOGETHER = 4
 
 
 class WorkerSide:
@@ -75,6 +76,8 @@ class WorkerSide:
     # ---- called by the engine, every step ----
 
     def start_loads(self, plan: StepPlan) -> None:
+        if self._pages is not None:
+            self._pages.decoding(plan.decodes)
         with self._lock:
             # Here and not with the saves: some vLLM versions announce no saves in a step that computes nothing.
             self._awaiting |= plan.awaiting
@@ -185,12 +188,12 @@ class WorkerSide:
         self._attach()
         pages, moving = self._pages, deque[tuple[ChunkLoad, Copy]]()
         try:
-            for chunk in job.chunks:
-                if pages.shard_bytes(chunk.tokens, len(chunk.block_ids)) != chunk.shard_bytes:
-                    raise CacheError(f"a shard of {chunk.shard_bytes} bytes does not hold {chunk.tokens} tokens")
-                start = chunk.offset + pages.first_shard * chunk.stride
-                source = arena.bytes[start : start + pages.shard_count * chunk.stride]
-                moving.append((chunk, pages.load(mark, source, chunk.block_ids, chunk.tokens, chunk.stride)))
+            for at in range(0, len(job.chunks), pages.together):
+                some = job.chunks[at : at + pages.together]
+                copies = pages.load_all(mark, [self._source(pages, arena, chunk) for chunk in some])
+                moving.extend(zip(some, copies, strict=False))
+                if len(copies) < len(some):
+                    raise CacheError("the device refused a chunk")
                 while moving and moving[0][1].done() and not result.error:
                     self._check(*moving.popleft(), result)
                 if result.error:
@@ -199,6 +202,18 @@ class WorkerSide:
             # Whatever happened: blocks are not reported while something may still write into them.
             for chunk, copy in moving:
                 self._check(chunk, copy, result)
+
+    @staticmethod
+    def _source(pages: Pages, arena: Arena, chunk: ChunkLoad) -> Part:
+        if pages.shard_bytes(chunk.tokens, len(chunk.block_ids)) != chunk.shard_bytes:
+            raise CacheError(f"a shard of {chunk.shard_bytes} bytes does not hold {chunk.tokens} tokens")
+        start = chunk.offset + pages.first_shard * chunk.stride
+        return (
+            chunk.block_ids,
+            chunk.tokens,
+            arena.bytes[start : start + pages.shard_count * chunk.stride],
+            chunk.stride,
+        )
 
     def _check(self, chunk: ChunkLoad, copy: Copy, result: LoadResult) -> None:
         """Waits for a chunk to be in its blocks, and compares what was read with what was stored."""
@@ -244,15 +259,16 @@ class WorkerSide:
         try:
             if arena is not None and granted:
                 self._attach()
-                for chunk, grant in granted:
-                    stride = stride_of(pages.shard_bytes(chunk.tokens, len(chunk.block_ids)))
-                    area = arena.bytes[grant.offset : grant.offset + pages.shard_count * stride]
+                for at in range(0, len(granted), pages.together):
+                    some = granted[at : at + pages.together]
                     if not self._begin_copy(job):
                         break
                     try:
-                        moving.add(grant, chunk.tokens, pages.store(mark, chunk.block_ids, chunk.tokens, area, stride))
+                        copies = pages.store_all(mark, [self._target(pages, arena, c, g) for c, g in some])
                     finally:
                         self._end_copy()
+                    for (chunk, grant), copy in zip(some, copies, strict=False):
+                        moving.add(grant, chunk.tokens, copy)
                     moving.commit(COMMIT_TOGETHER)
             moving.commit()
         finally:
@@ -269,6 +285,12 @@ class WorkerSide:
         )
         if refused:
             self._log.warning("no room in the cache: %d tokens not stored request_id=%s", refused, job.request_id)
+
+    @staticmethod
+    def _target(pages: Pages, arena: Arena, chunk: ChunkSave, grant: wire.Grant) -> Part:
+        stride = stride_of(pages.shard_bytes(chunk.tokens, len(chunk.block_ids)))
+        area = arena.bytes[grant.offset : grant.offset + pages.shard_count * stride]
+        return chunk.block_ids, chunk.tokens, area, stride
 
     def _begin_copy(self, job: SaveJob) -> bool:
         with self._lock:

@@ -1,0 +1,254 @@
+"""One vLLM engine in this process, driven by JSON lines on stdin: engine_probe.py '{"model": .., "connector": true, ...}'
+
+Answers are lines that begin with @@. Used by run_all.py, which holds a plain engine and one with pdserve side by side and asks
+them in turn, so that both see the same machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import threading
+import time
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_USE_FLASHINFER_SAMPLER="0", VLLM_ENABLE_V1_MULTIPROCESSING="0"
+)
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]}
+
+
+def prompt(seed: int, n: int) -> dict[str, list[int]]:
+    r = random.Random(seed)
+    return {"prompt_token_ids": [r.randrange(100, 49000) for _ in range(n)]}
+
+
+class Probe:
+    def __init__(self, options: dict) -> None:
+        from vllm import LLM
+        from vllm.config import KVTransferConfig
+
+        more = {}
+        if options.get("connector"):
+            more["kv_transfer_config"] = KVTransferConfig(
+                kv_connector="PdserveConnector",
+                kv_connector_module_path="pdserve.engines.vllm.connector",
+                kv_role="kv_both",
+                kv_load_failure_policy="recompute",
+                kv_connector_extra_config={"pdserve.socket": options["socket"], "pdserve.instance": options["name"]},
+            )
+        elif options.get("offload"):
+            more["kv_transfer_config"] = KVTransferConfig(
+                kv_connector="OffloadingConnector",
+                kv_role="kv_both",
+                kv_connector_extra_config={"num_cpu_blocks": 8000, "cpu_bytes_to_use": 20 << 30},
+            )
+        self.llm = LLM(
+            options["model"],
+            load_format=options.get("load_format", "dummy"),
+            dtype=options.get("dtype", "bfloat16"),
+            max_model_len=options.get("max_model_len", 32768),
+            kv_cache_memory_bytes=options["kv_gib"] << 30,
+            gpu_memory_utilization=0.3,
+            max_num_seqs=32,
+            max_num_batched_tokens=8192,
+            seed=0,
+            compilation_config=GRAPHS,
+            **more,
+        )
+        self.side = None
+        if options.get("connector"):
+            from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+            self.side = get_kv_transfer_group()._worker
+            self._watch()
+
+    def _watch(self) -> None:
+        """Keeps each job's time and what it loaded where."""
+        copy_out, copy_in = self.side._copy_out, self.side._copy_in
+        self.loads, self.stores = [], []
+
+        def timed_load(job, mark, result):
+            start = time.perf_counter()
+            copy_out(job, mark, result)
+            self.loads.append((job, time.perf_counter() - start))
+
+        def timed_store(job, mark):
+            start = time.perf_counter()
+            copy_in(job, mark)
+            self.stores.append((sum(c.tokens for c in job.chunks), time.perf_counter() - start))
+
+        self.side._copy_out, self.side._copy_in = timed_load, timed_store
+
+    # ---- commands ----
+
+    def generate(self, seeds: list[int], n: int, out: int, texts: list[str] | None = None) -> dict:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=out, ignore_eos=texts is None)
+        prompts = texts or [prompt(s, n) for s in seeds]
+        start = time.perf_counter()
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        return {
+            "ms": seconds * 1e3,
+            "tok_s": sum(len(o.outputs[0].token_ids) for o in outputs) / seconds,
+            "cached": [o.num_cached_tokens for o in outputs],
+            "tokens": [list(o.outputs[0].token_ids) for o in outputs]
+            if texts
+            else [list(outputs[0].outputs[0].token_ids)[:8]],
+        }
+
+    def settle(self) -> dict:
+        """Waits until no save is under way."""
+        end = time.monotonic() + 20
+        while self.side is not None and self.side._outstanding and time.monotonic() < end:
+            time.sleep(0.005)
+        # A step reports what has ended; ten tokens are too few to be stored themselves.
+        self.generate([random.randrange(1 << 30)], 10, 3)
+        return {}
+
+    def reset(self) -> dict:
+        for _ in range(20):
+            if self.llm.reset_prefix_cache():
+                return {"reset": True}
+            self.settle()
+        return {"reset": False}
+
+    def rates(self) -> dict:
+        """Loads and stores since the last call: tokens, ms; clears."""
+        loads = [(sum(c.tokens for c in j.chunks), s * 1e3) for j, s in self.loads]
+        stores = [(t, s * 1e3) for t, s in self.stores]
+        self.loads, self.stores = [], []
+        return {"loads": loads, "stores": stores}
+
+    def check_kv(self) -> dict:
+        """The blocks that the last load filled, gathered again and compared with the arena, byte by byte."""
+        import numpy as np
+        import torch
+
+        from pdserve.kernels import gpu
+        from pdserve.transfer.staging import stride_of
+
+        job, _ = self.loads[-1]
+        pages, arena = self.side._pages, self.side._client.arena
+        equal = checked = 0
+        for chunk in job.chunks:
+            if any(b is None for b in chunk.block_ids):
+                continue
+            shard = pages.shard_bytes(chunk.tokens)
+            stride = stride_of(shard)
+            out = torch.full((pages.shard_count, stride), 0xA5, dtype=torch.uint8, device="cuda")
+            torch.cuda.synchronize()
+            pages._gpu.move(
+                gpu.SAVE, pages._expand(chunk.block_ids, chunk.tokens), chunk.tokens, stride, out.data_ptr()
+            )
+            want = arena.bytes[chunk.offset : chunk.offset + pages.shard_count * stride].reshape(
+                pages.shard_count, stride
+            )
+            checked += 1
+            equal += bool((out.cpu().numpy()[:, :shard] == np.asarray(want)[:, :shard]).all())
+        return {"chunks": checked, "equal": equal}
+
+    def itl(self, streams: int, out: int, disturb: str = "", seed: int = 0) -> dict:
+        """Time between tokens of `streams` decoding requests; `disturb`: "dma both", "direct:512 store" (threads) and the like move 20k tokens to and from the arena all the time."""
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        params = SamplingParams(temperature=0, max_tokens=out, ignore_eos=True)
+        for i in range(streams):
+            engine.add_request(f"itl-{seed}-{i}-{disturb}", prompt(9000 + seed * 100 + i, 500), params)
+        stop, moved, threads = threading.Event(), [0, 0], []
+        if disturb:
+            threads = self._lanes(stop, moved, disturb)
+        last: dict[str, tuple[int, float]] = {}
+        gaps: list[float] = []
+        start = None
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            now = time.perf_counter()
+            for o in outputs:
+                count = len(o.outputs[0].token_ids)
+                before = last.get(o.request_id)
+                if before and count > before[0]:
+                    if before[0] >= 4:
+                        gaps += [(now - before[1]) / (count - before[0])] * (count - before[0])
+                    last[o.request_id] = (count, now)
+                elif not before:
+                    last[o.request_id] = (count, now)
+            if start is None and len(last) == streams:
+                start = now
+                for t in threads:
+                    t.start()
+        seconds = time.perf_counter() - (start or 0)
+        stop.set()
+        for t in threads:
+            if t.ident:
+                t.join(20)
+        gaps.sort()
+        pick = lambda q: gaps[min(len(gaps) - 1, int(len(gaps) * q))] * 1e3  # noqa: E731
+        return {
+            "p50": pick(0.5), "p95": pick(0.95), "p99": pick(0.99), "max": gaps[-1] * 1e3, "tokens": len(gaps),
+            "stored_gb_s": moved[0] / seconds / 1e9, "loaded_gb_s": moved[1] / seconds / 1e9,
+        }  # fmt: skip
+
+    def _lanes(self, stop: threading.Event, moved: list[int], how: str) -> list[threading.Thread]:
+        from pdserve.kernels import gpu
+        from pdserve.transfer import wire
+        from pdserve.transfer.staging import stride_of
+
+        pages, client = self.side._pages, self.side._client
+        shard = pages.shard_bytes(256)
+        stride = stride_of(shard)
+        size = pages.shard_count * stride
+        items = [
+            wire.ReserveItem(os.urandom(32), b"", 0, pages.shard_count, shard, 256, count=pages.shard_count)
+            for _ in range(79)
+        ]
+        grants = client.reserve("bench", items, 5)
+        areas = [client.arena.bytes[g.offset : g.offset + size] for g in grants]
+        top = pages.num_blocks - 1
+        block_ids = [[top - 16 * n - i for i in range(16)] for n in range(79)]
+
+        # Lanes of their own: those of the engine have one thread each.
+        device = gpu.Gpu(pages._arch, pages._device, pages._geometry, pages._staging_bytes)
+        direct, which_ways = (
+            int(how.split()[0].partition(":")[2] or 0),
+            {"both": (0, 1), "store": (0,), "load": (1,)}[how.split()[1]],
+        )
+        running = [len(which_ways)]
+        parts = [(ids, 256, stride, area.ctypes.data) for area, ids in zip(areas, block_ids, strict=True)]
+
+        def run(which: int) -> None:
+            while not stop.is_set():
+                ticket = device.submit(which, None, parts, direct)[-1]
+                device.wait(which, ticket)
+                moved[which] += len(areas) * pages.shard_count * shard
+            running[0] -= 1
+            if not running[0]:
+                client.abort([g.reservation for g in grants], 5)
+
+        return [threading.Thread(target=run, args=(w,), daemon=True) for w in which_ways]
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    start = time.time()
+    probe = Probe(options)
+    print("@@" + json.dumps({"ready": time.time() - start}), flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        name = command.pop("do")
+        try:
+            answer = getattr(probe, name)(**command)
+        except Exception as e:  # noqa: BLE001 - told to the driver
+            import traceback
+
+            traceback.print_exc()
+            answer = {"error": f"{type(e).__name__}: {e}"}
+        print("@@" + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

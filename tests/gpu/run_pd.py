@@ -1,0 +1,229 @@
+"""1P1D on two GPUs: run_pd.py --model DIR --out DIR   TTFT through both legs minus plain TTFT, equality, ITL under 20k prefills.
+
+Producer on GPU 0, consumer on GPU 1, each a served vLLM with dummy weights, one cache daemon between them. The legs are sent
+here, as the proxy sends them: the producer's answer's kv_transfer_params go to the consumer word for word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from run_all import daemon  # noqa: E402
+
+GRAPHS = '{"mode":0,"cudagraph_mode":"FULL_DECODE_ONLY","cudagraph_capture_sizes":[1,2,4,8,16,32]}'
+P, D = 8100, 8200
+results: dict = {}
+table: list[tuple[str, str]] = []
+
+
+def row(what: str, figure: str) -> None:
+    table.append((what, figure))
+    print(f"## {what}: {figure}", flush=True)
+
+
+def serve(gpu: str, port: int, role: str, socket: str, model: str, out: Path) -> subprocess.Popen:
+    transfer = {
+        "kv_connector": "PdserveConnector",
+        "kv_connector_module_path": "pdserve.engines.vllm.connector",
+        "kv_role": role,
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"pdserve.socket": socket, "pdserve.instance": role},
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "m"]
+    command += [
+        "--port",
+        str(port),
+        "--load-format",
+        "dummy",
+        "--max-model-len",
+        "32768",
+        "--kv-cache-memory-bytes",
+        str(26 << 30),
+        "--gpu-memory-utilization",
+        "0.3",
+    ]
+    command += ["--max-num-seqs", "64", "--max-num-batched-tokens", "8192", "--compilation-config", GRAPHS]
+    command += ["--kv-transfer-config", json.dumps(transfer)]
+    log = (out / f"{role}.log").open("w")
+    more = {"CUDA_VISIBLE_DEVICES": gpu, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONSAFEPATH": "1"}
+    more |= {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_SERVER_DEV_MODE": "1", "VLLM_PORT": str(21400 + port)}
+    return subprocess.Popen(command, env={**os.environ, **more}, stdout=log, stderr=subprocess.STDOUT)
+
+
+def wait_up(port: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise RuntimeError(f"the engine on {port} ended")
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise RuntimeError(f"the engine on {port} is not up")
+
+
+def post(port: int, body: dict, stream: bool):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    start = time.perf_counter()
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if not stream:
+        return json.loads(response.read()), time.perf_counter() - start
+    times, tokens = [], []
+    for line in response:
+        if line.startswith(b"data: ") and b"[DONE]" not in line:
+            chunk = json.loads(line[6:])
+            if chunk.get("choices"):
+                times.append(time.perf_counter() - start)
+                tokens += chunk["choices"][0].get("token_ids") or []
+    return times, tokens
+
+
+def prompt(seed: int, n: int) -> list[int]:
+    r = random.Random(seed)
+    return [r.randrange(100, 49000) for _ in range(n)]
+
+
+def body(p: list[int], out: int) -> dict:
+    return {
+        "model": "m",
+        "prompt": p,
+        "max_tokens": out,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+
+
+def plain(p: list[int], out: int = 8):
+    """On the consumer alone: its cache salt keeps it from finding what the producer stored."""
+    return post(D, {**body(p, out), "stream": True, "cache_salt": f"plain{time.time()}"}, True)
+
+
+ASK = dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
+
+
+def pd(p: list[int], out: int = 8):
+    start = time.perf_counter()
+    ask = {"do_remote_decode": True, "do_remote_prefill": False, **ASK}
+    answer, _ = post(P, {**body(p, 1), "stream": False, "kv_transfer_params": ask}, False)
+    first = time.perf_counter() - start
+    times, tokens = post(D, {**body(p, out), "stream": True, "kv_transfer_params": answer["kv_transfer_params"]}, True)
+    return [first + t for t in times], tokens, first
+
+
+def gaps(load) -> dict:
+    stop, found = threading.Event(), []
+
+    def decode(i: int) -> None:
+        times, _ = post(D, {**body(prompt(900 + i, 500), 300), "stream": True}, True)
+        found.extend(b - a for a, b in zip(times[1:], times[2:], strict=False))
+
+    def keep_loading() -> None:
+        seed = random.randrange(1 << 30)
+        while not stop.is_set():
+            seed += 1
+            load(prompt(seed, 20000))
+
+    threads, loader = (
+        [threading.Thread(target=decode, args=(i,)) for i in range(8)],
+        threading.Thread(target=keep_loading),
+    )
+    loader.start()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    stop.set()
+    loader.join()
+    found.sort()
+    return {
+        name: found[int(len(found) * q)] * 1e3
+        for name, q in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("p999", 0.999))
+    }
+
+
+def measure() -> None:
+    plain(prompt(1, 3000))
+    pd(prompt(2, 3000))
+    pd(prompt(3, 20000))
+    plain(prompt(4, 20000))
+    for n in (2000, 10000, 20000, 30000):
+        alone, both, legs, same = [], [], [], 0
+        for i in range(5):
+            p = prompt(n * 10 + i, n)
+            times, tokens, first = pd(p)
+            other, expected = plain(p)
+            both.append(times[0])
+            legs.append(first)
+            alone.append(other[0])
+            same += tokens == expected
+        a, b, leg = (statistics.median(x) * 1e3 for x in (alone, both, legs))
+        results[str(n)] = {"plain_ms": alone, "pd_ms": both, "prefill_leg_ms": legs, "equal": same}
+        row(
+            f"PD TTFT minus plain, {n} tokens, ms",
+            f"{b - a:+.1f} ({b:.1f}, prefill leg {leg:.1f}; plain {a:.1f}); tokens equal {same} of 5",
+        )
+
+
+def streams() -> None:
+    for name, load in (
+        ("idle", lambda p: time.sleep(0.2)),
+        ("PD, 20k prefills", lambda p: pd(p, 2)),
+        ("one engine, 20k prefills", lambda p: plain(p, 2)),
+    ):
+        g = results[f"itl {name}"] = gaps(load)
+        row(f"ITL of 8 streams, {name}, ms", f"p50 {g['p50']:.1f} p95 {g['p95']:.1f} p99 {g['p99']:.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--gpus", default="0,1", help="producer's and consumer's; the same twice measures TTFT only")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    cache, socket = daemon("pd", "24GiB", 8080, args.out)
+    first, second = args.gpus.split(",")
+    engines = [
+        serve(first, P, "kv_producer", socket, args.model, args.out),
+        serve(second, D, "kv_consumer", socket, args.model, args.out),
+    ]
+    begun = time.time()
+    try:
+        wait_up(P, engines[0])
+        wait_up(D, engines[1])
+        print("engines up after", round(time.time() - begun, 1), flush=True)
+        measure()
+        if first != second:
+            streams()
+    finally:
+        for e in engines:
+            e.terminate()
+        time.sleep(2)
+        for e in engines:
+            e.kill()
+        cache.terminate()
+        cache.wait(20)
+        results["table"] = table
+        (args.out / "pd.json").write_text(json.dumps(results, indent=1))
+        print()
+        for what, figure in table:
+            print(f"{what:44} {figure}")
+
+
+if __name__ == "__main__":
+    main()
