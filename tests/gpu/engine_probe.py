@@ -152,7 +152,10 @@ class Probe:
         return {"chunks": checked, "equal": equal}
 
     def itl(self, streams: int, out: int, disturb: str = "", seed: int = 0) -> dict:
-        """Time between tokens of `streams` decoding requests; `disturb`: "dma both", "direct:512 store" (threads) and the like move 20k tokens to and from the arena all the time."""
+        """Time between tokens of `streams` decoding requests.
+
+        disturb: "dma both", "direct:512 store" (threads) and the like move 20k tokens to and from the arena all the time.
+        """
         from vllm import SamplingParams
 
         engine = self.llm.llm_engine

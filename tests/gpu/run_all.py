@@ -37,7 +37,8 @@ class Engine:
         self._log = (out / f"{name}.log").open("w")
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "engine_probe.py"), json.dumps({"name": name, **options})],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env={**os.environ, "PYTHONSAFEPATH": "1", "VLLM_PORT": str(Engine.ports)},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env={**os.environ, "PYTHONSAFEPATH": "1", "VLLM_PORT": str(Engine.ports)},
         )  # fmt: skip
         Engine.ports += 100
 
@@ -156,7 +157,8 @@ def first_token(ours: Engine, plain: Engine) -> None:
         }
         row(
             f"TTFT {n} tokens, ms",
-            f"DRAM {m['dram']:.1f}, GPU cache {m['gpu']:.1f} (plain {m['plain_gpu']:.1f}), cold {m['cold']:.1f} (plain {m['plain_cold']:.1f})",
+            f"DRAM {m['dram']:.1f}, GPU cache {m['gpu']:.1f} (plain {m['plain_gpu']:.1f}), "
+            f"cold {m['cold']:.1f} (plain {m['plain_cold']:.1f})",
         )
     ours.do("reset")
     ours.do("rates")

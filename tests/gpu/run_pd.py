@@ -17,10 +17,11 @@ import sys
 import threading
 import time
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from run_all import daemon  # noqa: E402
+from run_all import daemon
 
 GRAPHS = '{"mode":0,"cudagraph_mode":"FULL_DECODE_ONLY","cudagraph_capture_sizes":[1,2,4,8,16,32]}'
 P, D = 8100, 8200
@@ -130,7 +131,7 @@ def gaps(load) -> dict:
 
     def decode(i: int) -> None:
         times, _ = post(D, {**body(prompt(900 + i, 500), 300), "stream": True}, True)
-        found.extend(b - a for a, b in zip(times[1:], times[2:], strict=False))
+        found.extend(b - a for a, b in pairwise(times[1:]))
 
     def keep_loading() -> None:
         seed = random.randrange(1 << 30)
