@@ -200,6 +200,12 @@ def started(
                 stop(own.name)
 
 
+def _plain_like(top: Topology) -> dict[str, Any]:
+    """A plain engine that computes on as many cores as the engines it is compared with, on the same ones: they are asked in turn."""
+    first = next(i for role in ("prefill", "both", "decode") for i in top.of(role))
+    return {"port": free_port(), **({"cpus": first.cpus} if first.cpus else {})}
+
+
 def write_variant(top: Topology, folder: Path, *, plain: bool, dev_mode: bool) -> tuple[Path, Topology]:
     """The topology's file again, with what a check needs: a plain engine, and engines that can empty their cache."""
     raw: dict[str, Any] = yaml.safe_load(Path(top.source).read_text())
@@ -207,7 +213,7 @@ def write_variant(top: Topology, folder: Path, *, plain: bool, dev_mode: bool) -
     if local.is_dir():
         raw["model"] = str(local)
     if plain and not raw.get("plain"):
-        raw["plain"] = [{"port": free_port()}]
+        raw["plain"] = [_plain_like(top)]
     if dev_mode:
         engine = raw.setdefault("engine", {})
         engine["env"] = {**(engine.get("env") or {}), "VLLM_SERVER_DEV_MODE": "1"}
@@ -305,7 +311,7 @@ def _plain_beside(top: Topology, plain: str | None, say: Say) -> Iterator[str]:
     name = f"{top.name[:32]}-plain"
     with tempfile.TemporaryDirectory(prefix="pdserve-") as folder:
         file = Path(folder) / f"{name}.yaml"
-        content: dict[str, Any] = {"name": name, **kept, "plain": [{"port": free_port()}]}
+        content: dict[str, Any] = {"name": name, **kept, "plain": [_plain_like(top)]}
         file.write_text(yaml.safe_dump(content, sort_keys=False))
         say("starting a plain engine with the same settings")
         try:
