@@ -349,8 +349,10 @@ class _Moving:
     def give_up(self, reservations: list[int]) -> None:
         """Gives back what was not committed, once nothing writes there any more."""
         for _, _, copy in self._copies:
-            with contextlib.suppress(Exception):  # a device that fails writes nothing either
+            try:
                 copy.digests()
+            except Exception:  # noqa: BLE001 - a device that fails writes nothing either; the reservation goes back all the same
+                log.get("connector").exception("a copy that was given up ended badly")
         left = [r for r in reservations if r not in self._settled]
         if left and self._client.daemon_id == self._daemon_id:
             with contextlib.suppress(CacheError):  # the daemon takes them back by itself
