@@ -104,8 +104,11 @@ def session_members(sid: int, created: float) -> list[int]:
     """Live processes of the session that a process started at `created` with pid `sid` leads or led.
 
     While a session has members its id is not given to a new process, so members without a leader are ours; a leader of
-    another age means that the session is gone and the number was used again.
+    another age means that the session is gone and the number was used again. 0 is what the kernel says of a session
+    begun outside this container, so it names no session at all.
     """
+    if sid <= 0:
+        return []
     leader = created_at(sid)
     if leader is not None and abs(leader - created) >= _SAME_AGE:
         return []

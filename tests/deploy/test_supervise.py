@@ -305,7 +305,16 @@ def test_stop_of_a_well_supervisor(make_plan: Make, tmp_path: Path) -> None:
 def test_a_reused_pid_is_not_ours() -> None:
     assert is_running(os.getpid(), psutil.Process().create_time())
     assert not is_running(os.getpid(), psutil.Process().create_time() - 100)
-    assert session_members(os.getsid(0), 1.0) == []
+    leader = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        created = psutil.Process(leader.pid).create_time()
+        assert session_members(leader.pid, created) == [leader.pid]
+        assert session_members(leader.pid, created - 100) == []
+    finally:
+        leader.kill()
+        leader.wait(10)
+    # What a container sees of processes whose session was begun outside of it: 0, which nothing here leads.
+    assert session_members(0, 1.0) == []
 
 
 def test_shared_memory_of_a_killed_engine_is_removed(make_plan: Make, run_dir: Path) -> None:
