@@ -136,7 +136,7 @@ def _pdserve(context: Context, *words: str) -> tuple[str, ...]:
 
 
 def _cache(name: str, cache: Cache, context: Context) -> Process:
-    admin = f"http://{cache.admin_host}:{cache.admin_port}"
+    admin = cache.admin_url
     words = ["cache", "serve", "--name", name, "--socket", str(context.cache_socket), "--size", str(cache.size)]
     words += ["--chunk-tokens", str(cache.chunk_tokens)]
     if cache.policy != "lru":
@@ -183,6 +183,8 @@ def _proxy(topology: Topology, proxy: Proxy, context: Context, depends: tuple[st
     for role in ("prefill", "decode", "both"):
         for instance in topology.of(role):
             words += [f"--{role}", f"{instance.name}={instance.url}"]
+    if topology.cache:
+        words += ["--cache", f"cache={topology.cache.admin_url}"]
     words += ["--model", context.served_model_name, "--policy", proxy.policy]
     words += ["--engine", next(i.engine.kind for i in topology.instances if i.role != "plain")]
     for flag, value in (

@@ -89,6 +89,11 @@ class Cache(msgspec.Struct, frozen=True, kw_only=True):
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8080
 
+    @property
+    def admin_url(self) -> str:
+        host = "127.0.0.1" if self.admin_host in ("0.0.0.0", "::") else self.admin_host
+        return f"http://{host}:{self.admin_port}"
+
 
 class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from urllib.parse import urlsplit
 
 from pdserve import env
 from pdserve.errors import ConfigError
@@ -34,6 +35,7 @@ class Settings:
     workers: int = 1
     max_waiting: int = 256
     probe_every: float = 1.0
+    caches: tuple[tuple[str, str], ...] = ()  # (name, admin URL) of the hosts' cache daemons
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for role, what in zip(ROLES, ("producers: prefill only", "consumers: decode", "engines that do both"), strict=True):
         help_ = f"{what}; [NAME=]URL, several may follow, and the option may be repeated"
         parser.add_argument(f"--{role}", nargs="+", action="extend", default=[], metavar="[NAME=]URL", help=help_)
+    text = "a cache daemon's admin address: [NAME=]URL, several may follow, and the option may be repeated"
+    parser.add_argument("--cache", nargs="+", action="extend", default=[], metavar="[NAME=]URL", help=text)
     parser.add_argument("--model", action="append", default=[], metavar="NAME", help="served model name (repeatable)")
     parser.add_argument("--engine", default="vllm", help="what the engines are (default %(default)s)")
     parser.add_argument("--policy", default="round_robin", help="how an instance is chosen (default %(default)s)")
@@ -88,6 +92,7 @@ def settings(args: argparse.Namespace) -> Settings:
             raise ConfigError(f"--{flag.replace('_', '-')}", f"{getattr(args, flag)} is not positive")
     return Settings(
         tuple(instances),
+        caches=_caches(args.cache),
         models=frozenset(args.model),
         engine=args.engine,
         prefill_policy=args.prefill_policy or args.policy,
@@ -104,6 +109,20 @@ def settings(args: argparse.Namespace) -> Settings:
         max_waiting=args.max_waiting,
         max_body=args.max_body_mib * 1024 * 1024,
     )
+
+
+def _caches(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """What --cache names: like instances, but asked for facts only. Raises ConfigError."""
+    found: dict[str, str] = {}
+    for n, text in enumerate(texts):
+        name, url = named(text, f"cache-{n}" if n else "cache")
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise ConfigError("--cache", f"{url!r} is no http:// address", "Give the daemon's admin URL.")
+        if name in found:
+            raise ConfigError("--cache", f"the name {name!r} is used twice", "Give each daemon its own name.")
+        found[name] = url.rstrip("/")
+    return tuple(found.items())
 
 
 def named(text: str, default: str) -> tuple[str, str]:

@@ -57,7 +57,8 @@ def test_cache_and_proxy_command_lines() -> None:
     assert of(plan, "proxy").argv == (
         *(*start, "proxy", "--host", "127.0.0.1", "--port", "8001"),
         *("--prefill", "prefill-0=http://127.0.0.1:8100", "--prefill", "prefill-1=http://127.0.0.1:8101"),
-        *("--decode", "decode-0=http://127.0.0.1:8200", "--model", "smollm2-135m-instruct"),
+        *("--decode", "decode-0=http://127.0.0.1:8200", "--cache", "cache=http://127.0.0.1:8081"),
+        *("--model", "smollm2-135m-instruct"),
         *("--policy", "round_robin", "--engine", "vllm", "--prefill-timeout", "30"),
     )
 
@@ -76,6 +77,7 @@ def test_the_parts_accept_these_command_lines() -> None:
     assert (args.action, args.admin_port, args.name) == ("serve", 8081, "pd")
     made = options.parse(of(plan, "proxy").argv[5:])
     assert [name for name, _, _ in made.instances] == ["prefill-0", "prefill-1", "decode-0"]
+    assert made.caches == (("cache", "http://127.0.0.1:8081"),)
     assert made.deadlines.prefill == 30
 
 

@@ -25,6 +25,16 @@ def test_the_rest() -> None:
     assert (made.prefill_policy, made.decode_policy) == ("round_robin", "round_robin")
 
 
+def test_caches_have_names_like_instances() -> None:
+    made = parse(["--decode", B, "--cache", "http://10.0.0.1:8080/", "far=http://10.0.0.2:8080", "http://10.0.0.3:1"])
+    assert made.caches == (
+        ("cache", "http://10.0.0.1:8080"),
+        ("far", "http://10.0.0.2:8080"),
+        ("cache-2", "http://10.0.0.3:1"),
+    )
+    assert parse(["--decode", B]).caches == ()
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -34,6 +44,8 @@ def test_the_rest() -> None:
         (["--decode", A, "--prefill-timeout", "0"], "--prefill-timeout: 0 is not a positive"),
         (["--decode", A, "--event-timeout", "nan"], "--event-timeout: nan is not a positive"),
         (["--decode", A, "--max-body-mib", "-1"], "--max-body-mib: -1 is not positive"),
+        (["--decode", A, "--cache", "127.0.0.1:8080"], "--cache: '127.0.0.1:8080' is no http:// address"),
+        (["--decode", A, "--cache", f"c={A}", f"c={B}"], "the name 'c' is used twice"),
     ],
 )
 def test_what_is_wrong_is_said(argv: list[str], says: str) -> None:
