@@ -26,7 +26,7 @@ def free_port() -> int:
 class RunningCache:
     """A daemon in a process of its own, through the command's own entry."""
 
-    def __init__(self, folder: Path, name: str, size: int = 64 << 20) -> None:
+    def __init__(self, folder: Path, name: str, size: int = 64 << 20, *words: str) -> None:
         self.socket, self.port, self.name = folder / "c.sock", free_port(), name
         self.log = folder / f"{name}.log"
         argv = [
@@ -40,6 +40,7 @@ class RunningCache:
             str(self.port),
             "--name",
             name,
+            *words,
         ]
         with self.log.open("w") as log:
             self.process = subprocess.Popen([sys.executable, "-P", "-m", "pdserve", *argv], stderr=log)
@@ -69,7 +70,7 @@ class RunningCache:
 
 @pytest.fixture
 def start_cache() -> Iterator[Callable[..., RunningCache]]:
-    """Starts a daemon: start_cache(folder, name, size). What a test does not stop itself ends with the test."""
+    """Starts a daemon: start_cache(folder, name, size, *words of the command). What a test does not stop itself ends with the test."""
     started: list[RunningCache] = []
 
     def start(*args: Any, **kw: Any) -> RunningCache:

@@ -50,6 +50,7 @@ _OPS = {
     wire.Abort: "abort",
     wire.Release: "release",
     wire.Ping: "ping",
+    wire.Prefetch: "prefetch",
 }
 
 
@@ -155,6 +156,8 @@ class Daemon:
                 reply = wire.Ok(message.id, self.store.abort(message.reservations, client))
             case wire.Release():
                 reply = wire.Ok(message.id, self._release(message, client))
+            case wire.Prefetch():
+                reply = wire.Ok(message.id, self.tiering.loading(message.keys, now))
             case wire.Ping():
                 reply = wire.Ok(message.id)
             case _:

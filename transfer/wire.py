@@ -14,7 +14,7 @@ import msgspec
 from pdserve.chunk import KEY_BYTES
 from pdserve.errors import ProtocolError
 
-VERSION = 2
+VERSION = 3
 MAX_FRAME = 8 << 20
 MAX_ITEMS = 65536
 MAX_SHARDS = 1024
@@ -107,6 +107,14 @@ class Ping(_Message, frozen=True, tag=7):
     id: Id
 
 
+class Prefetch(_Message, frozen=True, tag=8):
+    """Somebody will ask for these soon: what of them is in lower tiers is brought up, within the same bounds as for a lookup.
+    Gives no lease. The answer's count says how many, up to the first key that is nowhere, are on their way."""
+
+    id: Id
+    keys: Annotated[list[Key], msgspec.Meta(max_length=MAX_ITEMS)]
+
+
 # ---- what the daemon says ----
 
 
@@ -168,7 +176,7 @@ class Refused(_Message, frozen=True, tag=24):
     reason: str
 
 
-Request = Hello | Lookup | Reserve | Commit | Abort | Release | Ping
+Request = Hello | Lookup | Reserve | Commit | Abort | Release | Ping | Prefetch
 Reply = Welcome | LookupReply | ReserveReply | Ok | Refused
 
 _encoder = msgspec.msgpack.Encoder()

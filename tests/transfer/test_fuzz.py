@@ -21,6 +21,7 @@ SEEDS = [
     wire.Abort(4, [1, 2]),
     wire.Release(5, 1, 2, 3, [KEY]),
     wire.Ping(6),
+    wire.Prefetch(7, [bytes(32)]),
 ]
 FRAMES = [wire.encode(m) for m in SEEDS]
 

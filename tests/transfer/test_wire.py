@@ -26,6 +26,7 @@ requests = st.one_of(
     st.builds(wire.Abort, ids, st.lists(ids, max_size=5)),
     st.builds(wire.Release, ids, ids, st.integers(0, 9), st.integers(0, 2**40), keys),
     st.builds(wire.Ping, ids),
+    st.builds(wire.Prefetch, ids, keys),
 )
 
 
