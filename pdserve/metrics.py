@@ -1,4 +1,5 @@
-"""Every metric's name, type, labels and meaning, in one table. Prometheus format, prefix `pdserve_`.
+"""Every metric's name, type, unit, labels, meaning and what to do when it moves, in one table. Prometheus format,
+prefix `pdserve_`; docs/metrics.md is made from it (scripts/metrics_doc.py).
 
 Labels stay bounded: instance names, tiers, routes and reasons come from closed sets, never from a request.
 """
@@ -9,75 +10,20 @@ from typing import Any, Literal, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+# fmt: off
 # vLLM's own buckets for the same quantities, so that one dashboard reads both.
 TTFT_BUCKETS = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    7.5,
-    10.0,
-    20.0,
-    40.0,
-    80.0,
-    160.0,
-    640.0,
-    2560.0,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+    640.0, 2560.0,
 )
 ITL_BUCKETS = (
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    7.5,
-    10.0,
-    20.0,
-    40.0,
-    80.0,
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 )
 E2E_BUCKETS = (
-    0.3,
-    0.5,
-    0.8,
-    1.0,
-    1.5,
-    2.0,
-    2.5,
-    5.0,
-    10.0,
-    15.0,
-    20.0,
-    30.0,
-    40.0,
-    50.0,
-    60.0,
-    120.0,
-    240.0,
-    480.0,
-    960.0,
-    1920.0,
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0,
     7680.0,
 )
+# fmt: on
 OP_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 # From a page of a fast disk to a large chunk of a slow server.
@@ -85,10 +31,14 @@ TIER_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 
 
 class Metric(NamedTuple):
+    """`unit` and `act` (what to do when it moves) are for people: docs/metrics.md shows them, a test wants them."""
+
     kind: type[Counter] | type[Gauge] | type[Histogram]
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    unit: str = ""
+    act: str = ""
 
 
 PROXY = {
@@ -96,92 +46,309 @@ PROXY = {
         Counter,
         "Requests answered, by endpoint, route (pd, local, passthrough) and HTTP status",
         ("endpoint", "route", "status"),
+        unit="requests",
+        act="4xx: look at the clients; 5xx: `leg_failures_total` says which engine and why. Many `local` where "
+        "you expect `pd`: see `split_decisions_total`.",
     ),
-    "requests_running": Metric(Gauge, "Requests being served now", ("endpoint",)),
-    "request_aborted_total": Metric(Counter, "Requests whose client left before the end", ("endpoint",)),
+    "requests_running": Metric(
+        Gauge,
+        "Requests being served now",
+        ("endpoint",),
+        unit="requests",
+        act="Grows without falling: engines are too slow for what arrives, or clients do not read. Add "
+        "consumers, or set `slo_ttft`.",
+    ),
+    "request_aborted_total": Metric(
+        Counter,
+        "Requests whose client left before the end",
+        ("endpoint",),
+        unit="requests",
+        act="Clients give up: compare with the time to first token; a timeout of theirs may be shorter than it.",
+    ),
     "time_to_first_token_seconds": Metric(
-        Histogram, "Request arrival to first streamed event", ("route",), TTFT_BUCKETS
+        Histogram,
+        "Request arrival to first streamed event",
+        ("route",),
+        TTFT_BUCKETS,
+        unit="seconds",
+        act="Up: look at `admission_waiting`, `prefill_leg_seconds` and the engines' waiting requests, in this "
+        "order. Add producers, or let the cache grow.",
     ),
     "inter_token_latency_seconds": Metric(
-        Histogram, "Time between two streamed events of one request", ("route",), ITL_BUCKETS
+        Histogram,
+        "Time between two streamed events of one request",
+        ("route",),
+        ITL_BUCKETS,
+        unit="seconds",
+        act="Up: consumers are crowded or prefill for themselves (route `local`). Add consumers, raise `pd_max_queue`.",
     ),
-    "e2e_request_latency_seconds": Metric(Histogram, "Request arrival to last byte", ("route",), E2E_BUCKETS),
-    "prefill_leg_seconds": Metric(Histogram, "Time of the prefill leg on the producer", ("instance",), TTFT_BUCKETS),
+    "e2e_request_latency_seconds": Metric(
+        Histogram,
+        "Request arrival to last byte",
+        ("route",),
+        E2E_BUCKETS,
+        unit="seconds",
+        act="Follows from the two above and the length of the answers.",
+    ),
+    "prefill_leg_seconds": Metric(
+        Histogram,
+        "Time of the prefill leg on the producer",
+        ("instance",),
+        TTFT_BUCKETS,
+        unit="seconds",
+        act="One producer above the others: it is crowded or ill. All: prompts grew, or hits became fewer.",
+    ),
     "leg_failures_total": Metric(
-        Counter, "Failed legs by instance and reason (connect, timeout, status, broken, diverged)", ("instance", "leg", "reason")
+        Counter,
+        "Failed legs by instance and reason (connect, timeout, status, broken, diverged)",
+        ("instance", "leg", "reason"),
+        unit="failed legs",
+        act="connect: the engine is down; timeout: it hangs or is overloaded; status: read its log; broken: it "
+        "died in mid-answer; diverged: two engines answer differently, check that they run the same.",
     ),
     "requests_refused_total": Metric(
         Counter,
         "Requests refused with 429, by reason (too_many_streams, rate_limit_exceeded, slo_cannot_be_met, engine)",
         ("reason",),
+        unit="requests",
+        act="slo_cannot_be_met: more load than the target allows, add engines; rate_limit_exceeded and "
+        "too_many_streams: a key's own limits; engine: an engine said 429.",
     ),
-    "admission_limit": Metric(Gauge, "Requests that may be between arrival and first token at once"),
-    "admission_waiting": Metric(Gauge, "Requests that wait for their turn"),
+    "admission_limit": Metric(
+        Gauge,
+        "Requests that may be between arrival and first token at once",
+        unit="requests",
+        act="Falls: first tokens came too late for the target. It rises by itself when they are in time.",
+    ),
+    "admission_waiting": Metric(
+        Gauge,
+        "Requests that wait for their turn",
+        unit="requests",
+        act="Stays above zero: there is more load than the target allows.",
+    ),
     "split_decisions_total": Metric(
         Counter,
-        "Completions by what was decided at first: pd, or why a consumer alone was asked (no-producer, short-prompt, "
-        "mostly-cached, producers-busy, several-prompts, prompt-logprobs, prompt-embeds, beam-search, no-tokens)",
+        "Completions by what was decided at first: pd, or why a consumer alone was asked (no-producer, "
+        "short-prompt, mostly-cached, producers-busy, several-prompts, prompt-logprobs, prompt-embeds, "
+        "beam-search, no-tokens)",
         ("decision",),
+        unit="requests",
+        act="Much that is not `pd`: the label says why. no-producer: bring producers back; producers-busy: add some.",
     ),
     "takeovers_total": Metric(
-        Counter, "Streams whose engine died, by how they went on (resume, repeat, end, none)", ("how",)
+        Counter,
+        "Streams whose engine died, by how they went on (resume, repeat, end, none)",
+        ("how",),
+        unit="streams",
+        act="Any: a consumer died or broke off in mid-answer; its log and `leg_failures_total` say why. none: a "
+        "client saw the end of its stream.",
     ),
-    "instance_up": Metric(Gauge, "1 while the instance answers its health probe", ("instance", "role")),
+    "instance_up": Metric(
+        Gauge,
+        "1 while the instance answers its health probe",
+        ("instance", "role"),
+        unit="0 or 1",
+        act="0: the engine does not answer /health. `pdserve status` and its log say why.",
+    ),
 }
 
 CACHE = {
-    "cache_lookups_total": Metric(Counter, "Lookups answered"),
-    "cache_lookup_chunks_total": Metric(
-        Counter, "Chunks asked for, by result (hit, miss); not those of a client that asks again", ("result",)
+    "cache_lookups_total": Metric(
+        Counter,
+        "Lookups answered",
+        unit="lookups",
+        act="Stands still while prompts come: no engine is connected (`cache_clients`).",
     ),
-    "cache_stored_chunks_total": Metric(Counter, "Chunks committed"),
-    "cache_stored_bytes_total": Metric(Counter, "Bytes of committed chunks"),
-    "cache_loaded_chunks_total": Metric(Counter, "Chunks that a client reported loaded, by tier", ("tier",)),
-    "cache_loaded_bytes_total": Metric(Counter, "Bytes of chunks that a client reported loaded, by tier", ("tier",)),
+    "cache_lookup_chunks_total": Metric(
+        Counter,
+        "Chunks asked for, by result (hit, miss); not those of a client that asks again",
+        ("result",),
+        unit="chunks",
+        act="Share of hits falls: look at evictions (too small), at salts and models (never shared), at the prompts.",
+    ),
+    "cache_stored_chunks_total": Metric(
+        Counter,
+        "Chunks committed",
+        unit="chunks",
+        act="Stands still while prompts come: see `cache_reserve_failures_total`.",
+    ),
+    "cache_stored_bytes_total": Metric(
+        Counter,
+        "Bytes of committed chunks",
+        unit="bytes",
+        act="Its rate is what producers write into memory.",
+    ),
+    "cache_loaded_chunks_total": Metric(
+        Counter,
+        "Chunks that a client reported loaded, by tier",
+        ("tier",),
+        unit="chunks",
+        act="By tier: much from disk or remote means that memory is too small for what is used again.",
+    ),
+    "cache_loaded_bytes_total": Metric(
+        Counter,
+        "Bytes of chunks that a client reported loaded, by tier",
+        ("tier",),
+        unit="bytes",
+        act="Its rate is what consumers read.",
+    ),
     "cache_digest_failures_total": Metric(
-        Counter, "Chunks dropped because their bytes did not match their digest", ("tier",)
+        Counter,
+        "Chunks dropped because their bytes did not match their digest",
+        ("tier",),
+        unit="chunks",
+        act="Any: memory, disk or network changed bytes. The tokens were computed again, nobody got a wrong "
+        "answer. In dram: suspect the host's memory; below: the device or server of that tier.",
     ),
     "cache_evictions_total": Metric(
-        Counter, "Chunks removed, by reason (capacity, dropped, cleared, corrupt)", ("tier", "reason")
+        Counter,
+        "Chunks removed, by reason (capacity, dropped, cleared, corrupt)",
+        ("tier", "reason"),
+        unit="chunks",
+        act="capacity: normal when full; fast and with few hits, the tier is too small. corrupt: see "
+        "`cache_digest_failures_total`.",
     ),
     "cache_reserve_failures_total": Metric(
-        Counter, "Reservations refused, by reason (full, exists, too_large)", ("reason",)
+        Counter,
+        "Reservations refused, by reason (full, exists, too_large)",
+        ("reason",),
+        unit="reservations",
+        act="full: everything is leased or being written, make memory larger; exists is normal (somebody stored "
+        "it first); too_large: the arena is smaller than a chunk.",
     ),
     "cache_expired_total": Metric(
-        Counter, "Leases and reservations taken back, by kind and reason (timeout, client_gone)", ("kind", "reason")
+        Counter,
+        "Leases and reservations taken back, by kind and reason (timeout, client_gone)",
+        ("kind", "reason"),
+        unit="leases and reservations",
+        act="client_gone: an engine died; timeout: an engine was stuck in a copy. Both are cleaned up by themselves.",
     ),
     "cache_tier_chunks_total": Metric(
-        Counter, "Chunks moved between DRAM and a lower tier, by direction (up, down)", ("tier", "direction")
+        Counter,
+        "Chunks moved between DRAM and a lower tier, by direction (up, down)",
+        ("tier", "direction"),
+        unit="chunks",
+        act="down without up: written and never read again; a smaller tier or `selective` writes would do.",
     ),
     "cache_tier_bytes_total": Metric(
-        Counter, "Bytes moved between DRAM and a lower tier, by direction (up, down)", ("tier", "direction")
+        Counter,
+        "Bytes moved between DRAM and a lower tier, by direction (up, down)",
+        ("tier", "direction"),
+        unit="bytes",
+        act="Its rate against what the device can do.",
     ),
     "cache_tier_seconds": Metric(
-        Histogram, "Time of one operation of a lower tier (get, put, contains)", ("tier", "op"), TIER_BUCKETS
+        Histogram,
+        "Time of one operation of a lower tier (get, put, contains)",
+        ("tier", "op"),
+        TIER_BUCKETS,
+        unit="seconds",
+        act="get up: the tier is slow or crowded; above the time to compute, it does harm: make it smaller or "
+        "leave it out.",
     ),
     "cache_tier_failures_total": Metric(
         Counter,
         "Operations of a lower tier that did not succeed, by reason (error, late, gone, corrupt, refused, no_room)",
         ("tier", "op", "reason"),
+        unit="operations",
+        act="error and late: server or disk, its log; no_room: free disk space; refused: the server is full; "
+        "corrupt: see `cache_digest_failures_total`; gone is normal.",
     ),
     "cache_tier_dropped_writes_total": Metric(
-        Counter, "Chunks not written down because the queue to the tier was full", ("tier",)
+        Counter,
+        "Chunks not written down because the queue to the tier was full",
+        ("tier",),
+        unit="chunks",
+        act="Goes up: the tier is slower than what is stored; nothing is lost but later hits.",
     ),
-    "cache_tier_queue": Metric(Gauge, "Chunks waiting or moving, by direction (up, down)", ("tier", "direction")),
-    "cache_tier_up": Metric(Gauge, "1 while the tier says that it is well", ("tier",)),
+    "cache_tier_queue": Metric(
+        Gauge,
+        "Chunks waiting or moving, by direction (up, down)",
+        ("tier", "direction"),
+        unit="chunks",
+        act="Stays high: the tier is too slow for what is asked of it.",
+    ),
+    "cache_tier_up": Metric(
+        Gauge,
+        "1 while the tier says that it is well",
+        ("tier",),
+        unit="0 or 1",
+        act="0: the tier says that it is not well; /status of the daemon says why. Requests go on without it.",
+    ),
     "cache_recovered_chunks_total": Metric(
-        Counter, "Chunks of an earlier daemon found in the arena, by result (kept, dropped)", ("result",)
+        Counter,
+        "Chunks of an earlier daemon found in the arena, by result (kept, dropped)",
+        ("result",),
+        unit="chunks",
+        act="After a crash only. dropped: being written when the daemon died, or damaged.",
     ),
-    "cache_scrubbed_chunks_total": Metric(Counter, "Chunks whose digests were verified in the background", ("tier",)),
-    "cache_scrubbed_bytes_total": Metric(Counter, "Bytes that were verified in the background", ("tier",)),
-    "cache_pinned_bytes": Metric(Gauge, "Bytes that pins keep from being evicted"),
-    "cache_capacity_bytes": Metric(Gauge, "Size of the tier", ("tier",)),
-    "cache_used_bytes": Metric(Gauge, "Bytes in use in the tier, reservations included", ("tier",)),
-    "cache_chunks": Metric(Gauge, "Chunks that can be hit", ("tier",)),
-    "cache_leases": Metric(Gauge, "Chunk leases held by clients"),
-    "cache_reservations": Metric(Gauge, "Reservations being written"),
-    "cache_clients": Metric(Gauge, "Connected clients"),
-    "cache_op_seconds": Metric(Histogram, "Time to answer one request inside the daemon", ("op",), OP_BUCKETS),
+    "cache_scrubbed_chunks_total": Metric(
+        Counter,
+        "Chunks whose digests were verified in the background",
+        ("tier",),
+        unit="chunks",
+        act="Stands still: nothing to verify, or the scrubber's rate is 0.",
+    ),
+    "cache_scrubbed_bytes_total": Metric(
+        Counter,
+        "Bytes that were verified in the background",
+        ("tier",),
+        unit="bytes",
+        act="Its rate is bounded by `--scrub-rate`.",
+    ),
+    "cache_pinned_bytes": Metric(
+        Gauge,
+        "Bytes that pins keep from being evicted",
+        unit="bytes",
+        act="Near the capacity: pins keep everything else out.",
+    ),
+    "cache_capacity_bytes": Metric(
+        Gauge,
+        "Size of the tier",
+        ("tier",),
+        unit="bytes",
+        act="Set by the topology; 0 where the tier does not know.",
+    ),
+    "cache_used_bytes": Metric(
+        Gauge,
+        "Bytes in use in the tier, reservations included",
+        ("tier",),
+        unit="bytes",
+        act="At its capacity is normal for a cache. Above it: report a bug.",
+    ),
+    "cache_chunks": Metric(
+        Gauge,
+        "Chunks that can be hit",
+        ("tier",),
+        unit="chunks",
+        act="Falls at once: it was cleared, or the daemon was restarted without its arena.",
+    ),
+    "cache_leases": Metric(
+        Gauge,
+        "Chunk leases held by clients",
+        unit="leases",
+        act="Grows without falling: an engine hangs while it loads. They end after 30 s by themselves.",
+    ),
+    "cache_reservations": Metric(
+        Gauge,
+        "Reservations being written",
+        unit="reservations",
+        act="Grows without falling: an engine hangs while it stores.",
+    ),
+    "cache_clients": Metric(
+        Gauge,
+        "Connected clients",
+        unit="connections",
+        act="Fewer than engines: one is not connected; it works without cache and tries again.",
+    ),
+    "cache_op_seconds": Metric(
+        Histogram,
+        "Time to answer one request inside the daemon",
+        ("op",),
+        OP_BUCKETS,
+        unit="seconds",
+        act="Up: the daemon has too little processor time; give it a core of its own.",
+    ),
 }
 
 _PREFIX = "pdserve_"

@@ -8,7 +8,6 @@ DELETE  /admin/instances/NAME       drains it: nothing new, and gone when the la
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 from collections.abc import Callable
 from typing import Annotated
@@ -18,6 +17,7 @@ from fastapi import FastAPI, Request, Response
 
 from pdserve.errors import ConfigError, RequestError
 from pdserve.proxy import openai
+from pdserve.proxy.access import Access
 from pdserve.proxy.fleet import Fleet
 from pdserve.proxy.instance import Instance
 from pdserve.proxy.options import ROLES
@@ -34,7 +34,7 @@ class _Wanted(msgspec.Struct, forbid_unknown_fields=True):
 
 class Admin:
     def __init__(self, fleet: Fleet, key: str) -> None:
-        self._fleet, self._key = fleet, key
+        self._fleet, self._access = fleet, Access(key)
         self._draining: set[asyncio.Task[None]] = set()
 
     def add_to(self, app: FastAPI) -> None:
@@ -45,20 +45,12 @@ class Admin:
     def _guarded(self, answer: Callable[..., object]) -> Callable[..., object]:
         async def guarded(request: Request) -> Response:
             try:
-                self._check(request)
+                self._access.change(request.headers)
                 return await answer(request)  # type: ignore[misc]
             except RequestError as error:
                 return Response(openai.request_error(error), error.status, media_type="application/json")
 
         return guarded
-
-    def _check(self, request: Request) -> None:
-        if not self._key:
-            text = "The proxy was started without an admin key (PDSERVE_ADMIN_TOKEN)."
-            raise RequestError(403, text, "permission_error", code="no_admin_key")
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), self._key.encode()):
-            raise RequestError(401, "The admin key is missing or wrong.", "authentication_error", code="invalid_key")
 
     async def _list(self, _: Request) -> Response:
         shown = [
