@@ -6,12 +6,13 @@ ENGINE ?= cpu
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format typecheck unit e2e bench-quick soak clean
+.PHONY: help setup demo test lint format typecheck unit e2e bench-quick soak clean docs docs-generate
 
 help:
 	@echo "make demo [KEEP=1]   install what is missing, start, show, stop (KEEP=1 leaves it running)"
 	@echo "make test            install what is missing, then lint, types and all tests"
 	@echo "make setup           only install; quick when nothing changed"
+	@echo "make docs            the documentation as a site, in site/"
 	@echo "make lint | typecheck | unit | e2e | bench-quick | soak | format | clean"
 
 setup:
@@ -39,6 +40,14 @@ typecheck:
 	@for part in transfer kernels proxy deploy; do cp -rs $(CURDIR)/$$part .typecheck/pdserve/$$part; done
 	@MYPYPATH=.typecheck $(BIN)/mypy -p pdserve
 
+# The pages that are made from the code, then the site into site/; --strict: a dead link is an error.
+docs-generate:
+	@$(BIN)/python -P scripts/generate_docs.py
+
+docs: docs-generate
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html is ready; $(BIN)/mkdocs serve shows it while you write"
+
 unit: setup
 	@$(BIN)/pytest -m "not e2e and not gpu"
 
@@ -56,4 +65,4 @@ soak: setup
 # Ends what runs from this checkout before its environment goes; the demo model in ~/.cache/pdserve stays.
 clean:
 	@if [ -x $(BIN)/pdserve ]; then $(BIN)/pdserve stop --all; fi
-	@rm -rf .venv .typecheck .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	@rm -rf .venv .typecheck .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info

@@ -3,6 +3,7 @@
 PdserveError
 |-- ConfigError          the user's YAML, flag or environment; exit code 2, nothing was started
 |-- StartError           a process could not be brought up; exit code 1
+|-- NotRunning           what a command should talk to does not run or does not answer; exit code 3
 |-- RequestError         the client's request is wrong; carries the HTTP status and the OpenAI error type
 |-- UpstreamError        an engine refused, broke or was late; carries the HTTP status to answer with
 |-- CacheError           the cache cannot do what was asked; callers treat it as a miss
@@ -34,6 +35,12 @@ class ConfigError(PdserveError):
 
 class StartError(PdserveError):
     """A process of the deployment could not be started or did not become ready."""
+
+
+class NotRunning(PdserveError):
+    """What a command should talk to does not run, or does not answer."""
+
+    exit_code = 3
 
 
 class RequestError(PdserveError):

@@ -29,6 +29,12 @@ RULES: dict[str, tuple[str, ...]] = {
     # The command: one module per word, each imported when its word is given.
     "pdserve.cli_cache": (CORE, "pdserve.transfer.daemon", "pdserve.transfer.fsck"),
     "pdserve.cli_launch": (CORE, "pdserve.deploy", "msgspec", "yaml"),
+    "pdserve.cli_tree": (CORE,),
+    "pdserve.cli_completion": (CORE, "pdserve.cli_tree", "shtab"),
+    "pdserve.cli_topology": (CORE, "msgspec"),
+    "pdserve.cli_reference": (CORE, "pdserve.cli_tree"),
+    "pdserve.output": (CORE, "rich"),
+    "pdserve.__main__": (CORE, "pdserve.cli_tree"),
     "pdserve.cli_status": (CORE, "pdserve.deploy", "msgspec", "rich"),
     "pdserve.cli_stop": (CORE, "pdserve.cli_status", "pdserve.deploy"),
     "pdserve.chunk": (CORE, "blake3", "msgspec", "numpy"),
