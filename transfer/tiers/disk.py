@@ -61,6 +61,7 @@ class DiskTier:
         self._log = log.get("disk")
         self._lock = threading.Lock()  # the index; never held across I/O
         self._writing = threading.Lock()  # whoever appends, evicts or rewrites files
+        self._saving = threading.Lock()  # whoever writes the index file
         self._index: dict[bytes, Entry] = {}
         self._segments: dict[int, Segment] = {}
         self._current: Segment | None = None
@@ -77,6 +78,7 @@ class DiskTier:
         for segment in found:
             self._segments[segment.number] = segment
             self._use(segment)
+        self._saver = disk_index.Saver(self.save_index)
 
     # ---- the contract ----
 
@@ -153,6 +155,7 @@ class DiskTier:
         if self._closed:
             return
         self._closed = True
+        self._saver.close()
         got = self._writing.acquire(timeout=5.0)
         try:
             if got:
@@ -201,25 +204,23 @@ class DiskTier:
             count = len(self._index)
             self._index.clear()
             self._current = None
-            doomed = list(self._segments.values())
-            for segment in doomed:
+            for segment in self._segments.values():
+                segment.keys, segment.listed = set(), None
                 self._remove(segment)
             self._segments.clear()
         return count
 
     def save_index(self) -> None:
         """The index as a file, so that the next start need not read every header. Checked when it is read."""
-        with self._lock:
-            listed = [(s, [self._index[k].place for k in s.keys]) for s in self._segments.values()]
-        disk_index.write(self.path, listed, self._fault)
+        with self._saving:
+            disk_index.write(self.path, self._index, list(self._segments.values()), self._lock, self._fault)
 
     # ---- writing; self._writing is held ----
 
     def _put(self, record: ChunkRecord, payload: list[np.ndarray], deadline: float) -> bool:
         if record.key in self._index:
             return True
-        # The offset is not known yet, and does not change the header's length by a page but at a page's edge: leave one.
-        total = len(segments.header(2**62, 2**62 // PAGE * PAGE, record)) + segments.payload_on_disk(record)
+        total = segments.header_room(record) + segments.payload_on_disk(record)
         if not self._make_room(total, deadline):
             return False
         self._append(record, payload, deadline)
@@ -249,8 +250,7 @@ class DiskTier:
         if current is not None and (current.end == PAGE or current.end + payload + PAGE <= self.segment_bytes):
             return current
         if current is not None:
-            with contextlib.suppress(OSError):  # without it the next start scans
-                self.save_index()
+            self._saver.ask()
         name = segments.SegmentName(segments.DISK_FORMAT, max(self._segments, default=0) + 1, time.time())
         path = self.path / f"{name.number:08d}.seg"
         fd, direct = segments.open_file(str(path), os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -318,6 +318,8 @@ class DiskTier:
             for key in victim.keys:
                 del self._index[key]
                 self._counts["evicted_chunks"] += 1
+            victim.keys = set()  # an index that is being written may still look
+            victim.listed = None
             del self._segments[victim.number]
             self._remove(victim)
 
@@ -346,7 +348,7 @@ class DiskTier:
         return sum(s.end for s in list(self._segments.values()))
 
     def _index_allowance(self) -> int:
-        return 4096 + 256 * len(self._index)
+        return 4096 + 2 * 256 * len(self._index)  # the file, and the one that takes its place
 
     def _free(self) -> int:
         facts = os.statvfs(self.path)
@@ -356,7 +358,7 @@ class DiskTier:
         with self._lock:
             entry = self._index.pop(key, None)
             if entry is not None:
-                entry.segment.keys.discard(key)
+                disk_index.forget(entry)
             return entry
 
     def _mark_dead(self, entry: Entry) -> None:

@@ -8,8 +8,9 @@ import contextlib
 import errno
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -21,13 +22,15 @@ from pdserve.transfer.tiers import segments
 from pdserve.transfer.tiers.segments import Place
 
 FILE = "index"
-_MAGIC = b"pdserveI"
+_MAGIC = b"pdserveJ"
+#: how long close() waits for an index that is being written
+_SAVE_S = 10.0
 
 
 class Segment:
     """One file. `used` is the clock of its last use: the segment with the lowest goes first."""
 
-    __slots__ = ("direct", "doomed", "end", "fd", "keys", "name", "path", "readers", "used")
+    __slots__ = ("direct", "doomed", "end", "fd", "keys", "listed", "name", "path", "readers", "used")
 
     def __init__(self, name: segments.SegmentName, path: Path, fd: int, direct: bool) -> None:
         self.name, self.path, self.fd, self.direct = name, path, fd, direct
@@ -36,6 +39,7 @@ class Segment:
         self.used = 0
         self.readers = 0
         self.doomed = False
+        self.listed: msgspec.Raw | None = None  # its places as the index file has them, until they change
 
     @property
     def number(self) -> int:
@@ -55,7 +59,8 @@ class _Listed(msgspec.Struct, frozen=True, array_like=True):
     name: segments.SegmentName
     end: int
     used: int
-    places: list[Place]
+    #: list[Place]; packed for itself, so that a segment that did not change need not be packed again
+    places: msgspec.Raw
 
 
 class _Content(msgspec.Struct, frozen=True, array_like=True):
@@ -64,20 +69,66 @@ class _Content(msgspec.Struct, frozen=True, array_like=True):
 
 
 Index = dict[bytes, Entry]
+_places = msgspec.msgpack.Decoder(list[Place])
 
 
 def note(index: Index, segment: Segment, place: Place) -> None:
     """The newest copy of a key is the one that counts."""
-    old = index.get(place.record.key)
+    key = place.record.key
+    old = index.get(key)
     if old is not None:
-        old.segment.keys.discard(place.record.key)
-    index[place.record.key] = Entry(segment, place)
-    segment.keys.add(place.record.key)
+        forget(old)
+    index[key] = Entry(segment, place)
+    segment.keys.add(key)
+    segment.listed = None
 
 
-def write(folder: Path, listed: list[tuple[Segment, list[Place]]], fault: faults.Fault) -> None:
-    """The whole index as a file, in one piece or not at all."""
-    rows = [_Listed(s.name, s.end, s.used, sorted(places, key=lambda p: p.offset)) for s, places in listed]
+def forget(entry: Entry) -> None:
+    """The entry is no longer its segment's."""
+    entry.segment.keys.discard(entry.place.record.key)
+    entry.segment.listed = None
+
+
+class Saver:
+    """Writes the index down in a thread of its own: whoever stores a chunk does not wait for that."""
+
+    def __init__(self, save: Callable[[], None]) -> None:
+        self._save = save
+        self._asked, self._ending = threading.Event(), False
+        self._thread = threading.Thread(target=self._run, name="pdserve-disk-index", daemon=True)
+        self._thread.start()
+
+    def ask(self) -> None:
+        self._asked.set()
+
+    def close(self) -> None:
+        """What was asked for and not begun is not done any more."""
+        self._ending = True
+        self._asked.set()
+        self._thread.join(_SAVE_S)
+
+    def _run(self) -> None:
+        while self._asked.wait():
+            self._asked.clear()
+            if self._ending:
+                return
+            with contextlib.suppress(OSError):  # without it the next start reads the headers
+                self._save()
+
+
+def write(folder: Path, index: Index, found: list[Segment], lock: threading.Lock, fault: faults.Fault) -> None:
+    """The whole index as a file, in one piece or not at all. `lock` guards `index`, and is held for a segment at a time."""
+    rows = []
+    for s in found:
+        with lock:
+            end, used, packed = s.end, s.used, s.listed
+            places = [] if packed else [index[k].place for k in s.keys]
+        if packed is None:
+            packed = msgspec.Raw(msgspec.msgpack.encode(sorted(places, key=lambda p: p.offset)))
+            with lock:
+                if s.end == end and len(s.keys) == len(places):
+                    s.listed = packed
+        rows.append(_Listed(s.name, end, used, packed))
     body = msgspec.msgpack.encode(_Content(segments.DISK_FORMAT, rows))
     fresh = folder / (FILE + ".new")
     with fresh.open("wb") as f:
@@ -125,6 +176,13 @@ def load(folder: Path, log: logging.Logger) -> tuple[Index, list[Segment]]:
     return index, found
 
 
+def _known_places(known: _Listed) -> list[Place]:
+    try:
+        return _places.decode(known.places)
+    except msgspec.MsgspecError:
+        return []
+
+
 def _open(file: Path, log: logging.Logger) -> Segment | None:
     try:
         fd, direct = segments.open_file(str(file), os.O_RDWR)
@@ -155,7 +213,7 @@ def _open(file: Path, log: logging.Logger) -> Segment | None:
 def _read_segment(index: Index, segment: Segment, known: _Listed | None, log: logging.Logger) -> None:
     size = os.fstat(segment.fd).st_size
     if known is not None and known.end <= size:
-        for place in known.places:
+        for place in _known_places(known):
             if place.end <= known.end:
                 note(index, segment, place)
         segment.end = known.end

@@ -130,6 +130,11 @@ def header(segment: int, offset: int, record: ChunkRecord, *, live: bool = True)
     return _page(_LIVE if live else _DEAD, msgspec.msgpack.encode(body))
 
 
+def header_room(record: ChunkRecord) -> int:
+    """Bytes that the record's header takes at most, wherever it stands."""
+    return align(_FIXED + 160 + len(record.key) + len(record.parent) + len(record.tag) + 9 * len(record.digests))
+
+
 def read_header(data: bytes | memoryview, segment: int, offset: int) -> tuple[Place, bool] | None:
     """(the record that stands there, whether it is live), or None when no header of this segment and offset does."""
     opened = _open_page(data)
@@ -282,20 +287,33 @@ def _all(
     while rest:
         if time.monotonic() > deadline:
             raise TierError("disk: deadline passed")
-        batch, size = [], 0
-        for view in rest[:_IOV_MAX]:
-            view = view[: _MAX_CALL - size]
-            batch.append(view)
-            size += len(view)
-            if size >= _MAX_CALL:
-                break
-        done = call(fd, batch, offset)
-        if done <= 0:
-            raise TierError("disk: the file ends before the record does")
-        offset += done
-        while rest and done >= len(rest[0]):
-            done -= len(rest.pop(0))
-        if done:
-            if done % PAGE:
-                raise TierError("disk: a read or write stopped inside a page")
-            rest[0] = rest[0][done:]
+        offset, rest = _after(rest, call(fd, _batch(rest), offset), offset)
+
+
+def _batch(views: list[memoryview]) -> list[memoryview]:
+    """As much of them as one call should take."""
+    if len(views) <= _IOV_MAX and sum(map(len, views)) <= _MAX_CALL:
+        return views
+    batch, size = [], 0
+    for view in views[:_IOV_MAX]:
+        view = view[: _MAX_CALL - size]
+        batch.append(view)
+        size += len(view)
+        if size >= _MAX_CALL:
+            break
+    return batch
+
+
+def _after(rest: list[memoryview], done: int, offset: int) -> tuple[int, list[memoryview]]:
+    """Where to go on after `done` bytes, and with what."""
+    if done <= 0:
+        raise TierError("disk: the file ends before the record does")
+    offset += done
+    while rest and done >= len(rest[0]):
+        done -= len(rest[0])
+        rest = rest[1:]
+    if done:
+        if done % PAGE:
+            raise TierError("disk: a read or write stopped inside a page")
+        rest = [rest[0][done:], *rest[1:]]
+    return offset, rest

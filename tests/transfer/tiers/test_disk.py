@@ -1,5 +1,6 @@
 """The disk tier: the rules of every tier, then what is its own: restarts, torn tails, flipped bits, caps, disks that fail."""
 
+import contextlib
 import errno
 import os
 import time
@@ -124,7 +125,11 @@ def present(tier, ids):
 
 
 def on_disk(folder):
-    return sum(f.stat().st_size for f in folder.iterdir())
+    total = 0
+    for f in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # an index that has just taken its place
+            total += f.stat().st_size
+    return total
 
 
 # ---- restarts ----
