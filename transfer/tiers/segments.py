@@ -167,7 +167,7 @@ def scan(fd: int, segment: int, start: int, size: int) -> Iterator[Scanned | int
     offset = end = start
     buffer = aligned(MAX_HEADER)
     while offset + PAGE <= size:
-        found = read_header(_read_some(fd, offset, min(MAX_HEADER, size - offset), buffer), segment, offset)
+        found = read_header(_read_page(fd, offset, size, buffer), segment, offset)
         if found is None:
             offset = _search(fd, segment, offset + PAGE, size)
             continue
@@ -194,6 +194,15 @@ def _search(fd: int, segment: int, offset: int, size: int) -> int:
                     return offset + at
         offset += len(data) // PAGE * PAGE
     return size
+
+
+def _read_page(fd: int, offset: int, size: int, buffer: np.ndarray) -> memoryview:
+    """What may be a header: its first page, and the rest where that page says that there is more."""
+    data = _read_some(fd, offset, min(PAGE, size - offset), buffer)
+    length = _FIXED + int.from_bytes(data[8:12], "little")
+    if length <= PAGE or data[:8] not in (_LIVE, _DEAD):
+        return data
+    return _read_some(fd, offset, min(MAX_HEADER, size - offset), buffer)
 
 
 def _read_some(fd: int, offset: int, length: int, buffer: np.ndarray) -> memoryview:
