@@ -3,9 +3,10 @@
     client -> guard -> endpoint (keys, body, watches the client) -> admission -> openai.parse -> split -> relay -> client
                                                               routing -> policies    upstream -> engines
 
-Endpoints that carry tokens are plain ASGI, mounted as they are, so that nothing sits between an engine's event and the
-client; the small ones are FastAPI's. There is no middleware and no global: an app holds its own fleet and its own
-metrics, and two of them live in one process without knowing of each other.
+Endpoints that engines answer are called by the connection itself (guard.py, call.py), so that nothing sits between an
+engine's event and the client; the proxy's own pages are FastAPI's. There is no middleware and
+no global: an app holds its own fleet and its own metrics, and two of them live in one process without knowing of each
+other.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from collections.abc import AsyncIterator
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, multiprocess
-from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pdserve import engines, log, metrics
 from pdserve.errors import ConfigError
@@ -31,7 +30,7 @@ from pdserve.proxy.admin import Admin
 from pdserve.proxy.admission import Admission
 from pdserve.proxy.endpoint import Doors, Endpoint
 from pdserve.proxy.fleet import Fleet
-from pdserve.proxy.guard import guarded
+from pdserve.proxy.guard import Limits, guarded
 from pdserve.proxy.instance import Instance
 from pdserve.proxy.keys import Keys
 from pdserve.proxy.options import Settings, add_arguments
@@ -72,15 +71,14 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
             await admin.stop()
             await fleet.stop()
 
-    front: dict[str, ASGIApp] = {}
+    front: dict[tuple[bytes, bytes], Endpoint] = {}
     app = FastAPI(title="pdserve proxy", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.fleet, app.state.registry, app.state.settings = fleet, registry, settings
     methods = dict.fromkeys((*openai.SPLIT, *openai.PASSED_ON), "POST") | dict.fromkeys(openai.FETCHED, "GET")
     for path, method in methods.items():
         endpoint = Endpoint(path, splitter, doors, settings, made)
-        app.router.routes.append(Route(path, endpoint, methods=[method]))
-        if method == "POST":
-            front[path] = endpoint
+        for name in ("GET", "HEAD") if method == "GET" else (method,):
+            front[name.encode(), path.encode()] = endpoint
     app.state.front = front
     admin.add_to(app)
     _add_own_pages(app, fleet, registry, methods)
@@ -117,24 +115,12 @@ def _add_own_pages(app: FastAPI, fleet: Fleet, registry: CollectorRegistry, meth
     app.add_api_route("/{path:path}", other, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
 
 
-def fronted(app: FastAPI) -> ASGIApp:
-    """The app with a short way in: the endpoints that answer tokens are called at once, past routing and middleware,
-    which cost a tenth of a request."""
-    front: dict[str, ASGIApp] = app.state.front
-
-    async def enter(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and (endpoint := front.get(scope["path"])):
-            return await endpoint(scope, receive, send)
-        await app(scope, receive, send)
-
-    return enter
-
-
 def serve_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    protocol = guarded(settings.max_head, settings.deadlines.head, settings.max_connections)
+    limits = Limits(settings.max_head, settings.deadlines.head, settings.max_connections, settings.max_body)
+    protocol = guarded(limits, app.state.front)
     return uvicorn.Config(
-        fronted(app), loop="uvloop", http=protocol, ws="none", lifespan="on", log_config=None, access_log=False,
-        server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=max(1, int(settings.deadlines.shutdown)),
+        app, loop="uvloop", http=protocol, ws="none", lifespan="on", log_config=None, access_log=False,
+        server_header=False, proxy_headers=False, timeout_keep_alive=75, timeout_graceful_shutdown=max(1, int(settings.deadlines.shutdown)),
     )  # fmt: skip
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +12,15 @@ from pdserve import log
 from pdserve.errors import RequestError, UpstreamError
 from pdserve.proxy import openai, relay
 from pdserve.proxy.admission import Admission
+from pdserve.proxy.call import Call, ClientGone
 from pdserve.proxy.keys import Keys
 from pdserve.proxy.lifetime import Event, Lifetime, State
 from pdserve.proxy.options import Settings
 from pdserve.proxy.relay import Client, ClientStuck
 from pdserve.proxy.split import Exchange, Splitter
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _CLIENT_LEFT = 499  # in metrics only: the client is not there to be told
 _log = log.get("proxy")
-
-
-class ClientGone(Exception):
-    """The client closed its connection before its request was complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,34 +36,32 @@ class Endpoint:
 
     def __init__(self, path: str, splitter: Splitter, doors: Doors, settings: Settings, made: dict[str, Any]) -> None:
         self._path, self._splitter, self._doors, self._settings, self._metrics = path, splitter, doors, settings, made
+        self._running = made["requests_running"].labels(path)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: relay.Send) -> None:
-        rid = openai.request_id(scope["headers"])
-        client = Client(send, Lifetime(), self._settings.deadlines)
+    async def __call__(self, call: Call) -> None:
+        rid = openai.request_id(call.headers)
+        client = Client(call, Lifetime(), self._settings.deadlines)
         client.extra.append((b"x-request-id", rid.encode()))
-        query = b"?" + scope["query_string"] if scope["query_string"] else b""
-        path, method = scope["raw_path"].partition(b"?")[0] + query, b"GET" if self._path in openai.FETCHED else b"POST"
-        exchange = Exchange(method, self._path, path, [], rid, client)
+        method = b"POST" if call.method == b"POST" else b"GET"  # for HEAD: it is the call that writes no body
+        exchange = Exchange(method, self._path, call.target, [], rid, client)
         client.on_first = lambda seconds: self._first_token(exchange, seconds)
-        running = self._metrics["requests_running"].labels(self._path)
-        running.inc()
+        self._running.inc()
         try:
-            await self._live(exchange, scope, receive)
+            await self._live(exchange, call)
         finally:
-            running.dec()
+            self._running.dec()
             self._count(exchange)
 
-    async def _live(self, exchange: Exchange, scope: Scope, receive: Receive) -> None:
+    async def _live(self, exchange: Exchange, call: Call) -> None:
         """Runs the request to a terminal state; whatever ends it is answered here, in one place."""
         client = exchange.client
         try:
-            key, headers = self._doors.keys.admit(scope["headers"])
+            key, headers = self._doors.keys.admit(call.headers)
             self._doors.keys.take(key)
             try:
                 exchange.key, exchange.headers = key, openai.headers_in(headers, exchange.request_id)
-                body = await read_body(scope, receive, self._settings)
-                async with watching(receive, client):
-                    await self._told(exchange, self._serve(exchange, body))
+                body = await call.body(self._settings.deadlines.receive)
+                await self._told(exchange, self._serve(exchange, body))
             finally:
                 self._doors.keys.give_back(key)
         except (ClientGone, ClientStuck) as left:
@@ -80,6 +72,10 @@ class Endpoint:
         except RequestError as error:  # from the key or from reading the body
             await self._refused(exchange, error)
         except asyncio.CancelledError:
+            if call.has_left():
+                if not client.lifetime.over:
+                    client.lifetime.on(Event.GONE)
+                return
             # The server stops and has waited long enough. The legs are closed already; the client is told.
             if client.lifetime.over:
                 raise
@@ -155,58 +151,3 @@ class Endpoint:
         self._metrics["requests_total"].labels(self._path, route, str(status)).inc()
         if client.lifetime.state is State.DONE:
             self._observe("e2e_request_latency_seconds", route, time.perf_counter() - client.arrived)
-
-
-async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes:
-    """The whole body, within its limit and its deadline. Raises RequestError or ClientGone."""
-    limit, parts, size = settings.max_body, [], 0
-    try:
-        async with asyncio.timeout(settings.deadlines.receive):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                part = message.get("body", b"")
-                size += len(part)
-                if size > limit:
-                    raise RequestError(413, f"The request body is larger than {limit} bytes.", code="body_too_large")
-                parts.append(part)
-                if not message.get("more_body", False):
-                    return b"".join(parts) if len(parts) > 1 else parts[0]
-    except TimeoutError as exc:
-        text = f"The request body did not arrive within {settings.deadlines.receive:g} s."
-        raise RequestError(408, text, "timeout_error") from exc
-
-
-@contextlib.asynccontextmanager
-async def watching(receive: Receive, client: Client) -> AsyncIterator[None]:
-    """Cancels the block when the client leaves, and then raises ClientGone from it.
-
-    The block runs in the caller's own task: cancelling that task is what closes both legs at once, wherever it waits.
-    """
-    task = asyncio.current_task()
-    assert task is not None
-    left = False
-
-    async def wait() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    def gone(watch: asyncio.Task[None]) -> None:
-        nonlocal left
-        # The server says "disconnect" too when the response is complete; then there is nothing left to cancel.
-        if not watch.cancelled() and not client.ended:
-            left = True
-            task.cancel()
-
-    watch = asyncio.create_task(wait())
-    watch.add_done_callback(gone)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if left and task.uncancel() == 0:
-            raise ClientGone from None
-        raise
-    finally:
-        watch.remove_done_callback(gone)
-        watch.cancel()

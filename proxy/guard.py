@@ -1,83 +1,169 @@
-"""The server's connections, guarded: how many there may be, how long a head may take and how large it may be.
+"""The server's connections, guarded: how many there may be, how long a head may take and how large it may be; and which
+of their requests go straight to an endpoint.
 
 uvicorn bounds none of the three: a client could open connections and say nothing, or say headers for ever. The body and
-the reading of the answer have their own bounds (app.read_body, relay.Client).
+the reading of the answer have their own bounds (call.Call.body, relay.Client).
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+from urllib.parse import unquote_to_bytes
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pdserve.proxy import openai
+from pdserve.proxy.call import Call
 
 _REASONS = {408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
+Endpoint = Callable[[Call], Awaitable[None]]
 
 
-def guarded(max_head: int, head_time: float, max_connections: int) -> type[asyncio.Protocol]:
-    """A protocol class with these limits, to be given to uvicorn."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one connection, and how many there may be."""
 
-    class Guarded(HttpToolsProtocol):
-        """Between requests a connection is uvicorn's to close (timeout_keep_alive); before the first, ours."""
+    head: int = 64 * 1024
+    head_time: float = 30.0
+    connections: int = 20_000
+    body: int = 64 * 1024 * 1024
 
-        _head = 0  # bytes of the head that is being received
-        _in_head = True
-        _timer: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            if len(self.connections) > max_connections:
-                self._refuse(503, f"{max_connections} connections are open, which is the limit.")
-                return
-            self._start_timer()
+class Guarded(HttpToolsProtocol):
+    """Between requests a connection is uvicorn's to close (timeout_keep_alive); before the first, ours."""
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_timer()
-            super().connection_lost(exc)
+    limits: ClassVar[Limits]
+    front: ClassVar[Mapping[tuple[bytes, bytes], Endpoint]]  # by method and path; all else is the ASGI app's
 
-        def data_received(self, data: bytes) -> None:
-            if self._in_head:
-                self._head += len(data)
-                if self._timer is None:
-                    self._start_timer()
-            super().data_received(data)
-            # What came with the head of its body is counted too, which is why only an unfinished head is judged.
-            if self._in_head and self._head > max_head and not self.transport.is_closing():
-                self._refuse(431, f"The head of the request is larger than {max_head} bytes.")
+    _head = 0  # bytes of the head that is being received
+    _in_head = True
+    _timer: asyncio.TimerHandle | None = None
+    _fresh: tuple[Call, Endpoint] | None = None  # the request whose head has just come
 
-        def on_message_begin(self) -> None:
-            self._in_head = True
-            super().on_message_begin()
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections:
+            self._refuse(503, f"{self.limits.connections} connections are open, which is the limit.")
+            return
+        self._start_timer()
 
-        def on_headers_complete(self) -> None:
-            self._in_head, self._head = False, 0
-            self._stop_timer()
-            super().on_headers_complete()
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        calls = [self.cycle, *(cycle for cycle, _ in self.pipeline)]
+        super().connection_lost(exc)
+        for call in calls:
+            if isinstance(call, Call):
+                call.gone()
 
-        def on_message_complete(self) -> None:
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            self._head += len(data)
+            if self._timer is None:
+                self._start_timer()
+        super().data_received(data)
+        if self._fresh is not None:
+            (call, endpoint), self._fresh = self._fresh, None
+            self._start_asgi_task(cast(Any, call), cast(Any, endpoint))
+        # What came with the head of its body is counted too, which is why only an unfinished head is judged.
+        if self._in_head and self._head > self.limits.head and not self.transport.is_closing():
+            self._refuse(431, f"The head of the request is larger than {self.limits.head} bytes.")
+
+    # What the parser calls.
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        self.url, self.headers = b"", []
+        self.expect_100_continue = False
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._head = False, 0
+        self._stop_timer()
+        method, target = self.parser.get_method(), plain(self.url)
+        path = target.partition(b"?")[0]
+        endpoint = self.front.get((method, path))
+        if endpoint is None:
+            return self._to_the_app()
+        call = Call(self, method, path.decode(), target, self.headers)
+        call.http_1_0 = self.parser.get_http_version() == "1.0"
+        call.keep_alive = not call.http_1_0 and self.parser.should_keep_alive()
+        before, self.cycle = self.cycle, cast(Any, call)
+        if self.expect_100_continue:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if before is None or before.response_complete:
+            self._fresh = (call, endpoint)
+        else:  # it was sent before the answer to the one before it was complete
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, cast(Any, endpoint)))
+
+    def on_body(self, body: bytes) -> None:
+        if isinstance(call := self.cycle, Call):
+            if not call.response_complete:
+                call.feed(body, self.limits.body)
+        else:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if isinstance(call := self.cycle, Call):
+            call.complete()
+        else:
             super().on_message_complete()
-            self._in_head, self._head = True, 0
+        self._in_head, self._head = True, 0
 
-        def _start_timer(self) -> None:
-            self._timer = self.loop.call_later(head_time, self._late)
+    def _to_the_app(self) -> None:
+        """As uvicorn does it; the scope that it makes at the beginning of each message is made only now."""
+        url, headers, expect = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expect
+        self.headers.extend(headers)
+        super().on_headers_complete()
 
-        def _stop_timer(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+    # What a call and the timers call.
 
-        def _late(self) -> None:
-            self._timer = None
-            if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
-                self._refuse(408, f"The head of the request did not arrive within {head_time:g} s.")
-
-        def _refuse(self, status: int, message: str) -> None:
-            body = openai.error_json(status, message)
-            line = f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: application/json\r\n"
-            head = f"{line}content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            self.transport.write(head.encode() + body)
+    def answered(self, call: Call) -> None:
+        """The answer to `call` is written; the next request of this connection may begin."""
+        if not call.keep_alive:
             self.transport.close()
+        self.on_response_complete()
 
-    return Guarded
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(self.limits.head_time, self._late)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        self._timer = None
+        if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
+            self._refuse(408, f"The head of the request did not arrive within {self.limits.head_time:g} s.")
+
+    def _refuse(self, status: int, message: str) -> None:
+        body = openai.error_json(status, message)
+        line = f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: application/json\r\n"
+        head = f"{line}content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+def plain(url: bytes) -> bytes:
+    """Path and query as they are usually written: without a host in front, the path without escapes."""
+    if url.startswith(b"/") and b"%" not in url:
+        return url
+    parts = httptools.parse_url(url)
+    path = unquote_to_bytes(parts.path or b"/")
+    return path + b"?" + parts.query if parts.query else path
+
+
+def guarded(limits_: Limits, front_: Mapping[tuple[bytes, bytes], Endpoint]) -> type[asyncio.Protocol]:
+    """A protocol class with these limits and endpoints, to be given to uvicorn."""
+
+    class Bound(Guarded):
+        limits = limits_
+        front = front_
+
+    return Bound

@@ -8,33 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 from pdserve.errors import UpstreamError
 from pdserve.proxy import openai
+from pdserve.proxy.call import Call, Headers
 from pdserve.proxy.given import Foreign
 from pdserve.proxy.lifetime import Deadlines, Event, Lifetime, State
 from pdserve.proxy.seam import Diverged
 from pdserve.proxy.upstream import Answer, LegFailure
 
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 EVENT_LIMIT = 8 * 1024 * 1024  # a longer "event" is passed on in pieces rather than kept
 
 
 class Client:
     """Writes one response. Knows whether it has begun, and counts what a dashboard wants to know of a stream."""
 
-    __slots__ = ("_deadline", "_last", "_send", "arrived", "ended", "extra", "lifetime", "on_first", "on_gap", "status")
+    __slots__ = ("_call", "_deadline", "_last", "arrived", "extra", "lifetime", "on_first", "on_gap", "status")
 
-    def __init__(self, send: Send, lifetime: Lifetime, deadlines: Deadlines) -> None:
-        self._send = send
+    def __init__(self, call: Call, lifetime: Lifetime, deadlines: Deadlines) -> None:
+        self._call = call
         self._deadline = deadlines.send
         self.lifetime = lifetime
         self.arrived = self._last = time.perf_counter()
         self.status = 0
-        self.ended = False
-        self.extra: list[tuple[bytes, bytes]] = []  # headers of ours for the answer
+        self.extra: Headers = []  # headers of ours for the answer
         self.on_first: Callable[[float], None] | None = None
         self.on_gap: Callable[[float], None] | None = None
 
@@ -42,42 +41,46 @@ class Client:
     def started(self) -> bool:
         return self.status != 0
 
-    async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    def start(self, status: int, headers: Headers) -> None:
         self.status = status
-        await self._out({"type": "http.response.start", "status": status, "headers": headers + self.extra})
+        self._call.start(status, [*headers, *self.extra])
 
-    async def write(self, data: bytes) -> None:
-        await self._out({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def events(self, data: bytes) -> None:
-        """Writes whole events and notes when they came: the first for TTFT, the gaps between arrivals for ITL."""
+    def events(self, data: bytes, last: bool = False) -> bool:
+        """Writes whole events and notes when they came: the first for TTFT, the gaps between arrivals for ITL.
+        False: the client does not keep up, `ready` has to be waited for."""
         now = time.perf_counter()
-        if self.lifetime.state is State.DECODING:
+        state = self.lifetime.state
+        if state is State.STREAMING:
+            if self.on_gap is not None:
+                self.on_gap(now - self._last)
+        elif state is State.DECODING:
             self.lifetime.on(Event.FIRST_BYTE)
             if self.on_first is not None:
                 self.on_first(now - self.arrived)
-        elif self.lifetime.state is State.CONTINUING:
+        elif state is State.CONTINUING:
             self.lifetime.on(Event.RESUMED)
-        elif self.on_gap is not None:
-            self.on_gap(now - self._last)
         self._last = now
-        await self.write(data)
+        self._call.write(data, last)
+        return not self._call.paused
 
     async def end(self, data: bytes = b"") -> None:
-        self.ended = True
-        await self._out({"type": "http.response.body", "body": data, "more_body": False})
+        self._call.write(data, last=True)
+        await self.ready()
 
-    async def whole(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """A complete response in one go."""
-        length = (b"content-length", str(len(body)).encode())
-        await self.start(status, [*headers, length])
+        self.start(status, [*headers, (b"content-length", str(len(body)).encode())])
         await self.end(body)
 
-    async def _out(self, message: MutableMapping[str, Any]) -> None:
+    async def ready(self) -> None:
+        """Waits while the client does not keep up. Raises ClientStuck."""
+        if not self._call.paused:
+            return
         try:
             async with asyncio.timeout(self._deadline):
-                await self._send(message)
+                await self._call.drained()
         except TimeoutError as exc:
+            self._call.abort()
             raise ClientStuck(f"the client read nothing for {self._deadline:g} s") from exc
 
 
@@ -110,12 +113,12 @@ class EventCutter:
         return data
 
 
-async def first_events(answer: Answer, cutter: EventCutter, wait: float) -> bytes:
+async def first_events(answer: Answer, cutter: EventCutter, until: float) -> bytes:
     """Waits for the first whole event: until it is here the client can still be given a true status."""
     while True:
-        data = await answer.chunk(wait)
+        data = await answer.chunk_by(until)
         if not data:
-            return cutter.rest
+            return b""
         if whole := cutter.feed(data):
             return whole
 
@@ -131,22 +134,40 @@ class Editor(Protocol):
 async def stream(
     answer: Answer, first: bytes, cutter: EventCutter, client: Client, editor: Editor | None, gap: float
 ) -> None:
-    """Passes the stream on, `first` included, to its orderly end. Raises LegFailure if the engine breaks off.
-    Without an editor nothing is changed, and [DONE] is not waited for."""
-    data = first
-    while True:
-        whole = data if data is first else cutter.feed(data)
-        if whole and editor is not None:
+    """Passes the stream on, `first` (whole events) included, to its orderly end. Raises LegFailure if the engine breaks
+    off. Without an editor nothing is changed, and [DONE] is not waited for.
+
+    Its end is written together with the last events where both are there. What comes from the engine is passed on while
+    it is received, without waking this task; it is woken when the client does not keep up, and at the end."""
+    ended = False
+
+    def give(whole: bytes, complete: bool) -> bool:
+        nonlocal ended
+        if editor is not None:
             whole = edited(editor, whole, answer.instance)
-        if whole:
-            await client.events(whole)
+        ended = complete and (editor is None or (cutter.done and not editor.error))
+        keeps_up = client.events(whole + cutter.rest if ended else whole, ended) if whole or ended else True
         if editor is not None and editor.error:
             raise LegFailure(502, "it gave up in mid-stream", answer.instance, "broken", editor.error)
-        if not (data := await answer.chunk(gap)):
+        return keeps_up
+
+    def take(data: bytes, complete: bool) -> bool:
+        whole = cutter.feed(data)
+        return give(whole, complete) if whole or complete else True
+
+    keeps_up = give(first, answer.exhausted) if first else True
+    while not ended:
+        if not keeps_up:
+            await client.ready()
+        if await answer.passed_to(take, gap):
             break
+        keeps_up = False
     if editor is not None and not cutter.done:
         raise LegFailure(502, "it ended the stream early", answer.instance, "broken")
-    await client.end(cutter.rest)
+    if not ended:
+        await client.end(cutter.rest)
+    else:
+        await client.ready()
 
 
 def edited(editor: Editor, data: bytes, instance: str) -> bytes:

@@ -17,9 +17,7 @@ closes whichever engine connection is open, and with it the engine's work.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
@@ -146,10 +144,13 @@ class Splitter:
         began = time.perf_counter()
         try:
             with instance.serving():
-                async with asyncio.timeout_at(deadline), self._open(instance, exchange, body) as answer:
-                    reply = await answer.read(REPLY_LIMIT)
-        except TimeoutError as exc:
-            raise LegFailure(504, f"no reply within {self._deadlines.prefill:g} s", instance.name, "timeout") from exc
+                async with self._open(instance, exchange, body, deadline) as answer:
+                    reply = await answer.read(REPLY_LIMIT, deadline)
+        except LegFailure as failure:
+            if failure.reason == "timeout":
+                within = f"no reply within {self._deadlines.prefill:g} s"
+                raise LegFailure(504, within, instance.name, "timeout") from failure
+            raise
         if 400 <= answer.status < 500 and answer.status not in _THEIR_LOAD:
             exchange.route, exchange.prefill = "pd", instance.name
             exchange.tell_route()
@@ -211,19 +212,17 @@ class Splitter:
     ) -> None:
         client = exchange.client
         wait = self._deadlines.resume if client.started else self._deadlines.answer
-        limit = asyncio.get_running_loop().time() + wait
-        cutter = relay.EventCutter()
-        async with self._timed(instance, limit, wait) as bound, self._open(instance, exchange, body, path) as answer:
+        until = asyncio.get_running_loop().time() + wait
+        async with self._open(instance, exchange, body, until, path) as answer:
             if not answer.header(b"content-type").startswith(openai.EVENTS):
-                whole = await answer.read(ANSWER_LIMIT)
-                bound.reschedule(None)
+                whole = await answer.read(ANSWER_LIMIT, until)
                 if client.started:
                     raise LegFailure(502, f"it answered {answer.status} instead of going on", instance.name, "status")
                 return await self._answer_whole(instance, exchange, answer, whole, takeover)
-            first = await relay.first_events(answer, cutter, wait)
-            bound.reschedule(None)
+            cutter = relay.EventCutter()
+            first = await relay.first_events(answer, cutter, until)
             if not client.started:
-                await client.start(answer.status, openai.headers_out(answer.headers))
+                client.start(answer.status, openai.headers_out(answer.headers))
             instance.went_well()
             await relay.stream(answer, first, cutter, client, takeover, self._deadlines.event)
             self._routing.learn(exchange.facts, instance, None, None)
@@ -251,16 +250,8 @@ class Splitter:
         await exchange.client.whole(answer.status, headers, body)
         exchange.client.lifetime.on(Event.END)
 
-    @contextlib.asynccontextmanager
-    async def _timed(self, instance: Instance, when: float, wait: float) -> AsyncIterator[asyncio.Timeout]:
-        try:
-            async with asyncio.timeout_at(when) as bound:
-                yield bound
-        except TimeoutError as exc:
-            raise LegFailure(504, f"no answer within {wait:g} s", instance.name, "timeout") from exc
-
     def _open(
-        self, instance: Instance, exchange: Exchange, body: bytes, path: bytes | None = None
+        self, instance: Instance, exchange: Exchange, body: bytes, until: float, path: bytes | None = None
     ) -> AbstractAsyncContextManager[Answer]:
         ask = (exchange.method, path or exchange.path, exchange.headers, body)
-        return instance.upstream.request(*ask, self._deadlines.connect)
+        return instance.upstream.request(*ask, self._deadlines.connect, until)

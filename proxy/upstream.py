@@ -9,10 +9,8 @@ Foreign errors end here: callers see LegFailure, whose `reason` is one of connec
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ssl
-from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import cast
 from urllib.parse import SplitResult, urlsplit
 
@@ -21,10 +19,12 @@ import httptools
 from pdserve.errors import ConfigError, UpstreamError
 
 Headers = Iterable[tuple[bytes, bytes]]
+Sink = Callable[[bytes, bool], bool]
 
 PAUSE_AT = 256 * 1024  # bytes waiting for a slow client before the engine's socket is no longer read
 IDLE_LIMIT = 4.0  # uvicorn, which vLLM runs on, closes idle connections after 5 s
 MAX_CONNECTIONS = 4096
+JOIN_UP_TO = 64 * 1024  # bytes of a body that are sooner copied behind the head than written as a piece of their own
 
 
 class LegFailure(UpstreamError):
@@ -44,26 +44,29 @@ class _Broken(Exception):
 
 
 class _Connection(asyncio.Protocol):
-    """One connection. httptools calls the on_ methods while bytes are fed; whoever waits is woken through `_waiter`."""
+    """One connection. httptools calls the on_ methods while bytes are fed; whoever waits is woken through `_waiter`,
+    unless what comes is passed to `_sink` at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
         self.transport: asyncio.Transport | None = None
         self.idle_since = 0.0
         self.used = False
         self.closed = False
         self._waiter: asyncio.Future[None] | None = None
-        self._paused = False
+        self._sink: Sink | None = None
+        self._sink_error: Exception | None = None
+        self._parser = httptools.HttpResponseParser(self)
         self._reset()
 
     def _reset(self) -> None:
-        self._parser = httptools.HttpResponseParser(self)
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
-        self.has_head = self.complete = self._counted = self._kept = False
+        self.has_head = self.complete = self._counted = self._kept = self._paused = False
         self.error: _Broken | None = None
-        self.chunks: deque[bytes] = deque()
+        self.chunks: list[bytes] = []
         self._held = 0
-        self._touched = False
+        self._touched = 0.0  # when something came last; 0: nothing of this answer yet
 
     # What the loop calls.
 
@@ -74,13 +77,15 @@ class _Connection(asyncio.Protocol):
         if self.complete or self.error:
             self.abort()  # more than was asked for: nothing after it can be trusted
             return
-        self._touched = True
+        self._touched = self.loop.time()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as exc:
             self._fail(f"it sent something that is not HTTP ({exc})")
             self.abort()
-        if self._held > PAUSE_AT and not self._paused and self.transport is not None:
+        if self._sink is not None:
+            self._pour(self._sink)
+        elif self._held > PAUSE_AT and not self._paused and self.transport is not None:
             self._paused = True
             self.transport.pause_reading()
         self._wake()
@@ -92,6 +97,7 @@ class _Connection(asyncio.Protocol):
             self.complete = True
         if not self.complete:
             self._fail("it closed the connection before the answer was complete")
+        self._sink = None
         self._wake()
 
     # What the parser calls.
@@ -124,30 +130,47 @@ class _Connection(asyncio.Protocol):
             self._reset()
         self.used = True
         assert self.transport is not None
-        self.transport.writelines((head, body)) if body else self.transport.write(head)
+        if len(body) > JOIN_UP_TO:
+            self.transport.writelines((head, body))
+        else:
+            self.transport.write(head + body)
 
-    async def head(self) -> None:
+    async def head(self, until: float | None) -> None:
         """Waits for status and headers."""
         while not self.has_head:
             if self.error is not None:
                 raise self.error
-            await self._wait()
+            await self._wait(until)
 
-    async def chunk(self) -> bytes:
+    async def chunk(self, until: float | None) -> bytes:
         """The body bytes that have come since the last call, all of them; b"" at the end."""
         while not self.chunks:
             if self.complete:
                 return b""
             if self.error is not None:
                 raise self.error
-            await self._wait()
-        data = self.chunks.popleft() if len(self.chunks) == 1 else b"".join(self.chunks)
-        self.chunks.clear()
-        self._held = 0
-        if self._paused and self.transport is not None and not self.closed:
-            self._paused = False
-            self.transport.resume_reading()
-        return data
+            await self._wait(until)
+        return self._taken()
+
+    async def pass_to(self, sink: Sink, gap: float) -> bool:
+        """Answer.passed_to, with this module's own errors."""
+        self._sink_error = None
+        if self.chunks or self.complete:
+            goes_on = sink(self._taken(), self.complete) if self.chunks else sink(b"", True)
+            if self.complete or not goes_on:
+                return self.complete
+        if self.error is not None:
+            raise self.error
+        self._sink = sink
+        try:
+            await self._wait_on(gap)
+        finally:
+            self._sink = None
+        if self._sink_error is not None:
+            raise self._sink_error
+        if self.error is not None:
+            raise self.error
+        return self.complete and not self.chunks
 
     @property
     def reusable(self) -> bool:
@@ -158,15 +181,60 @@ class _Connection(asyncio.Protocol):
         if self.transport is not None:
             self.transport.abort()
 
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
+    def _taken(self) -> bytes:
+        data = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
+        self.chunks.clear()
+        self._held = 0
+        if self._paused and self.transport is not None and not self.closed:
+            self._paused = False
+            self.transport.resume_reading()
+        return data
+
+    def _pour(self, sink: Sink) -> None:
+        """Gives the sink what has come. The task that waits is woken only if it has something to do."""
+        if not self.chunks and not self.complete:
+            return
         try:
-            await self._waiter
+            goes_on = sink(self._taken() if self.chunks else b"", self.complete)
+        except Exception as exc:  # noqa: BLE001 - raised again in pass_to, in the task whose request it is
+            goes_on, self._sink_error = False, exc
+        if not goes_on or self.complete:
+            self._sink = None
+
+    async def _wait(self, until: float | None) -> None:
+        """Until something has come. Raises TimeoutError at `until`."""
+        self._waiter = waiter = self.loop.create_future()
+        timer = None if until is None else self.loop.call_at(until, _late, waiter)
+        try:
+            await waiter
         finally:
             self._waiter = None
+            if timer is not None:
+                timer.cancel()
+
+    async def _wait_on(self, gap: float) -> None:
+        """Until the sink has been taken away. Raises TimeoutError when nothing has come for `gap` seconds."""
+        self._touched = self.loop.time()
+        self._waiter = waiter = self.loop.create_future()
+
+        def look() -> None:
+            nonlocal timer
+            left = self._touched + gap - self.loop.time()
+            if left > 0:
+                timer = self.loop.call_later(left, look)
+            else:
+                _late(waiter)
+
+        timer = self.loop.call_later(gap, look)
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+            timer.cancel()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        """A sink that is still there has been given everything."""
+        if self._waiter is not None and (self._sink is None or self.error) and not self._waiter.done():
             self._waiter.set_result(None)
 
     def _fail(self, message: str) -> None:
@@ -174,8 +242,15 @@ class _Connection(asyncio.Protocol):
             self.error = _Broken(message, silent=not self._touched)
 
 
+def _late(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_exception(TimeoutError())
+
+
 class Answer:
     """An engine's answer whose head has come."""
+
+    __slots__ = ("_connection", "headers", "instance", "status")
 
     def __init__(self, connection: _Connection, instance: str) -> None:
         self._connection = connection
@@ -186,25 +261,43 @@ class Answer:
     def header(self, name: bytes) -> bytes:
         return next((value for key, value in self.headers if key == name), b"")
 
+    @property
+    def exhausted(self) -> bool:
+        """The body has come to its end and all of it has been taken."""
+        return self._connection.complete and not self._connection.chunks
+
     async def chunk(self, wait: float) -> bytes:
         """The next bytes of the body as they came, or b"" at its end. Raises LegFailure."""
-        connection = self._connection
-        if connection.chunks or connection.complete:  # no timer where nothing has to be waited for
-            return await connection.chunk()
-        with _bounded(self.instance):
-            async with asyncio.timeout(wait):
-                return await connection.chunk()
+        return await self.chunk_by(self._connection.loop.time() + wait)
 
-    async def read(self, limit: int) -> bytes:
-        """The whole body; the caller bounds the time. Raises LegFailure."""
-        parts, size = [], 0
-        with _bounded(self.instance):
-            while data := await self._connection.chunk():
+    async def chunk_by(self, until: float) -> bytes:
+        """As chunk, with the time of the loop by which there must be some."""
+        try:
+            return await self._connection.chunk(until)
+        except (TimeoutError, _Broken) as exc:
+            raise _failure(exc, self.instance) from exc
+
+    async def passed_to(self, sink: Sink, gap: float) -> bool:
+        """Calls `sink` with the body's bytes as they come, and whether they are its last ones; at the end once, with or
+        without bytes. False: the sink has said no, and is to be given the rest with another call. Raises LegFailure,
+        and what the sink raises."""
+        try:
+            return await self._connection.pass_to(sink, gap)
+        except (TimeoutError, _Broken) as exc:
+            raise _failure(exc, self.instance) from exc
+
+    async def read(self, limit: int, until: float | None = None) -> bytes:
+        """The whole body, by `until` in the loop's time. Raises LegFailure."""
+        parts, size, connection = [], 0, self._connection
+        try:
+            while data := await connection.chunk(until):
                 size += len(data)
                 if size > limit:
                     raise LegFailure(502, f"its answer is larger than {limit} bytes", self.instance, "broken")
                 parts.append(data)
-        return b"".join(parts)
+        except (TimeoutError, _Broken) as exc:
+            raise _failure(exc, self.instance) from exc
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class Upstream:
@@ -213,7 +306,7 @@ class Upstream:
     def __init__(self, name: str, url: str, max_connections: int = MAX_CONNECTIONS) -> None:
         self.name, self.url = name, url
         self.busy = 0
-        self._max = max_connections
+        self.max_connections = max_connections
         self._idle: list[_Connection] = []
         parts = _checked(name, url)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
@@ -224,41 +317,19 @@ class Upstream:
     def __repr__(self) -> str:
         return f"<Upstream {self.name} {self.url} busy={self.busy} idle={len(self._idle)}>"
 
-    @contextlib.asynccontextmanager
-    async def request(
-        self, method: bytes, path: bytes, headers: Headers, body: bytes, connect: float
-    ) -> AsyncIterator[Answer]:
-        """Sends a request and gives its answer once the head has come. Bound the wait for it with asyncio.timeout.
+    def request(
+        self, method: bytes, path: bytes, headers: Headers, body: bytes, connect: float, until: float | None = None
+    ) -> _Request:
+        """`async with` sends the request and gives its answer once the head has come, by `until` in the loop's time.
+        Raises LegFailure.
 
         Leaving the block before the body was read to its end closes the connection, which is what makes an engine stop
         working on the request. A reused connection that turns out to have been closed by the engine is tried once more
         on a new one: the engine never saw the request.
         """
-        if self.busy >= self._max:
-            raise LegFailure(503, f"{self._max} requests are already open", self.name, "connect")
         lines = b"".join([b"%b: %b\r\n" % pair for pair in headers])
-        target = b"%b %b%b HTTP/1.1\r\n" % (method, self._prefix, path)
-        head = b"%b%bcontent-length: %d\r\n%b\r\n" % (target, self._host, len(body), lines)
-        self.busy += 1
-        connection: _Connection | None = None
-        try:
-            with _bounded(self.name):
-                connection = self._reuse() or await self._connect(connect)
-                reused = connection.used
-                connection.start(head, body)
-                try:
-                    await connection.head()
-                except _Broken as exc:
-                    if not (reused and exc.silent):
-                        raise
-                    connection = await self._connect(connect)
-                    connection.start(head, body)
-                    await connection.head()
-            yield Answer(connection, self.name)
-        finally:
-            self.busy -= 1
-            if connection is not None:
-                self._give_back(connection)
+        line = b"%b %b%b HTTP/1.1\r\n%b" % (method, self._prefix, path, self._host)
+        return _Request(self, b"%bcontent-length: %d\r\n%b\r\n" % (line, len(body), lines), body, connect, until)
 
     async def close(self) -> None:
         """Drops the idle connections. Those in use end with their requests."""
@@ -267,32 +338,76 @@ class Upstream:
         self._idle.clear()
         await asyncio.sleep(0)  # lets the loop run the connections' last callbacks
 
-    def _reuse(self) -> _Connection | None:
-        oldest = asyncio.get_running_loop().time() - IDLE_LIMIT
+    def reuse(self, now: float) -> _Connection | None:
         while self._idle:
             connection = self._idle.pop()  # the latest, so that the surplus of a burst ages and goes
-            if not connection.closed and connection.idle_since > oldest:
+            if not connection.closed and connection.idle_since > now - IDLE_LIMIT:
                 return connection
             connection.abort()
         return None
 
-    async def _connect(self, wait: float) -> _Connection:
-        loop = asyncio.get_running_loop()
+    async def connect(self, loop: asyncio.AbstractEventLoop, wait: float) -> _Connection:
         try:
             async with asyncio.timeout(wait):
-                _, connection = await loop.create_connection(_Connection, *self._address, ssl=self._tls)
+                _, connection = await loop.create_connection(lambda: _Connection(loop), *self._address, ssl=self._tls)
                 return connection
         except TimeoutError as exc:
             raise LegFailure(504, f"no connection within {wait:g} s", self.name, "connect") from exc
         except OSError as exc:
             raise LegFailure(502, f"no connection ({exc.strerror or exc})", self.name, "connect") from exc
 
-    def _give_back(self, connection: _Connection) -> None:
+    def give_back(self, connection: _Connection, now: float) -> None:
         if connection.reusable:
-            connection.idle_since = asyncio.get_running_loop().time()
+            connection.idle_since = now
             self._idle.append(connection)
         else:
             connection.abort()
+
+
+class _Request:
+    """One request on its way; see Upstream.request."""
+
+    __slots__ = ("_body", "_connect", "_connection", "_head", "_loop", "_until", "_upstream")
+
+    def __init__(self, upstream: Upstream, head: bytes, body: bytes, connect: float, until: float | None) -> None:
+        self._upstream, self._head, self._body, self._connect, self._until = upstream, head, body, connect, until
+        self._connection: _Connection | None = None
+
+    async def __aenter__(self) -> Answer:
+        upstream = self._upstream
+        if upstream.busy >= upstream.max_connections:
+            raise LegFailure(503, f"{upstream.max_connections} requests are already open", upstream.name, "connect")
+        self._loop = loop = asyncio.get_running_loop()
+        upstream.busy += 1
+        try:
+            connection = upstream.reuse(loop.time()) or await upstream.connect(loop, self._connect)
+            self._connection = connection
+            reused = connection.used
+            connection.start(self._head, self._body)
+            try:
+                await connection.head(self._until)
+            except _Broken as exc:
+                if not (reused and exc.silent):
+                    raise
+                self._connection = None
+                self._connection = connection = await upstream.connect(loop, self._connect)
+                connection.start(self._head, self._body)
+                await connection.head(self._until)
+        except (TimeoutError, _Broken) as exc:
+            self._leave()
+            raise _failure(exc, upstream.name) from exc
+        except BaseException:
+            self._leave()
+            raise
+        return Answer(connection, upstream.name)
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        self._upstream.busy -= 1
+        if self._connection is not None:
+            self._upstream.give_back(self._connection, self._loop.time())
 
 
 def _checked(name: str, url: str) -> SplitResult:
@@ -306,12 +421,7 @@ def _checked(name: str, url: str) -> SplitResult:
     return parts
 
 
-@contextlib.contextmanager
-def _bounded(instance: str) -> Iterator[None]:
-    """Turns what can go wrong inside into LegFailure."""
-    try:
-        yield
-    except TimeoutError as exc:
-        raise LegFailure(504, "it did not answer in time", instance, "timeout") from exc
-    except _Broken as exc:
-        raise LegFailure(502, str(exc), instance, "broken") from exc
+def _failure(exc: TimeoutError | _Broken, instance: str) -> LegFailure:
+    if isinstance(exc, _Broken):
+        return LegFailure(502, str(exc), instance, "broken")
+    return LegFailure(504, "it did not answer in time", instance, "timeout")
