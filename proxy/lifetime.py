@@ -15,6 +15,7 @@ token (admission.py).
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from enum import Enum
 
@@ -82,15 +83,18 @@ class Deadlines:
 
 
 class Lifetime:
-    """Where one request is. `on` raises KeyError for a transition that the table does not have: a bug of ours."""
+    """Where one request is, and since when (perf_counter) it has been in each state so far. `on` raises KeyError for a
+    transition that the table does not have: a bug of ours."""
 
-    __slots__ = ("state",)
+    __slots__ = ("state", "times")
 
     def __init__(self) -> None:
         self.state = State.RECEIVING
+        self.times = [(State.RECEIVING, time.perf_counter())]
 
     def on(self, event: Event) -> None:
         self.state = TRANSITIONS[self.state, event]
+        self.times.append((self.state, time.perf_counter()))
 
     @property
     def over(self) -> bool:

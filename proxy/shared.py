@@ -23,6 +23,14 @@ Listed = dict[str, tuple[str, str]]  # name -> role, url
 
 
 class Shared(Protocol):
+    @property
+    def folder(self) -> Path | None:
+        """What the workers share; None where there is only one process."""
+
+    @property
+    def row(self) -> int:
+        """Which of them this one is."""
+
     def add(self, name: str, by: int) -> None:
         """Changes this worker's count of `name`."""
 
@@ -37,6 +45,9 @@ class Shared(Protocol):
 
 
 class Alone:
+    folder: Path | None = None
+    row = 0
+
     def add(self, name: str, by: int) -> None:
         pass
 
@@ -54,6 +65,7 @@ class Together:
     """Worker number `row` of those that share `folder`."""
 
     def __init__(self, folder: Path, row: int) -> None:
+        self.folder, self.row = folder, row
         self._row, self._list = row, folder / "instances.json"
         self._lock = folder / "lock"
         self._seen = 0
