@@ -10,6 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,7 @@ from pdserve import model
 from pdserve.deploy.plan import Plan, arena_file, expand_cores
 from pdserve.engines.vllm import versions
 from pdserve.errors import ConfigError, UnsupportedError
-from pdserve.topology import CPU_KV_GIB, Instance
+from pdserve.topology import CPU_KV_GIB, Instance, Topology
 
 SHM = Path("/dev/shm")
 GIB = 1 << 30
@@ -125,26 +126,47 @@ def gpu_count() -> int | None:
     return sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if re.fullmatch(r"nvidia\d+", path.name))
 
 
-def check_ports(plan: Plan) -> None:
-    topology = plan.topology
-    wanted = [(f"{instance.key}.port", instance.host, instance.port) for instance in topology.instances]
+@dataclass(frozen=True)
+class Wanted:
+    """A port that a topology takes. `key` is where it stands in the YAML."""
+
+    key: str
+    host: str
+    port: int
+
+
+def wanted_ports(topology: Topology) -> list[Wanted]:
+    wanted = [Wanted(f"{instance.key}.port", instance.host, instance.port) for instance in topology.instances]
     if topology.cache:
-        wanted.append(("cache.admin_port", topology.cache.admin_host, topology.cache.admin_port))
+        wanted.append(Wanted("cache.admin_port", topology.cache.admin_host, topology.cache.admin_port))
     if topology.proxy:
-        wanted.append(("proxy.port", topology.proxy.host, topology.proxy.port))
-    for key, host, port in wanted:
+        wanted.append(Wanted("proxy.port", topology.proxy.host, topology.proxy.port))
+    return wanted
+
+
+def check_ports(plan: Plan) -> None:
+    for wanted in wanted_ports(plan.topology):
+        key = wanted.key
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
+            problem = port_problem(wanted.host, wanted.port)
         except socket.gaierror as error:
-            raise ConfigError(
-                key.replace("port", "host"), f"{host!r} is not an address of this machine: {error}"
-            ) from error
-        except OSError as error:
-            problem = f"{port} cannot be used: {error.strerror or error}{_user_of(port)}"
-            raise ConfigError(key, problem, "Stop that program, or choose another port.") from error
+            host = f"{wanted.host!r} is not an address of this machine: {error}"
+            raise ConfigError(key.replace("port", "host"), host) from error
+        if problem:
+            fix = "Stop that program, or choose another port."
+            raise ConfigError(key, f"{wanted.port} cannot be used: {problem}", fix)
+
+
+def port_problem(host: str, port: int) -> str:
+    """Why nobody could listen there now; "" when one could. Raises socket.gaierror for a name that is no address."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return f"{error.strerror or error}{_user_of(port)}"
+    return ""
 
 
 def _user_of(port: int) -> str:
