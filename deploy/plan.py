@@ -185,6 +185,7 @@ def _proxy(topology: Topology, proxy: Proxy, context: Context, depends: tuple[st
             words += [f"--{role}", f"{instance.name}={instance.url}"]
     if topology.cache:
         words += ["--cache", f"cache={topology.cache.admin_url}"]
+    words += ["--state-file", str(context.run_dir / "state.json")]
     words += ["--model", context.served_model_name, "--policy", proxy.policy]
     words += ["--engine", next(i.engine.kind for i in topology.instances if i.role != "plain")]
     for flag, value in (

@@ -147,7 +147,7 @@ class Fleet:
         """Notes a failed leg. Only a refused connection says something of the instance as a whole."""
         self.metrics["leg_failures_total"].labels(instance.name, leg, failure.reason).inc()
         _log.warning("request %s: %s leg failed: %s", rid, leg, failure)
-        if failure.reason == "connect" and failure.status == 502:
+        if _is_refusal(failure):
             self._set_up(instance, False, "it refuses connections")
         elif any(
             i.usable for i in self.instances if i is not instance and i.role == instance.role
@@ -164,6 +164,8 @@ class Fleet:
                     await self._ask_load(instance)
         except (LegFailure, TimeoutError) as exc:
             status, why = 0, str(exc) or f"no answer within {self.deadlines.probe:g} s"
+            if _is_refusal(exc):
+                instance.failures = FAILURES  # nobody listens there: asking again would not change it
         else:
             why = f"/health answered {status}"
         if status == 200:
@@ -195,6 +197,8 @@ class Fleet:
             return
         async with instance.upstream.request(b"GET", b"/metrics", (), b"", self.deadlines.connect) as answer:
             raw = await answer.read(_MODELS_LIMIT)
+        if answer.status == 200:
+            instance.exposed = raw
         if answer.status == 200 and (found := _LOAD.findall(raw)):
             instance.told_load(int(sum(map(float, found))))
 
@@ -217,5 +221,10 @@ class Fleet:
         instance.was_up = instance.was_up or up
         if not up:
             instance.others = 0
+            instance.exposed = b""
             instance.models = frozenset()  # it may come back serving something else
         self.metrics["instance_up"].labels(instance.name, instance.role).set(up)
+
+
+def _is_refusal(exc: LegFailure | TimeoutError) -> bool:
+    return isinstance(exc, LegFailure) and exc.reason == "connect" and exc.status == 502

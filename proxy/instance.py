@@ -41,6 +41,7 @@ class Instance:
     reported: int = 0  # requests that the engine says it has
     others: int = 0  # of those, not ours
     models: frozenset[str] = frozenset()
+    exposed: bytes = b""  # its /metrics, as read last
     shared: Shared = field(default_factory=Alone)
 
     @property

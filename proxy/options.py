@@ -35,6 +35,7 @@ class Settings:
     workers: int = 1
     max_waiting: int = 256
     probe_every: float = 1.0
+    state_file: str = ""  # where the launcher writes how its processes are
     caches: tuple[tuple[str, str], ...] = ()  # (name, admin URL) of the hosts' cache daemons
 
 
@@ -47,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{role}", nargs="+", action="extend", default=[], metavar="[NAME=]URL", help=help_)
     text = "a cache daemon's admin address: [NAME=]URL, several may follow, and the option may be repeated"
     parser.add_argument("--cache", nargs="+", action="extend", default=[], metavar="[NAME=]URL", help=text)
+    text = "the launcher's state.json, from which /dashboard shows restarts"
+    parser.add_argument("--state-file", default="", metavar="PATH", help=text)
     parser.add_argument("--model", action="append", default=[], metavar="NAME", help="served model name (repeatable)")
     parser.add_argument("--engine", default="vllm", help="what the engines are (default %(default)s)")
     parser.add_argument("--policy", default="round_robin", help="how an instance is chosen (default %(default)s)")
@@ -93,6 +96,7 @@ def settings(args: argparse.Namespace) -> Settings:
     return Settings(
         tuple(instances),
         caches=_caches(args.cache),
+        state_file=args.state_file,
         models=frozenset(args.model),
         engine=args.engine,
         prefill_policy=args.prefill_policy or args.policy,

@@ -117,6 +117,9 @@ def test_servers() -> list[tuple[str, bool, bool, str]]:
     return [
         ("redis-server", shutil.which("redis-server") is not None, False, "to test the Redis tier"),
         ("openssl", shutil.which("openssl") is not None, False, "to test the Redis tier over TLS"),
+        ("chromium", shutil.which("chromium") is not None, False, "to test the dashboard in a browser"),
+        ("fonts-dejavu-core", Path("/usr/share/fonts/truetype/dejavu").exists(), False, "for the browser to have letters"),
+        ("prometheus", shutil.which("promtool") is not None, False, "to test metrics and alert rules with promtool"),
         ("libibverbs1", has_library("libibverbs.so.1"), False, "to test the Mooncake tier"),
     ]
 

@@ -58,6 +58,7 @@ def test_cache_and_proxy_command_lines() -> None:
         *(*start, "proxy", "--host", "127.0.0.1", "--port", "8001"),
         *("--prefill", "prefill-0=http://127.0.0.1:8100", "--prefill", "prefill-1=http://127.0.0.1:8101"),
         *("--decode", "decode-0=http://127.0.0.1:8200", "--cache", "cache=http://127.0.0.1:8081"),
+        *("--state-file", "/run/pd/state.json"),
         *("--model", "smollm2-135m-instruct"),
         *("--policy", "round_robin", "--engine", "vllm", "--prefill-timeout", "30"),
     )

@@ -81,6 +81,7 @@ class Job:
             began, token = len(full), _GENERATED + seed * _SPAN + place + i
             full += f" w{(seed + place + i + self.engine.shift) % 1000}"
             self.generated += 1
+            self.engine.tokens["generated"] += 1
             for word in self.stop:
                 if (at := full.find(word, max(0, began - len(word) + 1))) >= 0:
                     yield Step(full[sent:at], token, "stop", word)

@@ -14,12 +14,14 @@ import argparse
 import asyncio
 import contextlib
 import json
-from collections import deque
+import time
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import httptools
 
+from pdserve.engines.fake import exposed
 from pdserve.engines.fake.answers import Job, Refusal
 
 _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 500: "Internal Server Error", 503: "Service Unavailable"}
@@ -95,6 +97,8 @@ class FakeEngine:
     always: Fault | None = None
     seen: list[Seen] = field(default_factory=list)
     keep: int = 10_000
+    born: float = field(default_factory=time.time)
+    tokens: Counter[str] = field(default_factory=Counter)  # prompt, loaded, generated
     connections: set[_Connection] = field(default_factory=set)
     _server: asyncio.Server | None = None
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
@@ -173,10 +177,9 @@ class FakeEngine:
             card = {"id": self.model, "object": "model", "owned_by": "pdserve", "max_model_len": self.max_model_len}
             out.whole(200, {"object": "list", "data": [card]})
         elif seen.path == "/metrics":
-            text = f'vllm:num_requests_running{{model_name="fake"}} {self.running - 1 + self.others}.0\n'
-            out.raw_whole(200, text.encode(), "text/plain")
+            out.raw_whole(200, exposed.page(self).encode(), "text/plain")
         elif seen.path == "/version":
-            out.whole(200, {"version": "fake"})
+            out.whole(200, {"version": "0.0.0+fake"})
         else:
             out.whole(404, Refusal(404, f"no {seen.path} here", "NotFoundError").body)
 
@@ -219,6 +222,8 @@ class FakeEngine:
 
     async def _generate(self, seen: Seen, out: _Connection, fault: Fault | None) -> None:
         job = Job(self, seen)
+        loaded = job.usage()["prompt_tokens_details"]["cached_tokens"]
+        self.tokens.update(prompt=job.prompt_tokens, loaded=loaded)
         if self.delay:
             await asyncio.sleep(self.delay)
         if job.stream:
@@ -291,7 +296,7 @@ class _Connection(asyncio.Protocol):
         path = self._url.partition(b"?")[0].decode("latin-1")
         seen = Seen(self._parser.get_method().decode(), path, dict(self._headers), bytes(self._body))
         self._url, self._headers, self._body = b"", {}, bytearray()
-        if path not in ("/health", "/v1/models", "/metrics"):
+        if path not in ("/health", "/v1/models", "/metrics", "/version"):
             self.engine.note(seen)
         self._seen = seen
         self.task = asyncio.get_running_loop().create_task(self._run(seen))

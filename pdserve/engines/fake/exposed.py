@@ -1,0 +1,29 @@
+"""The fake engine's /metrics: those of vLLM's and of the connector's names that others read, in vLLM's form."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pdserve.engines.fake.server import FakeEngine
+
+_BLOCKS = 64  # requests that would fill its cache, if it had one
+
+
+def page(engine: FakeEngine) -> str:
+    running = engine.running - 1 + engine.others  # the one that asks is no request
+    tokens = engine.tokens
+    families = (
+        ("vllm:num_requests_running", "gauge", "", running),
+        ("vllm:num_requests_waiting", "gauge", "", 0),
+        ("vllm:kv_cache_usage_perc", "gauge", "", min(1.0, running / _BLOCKS)),
+        ("vllm:prompt_tokens_total", "counter", "", tokens["prompt"]),
+        ("vllm:generation_tokens_total", "counter", "", tokens["generated"]),
+        ("pdserve_engine_loaded_tokens_total", "counter", 'tier="dram",', tokens["loaded"]),
+        ("process_start_time_seconds", "gauge", None, engine.born),
+    )
+    lines = []
+    for name, kind, labels, value in families:
+        shown = "" if labels is None else f'{{{labels}model_name="{engine.model}"}}'
+        lines += [f"# HELP {name} As vLLM's.", f"# TYPE {name} {kind}", f"{name}{shown} {float(value)}"]
+    return "\n".join(lines) + "\n"
