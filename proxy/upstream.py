@@ -56,6 +56,7 @@ class _Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._sink: Sink | None = None
         self._sink_error: Exception | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._reset()
 
@@ -215,22 +216,24 @@ class _Connection(asyncio.Protocol):
     async def _wait_on(self, gap: float) -> None:
         """Until the sink has been taken away. Raises TimeoutError when nothing has come for `gap` seconds."""
         self._touched = self.loop.time()
-        self._waiter = waiter = self.loop.create_future()
-
-        def look() -> None:
-            nonlocal timer
-            left = self._touched + gap - self.loop.time()
-            if left > 0:
-                timer = self.loop.call_later(left, look)
-            else:
-                _late(waiter)
-
-        timer = self.loop.call_later(gap, look)
+        self._waiter = self.loop.create_future()
+        self._look_later(gap, gap)
         try:
-            await waiter
+            await self._waiter
         finally:
             self._waiter = None
-            timer.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def _look_later(self, wait: float, gap: float) -> None:
+        self._timer = self.loop.call_later(wait, self._look, gap)
+
+    def _look(self, gap: float) -> None:
+        left = self._touched + gap - self.loop.time()
+        if left > 0:
+            self._look_later(left, gap)
+        elif self._waiter is not None:
+            _late(self._waiter)
 
     def _wake(self) -> None:
         """A sink that is still there has been given everything."""
