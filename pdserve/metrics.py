@@ -351,6 +351,98 @@ CACHE = {
     ),
 }
 
+# What the connector inside an engine counts: shown at the engine's own /metrics, with vLLM's labels before these.
+ENGINE = {
+    "engine_load_decisions_total": Metric(
+        Counter,
+        "Hits in the cache by what was done (load, compute) and why: faster, slower (predicted from what both took of "
+        "late), unmeasured (loaded until both are known), probe (loaded to see whether it still is slower), always "
+        "(as configured), short, handover (a producer computed it for this request), failed",
+        ("decision", "reason"),
+        unit="decisions",
+        act="Many `slower`: loading does not pay at these lengths; look at `engine_load_bytes_per_second`. Any `failed`: "
+        "the engine's log says why.",
+    ),
+    "engine_loaded_tokens_total": Metric(
+        Counter,
+        "Tokens loaded instead of computed, by the tier that had them",
+        ("tier",),
+        unit="tokens",
+        act="Stands still under load: nothing is reused; `pdserve explain` says why for one request.",
+    ),
+    "engine_load_seconds_total": Metric(
+        Counter, "Time that requests waited for their loads", unit="seconds", act="Compare with `engine_saved_seconds_total`."
+    ),
+    "engine_saved_seconds_total": Metric(
+        Counter,
+        "Time that computing the loaded tokens would have taken, by the measured prefill speed, less the time of loading",
+        unit="seconds",
+        act="Grows slower than `engine_load_seconds_total`: the cache hardly pays here.",
+    ),
+    "engine_prefill_tokens_per_second": Metric(
+        Gauge,
+        "Prompt tokens computed a second of late (slope of the fit)",
+        unit="tokens/s",
+        act="Falls: the engine is shared by more requests, or is slower than it was.",
+    ),
+    "engine_prefill_base_seconds": Metric(
+        Gauge, "What a prefill takes besides its tokens (base of the fit)", unit="seconds", act="Grows with queueing."
+    ),
+    "engine_load_bytes_per_second": Metric(
+        Gauge,
+        "KV bytes loaded a second of late, by way: dram (arena to the engine's blocks), lower (lower tiers to the arena)",
+        ("tier",),
+        unit="bytes/s",
+        act="`dram` falls: the bus is busy. `lower` falls: the disk or the remote store is slow.",
+    ),
+    "engine_load_base_seconds": Metric(
+        Gauge, "What a load takes besides its bytes", ("tier",), unit="seconds", act="Grows with the length of a step."
+    ),
+}  # fmt: skip
+#: reasons of `engine_load_decisions_total` that go with `load`
+LOADING = frozenset(("faster", "unmeasured", "probe", "always", "handover"))
+
+#: the cache daemon of a deployment with several hosts; `peer` is a host's name in the topology
+PEERS = {
+    "peer_up": Metric(
+        Gauge, "1 while the peer answers", ("peer",),
+        act="0: `pdserve status` says why; requests go on without what that host holds.",
+    ),
+    "peer_failures_total": Metric(
+        Counter, "Calls to the peer that failed or were not answered in time", ("peer",), unit="calls",
+        act="Grows steadily: the host, its daemon or the network between is not well; see the daemon's log.",
+    ),
+    "peer_chunks_total": Metric(
+        Counter,
+        "Chunks exchanged with the peer, by direction (in, out) and result (arrived, refused, cancelled, corrupt, late, lost, "
+        "failed, dropped)",
+        ("peer", "direction", "result"), unit="chunks",
+        act="`refused` is common (the other has it already); `dropped` and `late` mean that the network is slower than the prefill.",
+    ),
+    "peer_bytes_total": Metric(
+        Counter, "Bytes of chunks exchanged with the peer, by direction (in, out)", ("peer", "direction"), unit="bytes",
+        act="Its rate near the link's: prefill/decode across hosts is bound by the network.",
+    ),
+    "peer_speed_bytes": Metric(
+        Gauge, "Bytes per second that the peer is expected to send, from what it sent lately", ("peer",), unit="bytes/s",
+        act="Low: fetching from that peer stops being worth it (peer_pull_decisions_total, too_slow).",
+    ),
+    "peer_directory_keys": Metric(
+        Gauge, "Chunks that the peer is known to hold", ("peer",), unit="chunks",
+        act="0 while the peer is up and busy: its events do not arrive.",
+    ),
+    "peer_resyncs_total": Metric(
+        Counter, "Times that everything was asked of the peer anew, after a gap or its restart", ("peer",), unit="times",
+        act="Grows without restarts: more changes there than can be told in time.",
+    ),
+    "peer_pull_decisions_total": Metric(
+        Counter,
+        "Runs of chunks that peers held, by decision (pull, too_slow), and chunks asked for that did not come (missing, failed, late)",
+        ("decision",), unit="runs or chunks",
+        act="Mostly too_slow: computing is faster here than the network; nothing is wrong.",
+    ),
+}
+
 _PREFIX = "pdserve_"
 
 

@@ -34,6 +34,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.cli_topology": (CORE, "msgspec"),
     "pdserve.cli_reference": (CORE, "pdserve.cli_tree"),
     "pdserve.output": (CORE, "rich"),
+    "pdserve.cli_doctor": (CORE, "pdserve.doctor"),
+    # Looks at every part from outside; the two children of it that import an engine or a driver do nothing else.
+    "pdserve.doctor": (CORE, "pdserve.doctor", "pdserve.deploy", "pdserve.kernels", "pdserve.transfer.tiers", "numpy", "rich"),
+    "pdserve.doctor.probe_vllm": ("vllm",),
     "pdserve.__main__": (CORE, "pdserve.cli_tree"),
     "pdserve.cli_status": (CORE, "pdserve.deploy", "msgspec", "rich"),
     "pdserve.cli_stop": (CORE, "pdserve.cli_status", "pdserve.deploy"),
@@ -44,7 +48,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.engines.vllm": (CORE, "msgspec"),
     "pdserve.engines.vllm.connector": (CORE, "pdserve.transfer", "vllm", "torch"),
     "pdserve.engines.vllm.scheduler_side": (CORE, "pdserve.transfer", "vllm"),
-    "pdserve.engines.vllm.worker_side": (CORE, "pdserve.transfer", "pdserve.kernels", "vllm", "torch", "numpy"),
+    "pdserve.engines.vllm.worker_side": (CORE, "pdserve.transfer", "vllm"),
+    "pdserve.engines.vllm.finding": (CORE, "pdserve.transfer"),
+    "pdserve.engines.vllm.loading": (CORE, "pdserve.transfer"),
+    "pdserve.engines.vllm.saving": (CORE, "pdserve.transfer", "numpy"),
+    "pdserve.engines.vllm.stats": (CORE, "vllm", "prometheus_client"),
     "pdserve.engines.vllm.device_layout": (CORE, "pdserve.transfer.staging", "pdserve.kernels", "vllm", "torch"),
     "pdserve.engines.vllm.layout": (CORE, "pdserve.transfer.staging", "vllm", "torch", "numpy", "huggingface_hub"),
     "pdserve.engines.vllm.messages": (CORE, "vllm"),
@@ -57,6 +65,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.transfer.scrub": (CORE, "pdserve.transfer", "pdserve.kernels", "numpy"),
     "pdserve.transfer.fsck": (CORE, "pdserve.transfer", "pdserve.kernels", "msgspec", "numpy", "rich"),
     "pdserve.transfer.tiers": (CORE, "pdserve.transfer", "pdserve.kernels", "blake3", "msgspec", "numpy"),
+    "pdserve.transfer.peers": (CORE, "pdserve.transfer", "msgspec", "numpy"),
+    "pdserve.transfer.peers.sources": (CORE, "httpx"),  # etcd's HTTP gateway
     "pdserve.transfer.transports": (CORE, "pdserve.transfer.transports", "pdserve.kernels", "msgspec", "numpy"),
     "pdserve.transfer.transports.ucx": (CORE, "pdserve.transfer.transports", "msgspec", "numpy", "ucp", "ucxx"),
     "pdserve.transfer.transports.nixl": (CORE, "pdserve.transfer.transports", "msgspec", "numpy", "nixl_cu12", "nixl_cu13"),
@@ -78,6 +88,7 @@ APART = (
     "pdserve.proxy",
     "pdserve.deploy",
     "pdserve.engines.vllm.connector",
+    "pdserve.doctor",
     "pdserve.cli_",
 )
 

@@ -1,0 +1,125 @@
+"""Who takes part: what the sources list, what each peer said of itself, and whether it answers. Pure: time is handed in.
+
+    joining   listed, has not answered yet
+    up        has answered; chunks are asked of it and sent to it
+    draining  finishes and gives, is sent nothing new
+    down      a call failed or was not answered in time: left alone, then tried again after a pause that grows
+    gone      said goodbye; back when it answers again
+
+A peer is named by the URL at which it listens. A call that is not answered opens the circuit at once: a peer that accepts
+and never answers costs one deadline, not one for each request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from pdserve.transfer.tiers.breaker import CLOSED, Breaker, BreakerOptions
+
+#: one failure is enough to leave a peer alone for a moment; it is tried again for ever
+CAREFUL = BreakerOptions(failures=1, first_pause=0.5, longest_pause=15.0, probe_patience=10.0)
+#: bytes per second that a peer is believed to send before anything came from it
+FIRST_SPEED = 100e6
+#: how much the last observation counts
+_WEIGHT = 0.3
+
+
+@dataclass
+class Member:
+    url: str
+    name: str = ""  # as listed, then as it says itself
+    epoch: str = ""
+    ourselves: bool = False
+    draining: bool = False
+    gone: bool = False
+    greeted: bool = False
+    last_error: str = ""
+    chunk_bytes: int = 0  # of one of its chunks, roughly
+    speed: float = FIRST_SPEED
+    breaker: Breaker = field(default_factory=lambda: Breaker(CAREFUL))
+
+    def state(self, now: float) -> str:
+        if self.ourselves:
+            return "self"
+        if self.breaker.state(now) != CLOSED:
+            return "down"
+        if self.gone:
+            return "gone"
+        if not self.greeted:
+            return "joining"
+        return "draining" if self.draining else "up"
+
+    def gives(self, now: float) -> bool:
+        """Whether chunks may be asked of it."""
+        return self.state(now) in ("up", "draining")
+
+    def takes(self, now: float) -> bool:
+        """Whether chunks may be sent to it. One that has not answered yet may: the attempt decides."""
+        return self.state(now) in ("up", "joining")
+
+    def observed(self, nbytes: int, seconds: float) -> None:
+        """So much came from it in that time."""
+        if nbytes > 0:
+            self.speed = (1 - _WEIGHT) * self.speed + _WEIGHT * nbytes / max(seconds, 1e-4)
+
+    def failed(self, ticket: int | None, now: float, why: str) -> None:
+        self.last_error = why
+        if ticket is not None:
+            self.breaker.failure(ticket, now)
+
+    def greeting(self, name: str, epoch: str) -> bool:
+        """What it says of itself; True when this is another start than the one known before."""
+        anew = bool(self.epoch) and self.epoch != epoch
+        self.name, self.epoch, self.greeted, self.gone, self.draining = name or self.name, epoch, True, False, False
+        return anew
+
+
+class Members:
+    """All that are or were lately listed. `own` is the URL at which we listen ourselves."""
+
+    def __init__(self, own: str = "", epoch: str = "") -> None:
+        self._own, self._epoch = own, epoch
+        self._members: dict[str, Member] = {}
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(list(self._members.values()))
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def others(self) -> list[Member]:
+        return [m for m in self._members.values() if not m.ourselves]
+
+    def get(self, url: str) -> Member | None:
+        return self._members.get(url)
+
+    def find(self, target: str) -> Member | None:
+        """By name, by URL, or by the address in it; never ourselves."""
+        if target in self._members:
+            found: Member | None = self._members[target]
+        else:
+            found = next((m for m in self._members.values() if m.name == target), None)
+            found = found or next((m for m in self._members.values() if urlsplit(m.url).hostname == target), None)
+        return None if found is None or found.ourselves else found
+
+    def listed(self, now_listed: dict[str, str]) -> tuple[list[Member], list[Member]]:
+        """The sources' present list, URL -> name ("" where they know none). Returns (new ones, those that are off it)."""
+        left = [m for url, m in self._members.items() if url not in now_listed]
+        for member in left:
+            del self._members[member.url]
+        joined = [
+            Member(url, name, ourselves=url == self._own)
+            for url, name in now_listed.items()
+            if url not in self._members
+        ]
+        self._members |= {member.url: member for member in joined}
+        return [m for m in joined if not m.ourselves], [m for m in left if not m.ourselves]
+
+    def greeted(self, member: Member, name: str, epoch: str) -> bool:
+        """As Member.greeting; finds out when a listed address is our own."""
+        if epoch == self._epoch:
+            member.ourselves = True
+            return False
+        return member.greeting(name, epoch)
