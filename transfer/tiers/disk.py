@@ -32,6 +32,8 @@ from pdserve.transfer.tiers.segments import Place
 MIN_SIZE = 64 << 20
 DEFAULT_MIN_FREE = 1 << 30
 RETRY_S = 5.0
+#: how long, and for how many bytes at most, the answer about free space is taken as good
+LOOK_S, LOOK_BYTES = 1.0, 256 << 20
 #: part of a segment's bytes that compaction may carry over when the segment goes; the cap keeps room for it
 KEEP_SHARE = 4
 
@@ -67,6 +69,7 @@ class DiskTier:
         self._current: Segment | None = None
         self._clock = 0
         self._state, self._retry_at = "ok", 0.0
+        self._free_bytes, self._look_at = 0, 0.0
         self._counts = dict.fromkeys(("evicted_chunks", "moved_chunks", "quarantined_chunks", "quarantined_bytes"), 0)
         self._closed = False
         try:
@@ -283,7 +286,7 @@ class DiskTier:
         limit = self.size - min(self.segment_bytes, self.size // 8) // KEEP_SHARE - self._index_allowance()
         if total + PAGE > limit:
             return False
-        while self._used() + total + PAGE > limit or self._free() < self.min_free + total:
+        while self._used() + total + PAGE > limit or not self._has_free(total):
             victim = min(
                 (s for s in self._segments.values() if s is not self._current), key=lambda s: s.used, default=None
             )
@@ -349,6 +352,18 @@ class DiskTier:
 
     def _index_allowance(self) -> int:
         return 4096 + 2 * 256 * len(self._index)  # the file, and the one that takes its place
+
+    def _has_free(self, total: int) -> bool:
+        """Whether the floor holds after so many bytes more. Others write, too: half of what is left may go unseen."""
+        now = time.monotonic()
+        if total > self._free_bytes or now >= self._look_at:
+            left = self._free() - self.min_free
+            if left < total:
+                self._free_bytes = 0
+                return False
+            self._free_bytes, self._look_at = max(total, min(left // 2, LOOK_BYTES)), now + LOOK_S
+        self._free_bytes -= total
+        return True
 
     def _free(self) -> int:
         facts = os.statvfs(self.path)

@@ -135,7 +135,6 @@ def write(folder: Path, index: Index, found: list[Segment], lock: threading.Lock
         f.write(_MAGIC + blake3(body).digest() + body)
         f.flush()
         fault("disk.index.write")
-        os.fsync(f.fileno())
     fault("disk.index.rename")
     fresh.replace(folder / FILE)
 
