@@ -1,0 +1,147 @@
+"""Hosts without processes: each a store, an arena and a Node, joined by the in-memory transport."""
+
+import asyncio
+import time
+import types
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from pdserve import kernels, metrics
+from pdserve.chunk import FORMAT_VERSION
+from pdserve.transfer.eviction import LeafFirstLru
+from pdserve.transfer.peers import link as link_module
+from pdserve.transfer.peers import node as node_module
+from pdserve.transfer.peers.node import Node
+from pdserve.transfer.peers.sources import Static
+from pdserve.transfer.store import Store
+from pdserve.transfer.tiers.base import ChunkRecord
+from pdserve.transfer.transports.base import Local
+from pdserve.transfer.transports.fake import FakeNetwork, FakeTransport
+from pdserve.transfer.transports.session import Limits
+from pdserve.transfer.wire import CommitItem, ReserveItem
+
+PAGE = 4096
+SHARDS = 2
+SHARD = 3 * PAGE - 8
+
+
+def key(i):
+    return int(i).to_bytes(8, "little") + bytes(24)
+
+
+def content(i, shard=0):
+    return np.random.default_rng(i * 7 + shard).integers(0, 256, SHARD, dtype=np.uint8)
+
+
+class Host:
+    """`listed` may be changed at any time: it is what the source says next."""
+
+    def __init__(self, network, name, pages=400, epoch="1"):
+        self.name, self.network = name, network
+        self.arena = np.zeros(pages * PAGE, np.uint8)
+        registry = CollectorRegistry()
+        self.metrics = metrics.build(metrics.CACHE, registry) | metrics.build(metrics.PEERS, registry)
+        self.store = Store(self.arena.size, LeafFirstLru(), self.metrics)
+        self.transport = FakeTransport(network, Local(name, self.arena), Limits(silence_s=1.5))
+        self.listed = {}
+        self.below = set()
+        self.node = Node(
+            name=name,
+            epoch=f"{name}-{epoch}",
+            chunk_tokens=256,
+            store=self.store,
+            metrics=self.metrics,
+            transport=self.transport,
+            listen=f"fake://{name}",
+            source=lambda own: types.SimpleNamespace(peers=lambda: dict(self.listed), close=lambda: None),
+            below=self.below.__contains__,
+            after=lambda: None,
+        )
+
+    async def start(self, *others):
+        self.listed = {f"fake://{name}": name for name in (self.name, *others)}
+        await self.node.start()
+        self.ticking = asyncio.create_task(self._tick())
+        return self
+
+    async def _tick(self):
+        while True:
+            await asyncio.sleep(0.05)
+            self.node.tick(time.monotonic())
+            self.store.expire(time.monotonic())
+
+    async def stop(self):
+        self.ticking.cancel()
+        await self.node.stop()
+
+    def put(self, i, client=1):
+        """An engine stores chunk i."""
+        item = ReserveItem(key(i), b"", 0, SHARDS, SHARD, 256, count=SHARDS)
+        (grant,) = self.store.reserve([item], "engine", client, time.monotonic())
+        assert grant.status == 0, grant
+        chunk = self.store.peek(key(i))
+        for shard in range(SHARDS):
+            start = grant.offset + shard * chunk.stride
+            self.arena[start : start + SHARD] = content(i, shard)
+        digests = [kernels.digest(content(i, shard)) for shard in range(SHARDS)]
+        self.store.commit([CommitItem(grant.reservation, digests[0], digests[1:])], client)
+
+    def has(self, i):
+        chunk = self.store.peek(key(i))
+        return chunk is not None and chunk.committed
+
+    def right(self, i):
+        """The bytes of chunk i are what was stored."""
+        chunk = self.store.peek(key(i))
+        starts = [chunk.offset + shard * chunk.stride for shard in range(SHARDS)]
+        return all((self.arena[s : s + SHARD] == content(i, n)).all() for n, s in enumerate(starts))
+
+    def lookup(self, numbers, prefill_speed=1.0):
+        """As the daemon does: what is missing is asked of the peers; how many are on their way."""
+        now = time.monotonic()
+        keys = [key(i) for i in numbers if not self.has(i)]
+        if keys:
+            self.node.ask(keys, now, prefill_speed)
+        return sum(self.node.coming(k, now) for k in keys)
+
+    def state(self, peer):
+        return next((p["state"] for p in self.node.status()["peers"] if p["name"] == peer), None)
+
+    def counted(self, name, *labels):
+        return self.metrics[name].labels(*labels)._value.get()
+
+    def nothing_is_held(self):
+        """No hold, no reservation, nothing on its way."""
+        chunks = self.store._index.values()
+        assert [c.key.hex()[:16] for c in chunks if not c.committed or c.leases] == []
+        assert self.store.stats()["reservations"] == 0
+        status = self.node.status()
+        assert (status["incoming"], status["pulling"]) == (0, 0)
+        assert [p["outgoing"] for p in status["peers"] if p["outgoing"]] == []
+        assert self.node.inbox.nbytes == 0
+
+
+async def until(condition, what="it happens", patience=20.0):
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, what
+        await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def network(monkeypatch):
+    monkeypatch.setattr(link_module, "SYNC_EVERY_S", 0.02)
+    monkeypatch.setattr(link_module, "CALL_S", 0.3)
+    monkeypatch.setattr(link_module, "PUSH_S", 1.0)
+    monkeypatch.setattr(node_module, "LIST_EVERY_S", 0.05)
+    return FakeNetwork()
+
+
+@pytest.fixture
+def helpers():
+    return types.SimpleNamespace(
+        Host=Host, key=key, content=content, until=until, Static=Static, ChunkRecord=ChunkRecord,
+        FORMAT_VERSION=FORMAT_VERSION, SHARD=SHARD,
+    )  # fmt: skip
