@@ -38,8 +38,9 @@ def _run(words: list[str]) -> int:
         return 2
     name = words[0]
     top.parse_args(words[:1])
-    parser = cli_tree.parser(name)
-    code: int = cli_tree.module(name).main(parser.parse_args(words[1:]))
+    module = cli_tree.module(name)
+    rest = module.default_words(words[1:]) if hasattr(module, "default_words") else words[1:]
+    code: int = module.main(cli_tree.parser(name).parse_args(rest))
     return code
 
 

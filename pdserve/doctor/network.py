@@ -1,0 +1,116 @@
+"""Ports: free, or taken by the very deployment that is examined. Clocks: do the hosts agree?"""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import time
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from pdserve.deploy import preflight
+from pdserve.deploy.preflight import Wanted
+from pdserve.doctor.finding import Finding, fail, ok, skip, warn
+from pdserve.doctor.subject import Subject
+
+PORTS, CLOCK = "ports", "clocks"
+#: HTTP dates are whole seconds; more than this apart is not rounding
+SKEW_SECONDS = 2.0
+WRONG_SECONDS = 30.0
+_ASK_SECONDS = 3.0
+
+
+def ports(subject: Subject) -> Iterator[Finding]:
+    if subject.topology is None:
+        return
+    wanted = preflight.wanted_ports(subject.topology)
+    problems = {port.key: preflight.port_problem(port.host, port.port) for port in wanted}
+    yield from judge_ports(wanted, problems, running=subject.running is not None)
+
+
+def judge_ports(wanted: list[Wanted], problems: Mapping[str, str], running: bool) -> Iterator[Finding]:
+    """`problems`: key -> why the port cannot be used ("" when it can)."""
+    taken = [port for port in wanted if problems[port.key]]
+    numbers = ", ".join(str(port.port) for port in wanted)
+    if running:
+        free = [port for port in wanted if not problems[port.key]]
+        for port in free:
+            means = "The deployment runs, but nobody listens there: that process is down or restarting."
+            yield warn(PORTS, f"{port.key} {port.port} is free", means, "pdserve status; then its log.")
+        if not free:
+            yield ok(PORTS, f"{numbers}: in use by this deployment")
+        return
+    for port in taken:
+        fix = f"Stop that program, or give {port.key} another number."
+        found = f"{port.key} {port.port}: {problems[port.key]}"
+        yield fail(PORTS, found, "That process could not listen; launch refuses to start.", fix)
+    if not taken:
+        yield ok(PORTS, f"{numbers}: free")
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A host's clock against ours, in seconds (positive: it is ahead); `error` when it did not answer."""
+
+    host: str
+    ahead: float = 0.0
+    error: str = ""
+
+
+def clocks(subject: Subject) -> Iterator[Finding]:
+    urls = _urls(subject)
+    if not urls:
+        return
+    yield judge_clocks([read_clock(url) for url in urls])
+
+
+def _urls(subject: Subject) -> list[str]:
+    """One address of each host that is not this one, and the proxy's own."""
+    found: dict[str, str] = {}
+    if subject.running is not None:
+        found[urllib.parse.urlsplit(subject.running.url).hostname or ""] = subject.running.url
+        for url in (*(u for urls in subject.running.engines.values() for u in urls), subject.running.admin_url or ""):
+            if url:
+                found.setdefault(urllib.parse.urlsplit(url).hostname or "", url)
+    return list(found.values())
+
+
+def read_clock(url: str) -> Clock:
+    """By the Date of an answer, which is in whole seconds, half the way there and back taken off."""
+    parts = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=_ASK_SECONDS)
+    try:
+        begun = time.time()
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+        answer.read(4096)
+        middle = (begun + time.time()) / 2
+        stamp = answer.getheader("Date")
+    except (OSError, http.client.HTTPException) as error:
+        return Clock(parts.hostname or url, error=str(error) or type(error).__name__)
+    finally:
+        connection.close()
+    if stamp is None:
+        return Clock(parts.hostname or url, error="its answers carry no Date")
+    # The stamp was cut to the second: on average it is half a second behind.
+    return Clock(parts.hostname or url, email.utils.parsedate_to_datetime(stamp).timestamp() + 0.5 - middle)
+
+
+def judge_clocks(clocks: list[Clock]) -> Finding:
+    told = [clock for clock in clocks if not clock.error]
+    if not told:
+        return skip(CLOCK, "; ".join(f"{clock.host}: {clock.error}" for clock in clocks))
+    worst = max(told, key=lambda clock: abs(clock.ahead))
+    if abs(worst.ahead) < SKEW_SECONDS:
+        hosts = ", ".join(clock.host for clock in told)
+        return ok(CLOCK, f"{hosts}: within {SKEW_SECONDS:g} s of this machine")
+    way = "ahead of" if worst.ahead > 0 else "behind"
+    found = f"{worst.host} is {abs(worst.ahead):.0f} s {way} this machine"
+    fix = f"Set the clock of {worst.host}: run an NTP client there (systemd-timesyncd, chrony)."
+    if abs(worst.ahead) >= WRONG_SECONDS:
+        means = (
+            "Logs and traces of the hosts cannot be put in order, TLS certificates and S3 signatures may be refused."
+        )
+        return fail(CLOCK, found, means, fix)
+    return warn(CLOCK, found, "Logs and traces of the hosts are in the wrong order.", fix)

@@ -1,0 +1,204 @@
+"""The doctor's eyes and hands: checks against real things, the runner against checks that hang or break, the report."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+
+from pdserve import __main__ as command
+from pdserve.doctor import child, network, probe_cuda, registry, report, runner, storage, subject
+from pdserve.doctor.finding import Finding, fail, ok, warn
+from pdserve.doctor.runner import Check
+from pdserve.doctor.subject import Subject
+from pdserve.errors import ConfigError, NotRunning
+
+
+def test_a_hanging_and_a_broken_check_hide_nothing() -> None:
+    never = threading.Event()
+
+    def hangs(_: Subject) -> Iterator[Finding]:
+        never.wait(60)
+        yield ok("hangs", "")
+
+    def breaks(_: Subject) -> Iterator[Finding]:
+        yield ok("breaks", "first")
+        raise ValueError("second")
+
+    def works(_: Subject) -> Iterator[Finding]:
+        yield ok("works", "fine")
+
+    checks = [
+        Check("hangs", hangs, 0.2),
+        Check("breaks", breaks),
+        Check("works", works),
+        Check("last", works, alone=True),
+    ]
+    told: list[tuple[str, int]] = []
+    found = runner.run(checks, Subject(), lambda doing, done: told.append((doing, done)))
+    never.set()
+    assert [f.check for f in found] == ["hangs", "breaks", "works", "works"]
+    assert "no result within 0.2 s" in found[0].found
+    assert "ValueError: second" in found[1].found
+    assert [f.status for f in found] == ["warn", "warn", "ok", "ok"]
+    assert ("last", 3) in told
+    assert told[-1] == ("", 4)
+
+
+def test_every_check_has_a_name_of_its_own_and_a_deadline() -> None:
+    names = [check.name for check in registry.CHECKS]
+    assert len(set(names)) == len(names)
+    assert all(0 < check.deadline <= 180 for check in registry.CHECKS)
+
+
+def test_checks_of_this_machine_say_something_true() -> None:
+    quick = [check for check in registry.CHECKS if check.name not in ("vllm", "kernels")]
+    found = runner.run(quick, Subject())
+    by_name = {f.check: f for f in found}
+    assert {"gpu", "cores", "memory", "shared memory", "leftovers", "memory lock", "numa", "ucx", "disk"} <= set(
+        by_name
+    )
+    assert by_name["cores"].found == f"{len(os.sched_getaffinity(0))} usable"
+    assert not [f for f in found if "the check itself failed" in f.found]
+
+
+def test_the_driver_is_asked_in_a_child() -> None:
+    assert child.ask("pdserve.doctor.probe_cuda", seconds=60) == probe_cuda.look()
+
+
+def test_a_child_that_hangs_or_fails_is_an_answer() -> None:
+    with pytest.raises(child.ChildError, match=r"no answer within 0\.2 s"):
+        child.output(["sleep", "20"], 0.2)
+    with pytest.raises(child.ChildError, match="code 3: it is so"):
+        child.output(["sh", "-c", "echo it is so >&2; exit 3"], 20)
+    with pytest.raises(child.ChildError, match="cannot be run: No such file"):
+        child.output(["/no/such/program"], 5)
+
+
+class _Clock(http.server.BaseHTTPRequestHandler):
+    ahead = 0.0
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return formatdate(time.time() + self.ahead, usegmt=True)
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on the test's stderr."""
+
+
+@pytest.mark.parametrize(("ahead", "status"), [(0.0, "ok"), (10.0, "warn"), (-4000.0, "fail")])
+def test_a_clock_is_read_off_an_answer(ahead: float, status: str) -> None:
+    handler = type("Handler", (_Clock,), {"ahead": ahead})
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            clock = network.read_clock(f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
+            thread.join(10)
+    assert clock.error == ""
+    assert clock.ahead == pytest.approx(ahead, abs=1.0)
+    assert network.judge_clocks([clock]).status == status
+    assert network.read_clock(f"http://127.0.0.1:{server.server_port}").error
+
+
+def test_the_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
+    speed = storage.measure(tmp_path)
+    assert speed.write > 0
+    assert speed.read > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tiers_are_tried_with_a_chunk(tmp_path: Path) -> None:
+    assert storage.probe_tier("memory:", "cache.tiers[0]").status == "ok"
+    found = storage.probe_tier(f"file://{tmp_path}", "cache.tiers[0]")
+    assert (found.status, found.check) == ("ok", "tier file")
+    assert not [f for f in tmp_path.rglob("*") if f.is_file() and f.stat().st_size > 4096]
+    found = storage.probe_tier("file:///no/such/folder", "cache.tiers[0]")
+    assert found.status == "fail"
+    assert "Make or mount it first" in found.fix
+
+
+def test_a_tier_that_is_down_is_named_without_its_password() -> None:
+    pytest.importorskip("redis", reason="the redis client library is not installed")
+    found = storage.probe_tier("redis://me:hunter2@127.0.0.1:1/0", "cache.tiers[1]")
+    assert found.status == "fail"
+    assert "redis://...@127.0.0.1:1/0" in found.found
+    assert "Start that server, or correct cache.tiers[1]" in found.fix
+    assert "hunter2" not in f"{found}"
+
+
+def test_what_a_name_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDSERVE_RUN_DIR", str(tmp_path))
+    assert subject.find(None).topology is None
+    given = subject.find("local-cpu")
+    assert given.topology is not None
+    assert given.topology.name == "local-cpu"
+    assert given.running is None
+    with pytest.raises(NotRunning, match=r"nothing answers at http://127\.0\.0\.1:1/health"):
+        subject.find("http://127.0.0.1:1")
+    with pytest.raises(ConfigError, match="no such topology"):
+        subject.find("absent.yaml")
+    file = tmp_path / "t.yaml"
+    file.write_text("name: t\nmodel: ./absent\nboth: [{port: 24090}]\ncache: {size: 64MiB}\n")
+    problem = subject.find(str(file)).problem
+    assert problem is not None
+    assert problem.key == "model"
+
+
+def test_prompts_that_never_share(tmp_path: Path) -> None:
+    file = tmp_path / "sent.jsonl"
+    rules = "You are a careful assistant of a large library. " * 40
+    texts = [f"It is 2026-11-22 10:0{n}. {rules} Question {n}?" for n in range(3)]
+    bodies = [{"messages": [{"role": "system", "content": text}]} for text in texts]
+    file.write_text("".join(json.dumps(body) + "\n" for body in bodies))
+    (check,) = [check for check in registry.CHECKS if check.name == "prompts"]
+    found = runner.run([check], Subject(prompts=file))
+    assert [f.status for f in found] == ["warn"]
+    assert "timestamp: 2 times" in found[0].found
+    assert "Put the time behind" in found[0].fix
+    file.write_text(json.dumps(bodies[0]) + "\n")
+    assert [f.status for f in runner.run([check], Subject(prompts=file))] == ["ok"]
+    assert runner.run([check], Subject()) == []
+
+
+FINDINGS = [
+    ok("gpu", "no GPU"),
+    warn("disk", "x" * 200, "It is slow. " * 12, "Buy another one."),
+    fail("ports", "8000 is in use", "The proxy could not listen.", "Stop that program."),
+]
+
+
+def test_the_report_fits_80_columns_and_names_the_fix(capsys: pytest.CaptureFixture[str]) -> None:
+    report.show("this machine", FINDINGS)
+    out = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert "fix: Buy another one." in out
+    assert out.rstrip().endswith("1 ok, 1 warn, 1 fail")
+    report.show("this machine", FINDINGS, quiet=True)
+    assert "no GPU" not in capsys.readouterr().out
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PDSERVE_RUN_DIR", str(tmp_path))
+    assert command.main(["doctor", "--only", "cores", "--only", "numa", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [f["check"] for f in answer["findings"]] == ["cores", "numa"]
+    assert (answer["status"], answer["exit_code"]) == ("ok", 0)
+    assert command.main(["doctor", "--only", "nonsense"]) == 2
+    assert "Known: gpu, vllm" in capsys.readouterr().err
+    assert command.main(["doctor", "http://127.0.0.1:1"]) == 3
+    assert command.main(["doctor", "--prompts", "absent.jsonl"]) == 2
+    assert command.main(["doctor", "gpu-1p1d", "--only", "gpu"]) in (0, 1)
