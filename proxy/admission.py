@@ -74,13 +74,16 @@ class Admission:
         self._turned_down = 0.0
         self._time = 0.0  # from the gate to the first token, smoothed
         self._virtual = 0.0
+        self.gates = False  # some request has had a target
 
     def predicted(self, ahead: int) -> float:
         """Seconds until a request with so many before it has its first token, by what was measured."""
         return self._time * (1 + ahead / max(1.0, self.limit))
 
     def gated(self, key: Key) -> bool:
-        return bool(key.ttft or self._target)
+        gated = bool(key.ttft or self._target)
+        self.gates = self.gates or gated
+        return gated
 
     @contextlib.asynccontextmanager
     async def entered(self, key: Key, priority: int) -> AsyncIterator[Pass]:

@@ -17,7 +17,7 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -26,17 +26,24 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from pdserve import engines, log, metrics
 from pdserve.errors import ConfigError
 from pdserve.proxy import keys, openai, options, workers
+from pdserve.proxy.access import Access
 from pdserve.proxy.admin import Admin
+from pdserve.proxy.admin_requests import AdminRequests
 from pdserve.proxy.admission import Admission
+from pdserve.proxy.dashboard.dashboard import Dashboard
 from pdserve.proxy.endpoint import Doors, Endpoint
+from pdserve.proxy.exposition import joined
 from pdserve.proxy.fleet import Fleet
 from pdserve.proxy.guard import Limits, guarded
+from pdserve.proxy.history import History
 from pdserve.proxy.instance import Instance
 from pdserve.proxy.keys import Keys
 from pdserve.proxy.options import Settings, add_arguments
 from pdserve.proxy.routing import Routing
 from pdserve.proxy.shared import Alone, Shared, Together
+from pdserve.proxy.siblings import Siblings
 from pdserve.proxy.split import Splitter
+from pdserve.proxy.told import Caches
 from pdserve.proxy.upstream import Upstream
 from pdserve.proxy.worth import Worth
 
@@ -59,15 +66,25 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
     admission = Admission(settings.slo_ttft, settings.max_waiting)
     known = keys.read(settings.api_keys) if settings.api_keys else Keys()
     known.shared = shared
-    doors = Doors(known, admission)
+    history = History()
+    doors = Doors(known, admission, history)
+    siblings = Siblings(history, shared.folder, shared.row)
+    caches = Caches(settings.caches, settings.admin_token)
+    requests = AdminRequests(history, siblings, caches, Access(settings.admin_token))
     admin = Admin(fleet, settings.admin_token)
+    dashboard = Dashboard(fleet, settings, lambda: exposed(registry), shared.folder)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await fleet.start()
+        await dashboard.start()
+        await siblings.start()
         try:
             yield
         finally:
+            await dashboard.stop()
+            await siblings.stop()
+            await caches.stop()
             await admin.stop()
             await fleet.stop()
 
@@ -79,10 +96,21 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
         endpoint = Endpoint(path, splitter, doors, settings, made)
         for name in ("GET", "HEAD") if method == "GET" else (method,):
             front[name.encode(), path.encode()] = endpoint
-    app.state.front = front
+    app.state.front, app.state.history, app.state.requests = front, history, requests
+    app.state.dashboard = dashboard
     admin.add_to(app)
+    dashboard.add_to(app)
+    requests.add_to(app)
     _add_own_pages(app, fleet, registry, methods)
     return app
+
+
+def exposed(registry: CollectorRegistry) -> bytes:
+    """The proxy's metrics; as one of several workers, what all of them have counted."""
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)
+    return generate_latest(registry)
 
 
 def _add_own_pages(app: FastAPI, fleet: Fleet, registry: CollectorRegistry, methods: dict[str, str]) -> None:
@@ -94,12 +122,13 @@ def _add_own_pages(app: FastAPI, fleet: Fleet, registry: CollectorRegistry, meth
         """200 while this process runs."""
         return Response(status_code=200)
 
-    async def exposed() -> Response:
-        shown = registry
-        if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):  # one of several workers: what all of them have counted
-            shown = CollectorRegistry()
-            multiprocess.MultiProcessCollector(shown)
-        return Response(generate_latest(shown), media_type=CONTENT_TYPE_LATEST)
+    async def own_metrics() -> Response:
+        return Response(exposed(registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def engine_metrics() -> Response:
+        """Every engine's own, as they were read last, with the engine's name as `instance`."""
+        page = joined([(instance.name, instance.exposed) for instance in fleet.instances])
+        return Response(page, media_type=CONTENT_TYPE_LATEST)
 
     async def other(path: str, request: Request) -> Response:
         if method := methods.get(f"/{path}"):
@@ -111,7 +140,8 @@ def _add_own_pages(app: FastAPI, fleet: Fleet, registry: CollectorRegistry, meth
 
     app.add_api_route("/health", health, methods=["GET", "HEAD"])
     app.add_api_route("/ping", ping, methods=["GET", "POST"])
-    app.add_api_route("/metrics", exposed, methods=["GET"])
+    app.add_api_route("/metrics", own_metrics, methods=["GET"])
+    app.add_api_route("/metrics/engines", engine_metrics, methods=["GET"])
     app.add_api_route("/{path:path}", other, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
 
 
@@ -147,7 +177,7 @@ def main(args: argparse.Namespace) -> int:
         _log.info("listening on http://%s:%d for %s", args.host, bound.getsockname()[1], names)
         gc.collect()
         gc.freeze()  # what is there now stays: not to be walked again by each collection
-        server = _Server(serve_config(app, settings), role)
+        server = _Server(serve_config(app, settings), role, app.state.dashboard.feed.close)
         # uvicorn raises the signal that stopped it once more when it is done; met by these, an orderly stop exits with 0.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
@@ -160,14 +190,19 @@ def main(args: argparse.Namespace) -> int:
 class _Server(uvicorn.Server):
     """Tells a parent, if there is one, when it serves; leaves without haste when it has been replaced."""
 
-    def __init__(self, config: uvicorn.Config, role: workers.Role | None) -> None:
+    def __init__(self, config: uvicorn.Config, role: workers.Role | None, leaving: Callable[[], None]) -> None:
+        """`leaving` is called when it stops, before it waits for what still runs."""
         super().__init__(config)
-        self._role = role
+        self._role, self._leaving = role, leaving
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._role is not None and self.started:
             self._role.tell_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._leaving()
+        await super().shutdown(sockets)
 
     def leave(self, within: float) -> None:
         self.config.timeout_graceful_shutdown = max(1, int(within))

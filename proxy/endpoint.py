@@ -13,6 +13,7 @@ from pdserve.errors import RequestError, UpstreamError
 from pdserve.proxy import openai, relay
 from pdserve.proxy.admission import Admission
 from pdserve.proxy.call import Call, ClientGone
+from pdserve.proxy.history import History
 from pdserve.proxy.keys import Keys
 from pdserve.proxy.lifetime import Event, Lifetime, State
 from pdserve.proxy.options import Settings
@@ -29,6 +30,7 @@ class Doors:
 
     keys: Keys
     admission: Admission
+    history: History
 
 
 class Endpoint:
@@ -37,6 +39,7 @@ class Endpoint:
     def __init__(self, path: str, splitter: Splitter, doors: Doors, settings: Settings, made: dict[str, Any]) -> None:
         self._path, self._splitter, self._doors, self._settings, self._metrics = path, splitter, doors, settings, made
         self._running = made["requests_running"].labels(path)
+        self._labelled: dict[tuple[str, ...], Any] = {}
 
     async def __call__(self, call: Call) -> None:
         rid = openai.request_id(call.headers)
@@ -46,11 +49,13 @@ class Endpoint:
         exchange = Exchange(method, self._path, call.target, [], rid, client)
         client.on_first = lambda seconds: self._first_token(exchange, seconds)
         self._running.inc()
+        self._doors.history.begin(exchange)
         try:
             await self._live(exchange, call)
         finally:
             self._running.dec()
             self._count(exchange)
+            self._doors.history.end(exchange)
 
     async def _live(self, exchange: Exchange, call: Call) -> None:
         """Runs the request to a terminal state; whatever ends it is answered here, in one place."""
@@ -102,6 +107,7 @@ class Endpoint:
         if self._path not in openai.SPLIT:
             return await self._splitter.pass_on(exchange, body)
         ask = openai.parse(body, self._splitter.models)
+        exchange.model = ask.body.get("model") or ""
         if not self._doors.admission.gated(exchange.key):
             return await self._splitter.generate(exchange, ask)
         exchange.client.lifetime.on(Event.QUEUE)
@@ -110,6 +116,7 @@ class Endpoint:
             await self._splitter.generate(exchange, ask)
 
     async def _refused(self, exchange: Exchange, error: RequestError) -> None:
+        exchange.error = error.message
         if error.status == 429:
             self._metrics["requests_refused_total"].labels(error.code or "engine").inc()
         if exchange.client.started:  # nobody is left who could go on with the stream
@@ -117,6 +124,7 @@ class Endpoint:
         await self._fail(exchange, error.status, openai.request_error(error), getattr(error, "retry_after", 1))
 
     async def _upstream_failed(self, exchange: Exchange, error: UpstreamError) -> None:
+        exchange.error = str(error)
         if exchange.client.started:
             exchange.client.lifetime.on(Event.ERROR)
             await relay.broken_off(exchange.client, exchange.endpoint, error)
@@ -135,19 +143,28 @@ class Endpoint:
         if exchange.leave is not None:
             exchange.leave.first_token()
         self._observe("time_to_first_token_seconds", exchange.route, seconds)
-        exchange.client.on_gap = self._metrics["inter_token_latency_seconds"].labels(exchange.route).observe
+        exchange.client.on_gap = self._metric("inter_token_latency_seconds", exchange.route).observe
 
     def _observe(self, metric: str, route: str, seconds: float) -> None:
-        self._metrics[metric].labels(route).observe(seconds)
+        self._metric(metric, route).observe(seconds)
+
+    def _metric(self, name: str, *labels: str) -> Any:
+        """The metric with these labels; looked up in the library once, which takes a lock and its time."""
+        key = (name, *labels)
+        found = self._labelled.get(key)
+        if found is None:
+            found = self._labelled[key] = self._metrics[name].labels(*labels)
+        return found
 
     def _count(self, exchange: Exchange) -> None:
-        self._metrics["admission_limit"].set(self._doors.admission.limit)
-        self._metrics["admission_waiting"].set(self._doors.admission.waiting)
+        if self._doors.admission.gates:
+            self._metrics["admission_limit"].set(self._doors.admission.limit)
+            self._metrics["admission_waiting"].set(self._doors.admission.waiting)
         client, route = exchange.client, exchange.route
         gone = client.lifetime.state is State.ABORTED
         if gone:
             self._metrics["request_aborted_total"].labels(self._path).inc()
         status = _CLIENT_LEFT if gone else client.status
-        self._metrics["requests_total"].labels(self._path, route, str(status)).inc()
+        self._metric("requests_total", self._path, route, str(status)).inc()
         if client.lifetime.state is State.DONE:
             self._observe("e2e_request_latency_seconds", route, time.perf_counter() - client.arrived)

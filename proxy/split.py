@@ -34,6 +34,7 @@ from pdserve.proxy.policies.base import Facts
 from pdserve.proxy.relay import Client
 from pdserve.proxy.routing import Routing
 from pdserve.proxy.takeover import Takeover
+from pdserve.proxy.trail import Trail
 from pdserve.proxy.upstream import Answer, LegFailure
 
 ATTEMPTS = 2  # instances tried per leg: one failure is seen through, a failing fleet is not hammered
@@ -59,9 +60,16 @@ class Exchange:
     key: Key = field(default_factory=lambda: Key(ANYBODY))
     leave: Pass | None = None  # its place at the gate, until its first token
     facts: Facts = field(default_factory=lambda: Facts(""))
+    # For its record (history.py).
+    trail: Trail = field(default_factory=Trail)
+    model: str = ""
+    reason: str = ""
+    error: str = ""
+    trace_id: str = ""
 
     def tell_route(self, why: str = "") -> None:
         """Sets the answer's x-pdserve headers to what was done so far."""
+        self.reason = why
         said = (("route", self.route), ("prefill", self.prefill), ("decode", self.decode), ("reason", why))
         kept = [header for header in self.client.extra if not header[0].startswith(b"x-pdserve-")]
         self.client.extra = kept + [(b"x-pdserve-" + key.encode(), value.encode()) for key, value in said if value]
@@ -127,9 +135,11 @@ class Splitter:
             if instance is None:
                 break
             tried.append(instance)
+            exchange.trail.leg("prefill", instance.name)
             try:
                 handover = await self._prefill_on(instance, exchange, body, deadline)
             except LegFailure as failure:
+                exchange.trail.lost(str(failure))
                 self._fleet.failed(instance, "prefill", failure, exchange.request_id)
                 if not self._budget.spend(failure.reason):
                     raise LegFailure(503, "it is overloaded, and so are others", instance.name, "status") from failure
@@ -137,6 +147,7 @@ class Splitter:
                     break  # the time for this stage is used up
                 continue
             exchange.prefill = instance.name
+            exchange.trail.done()
             return handover, ""
         return None, "prefill-failed"
 
@@ -181,10 +192,12 @@ class Splitter:
             tried.append(instance)
             exchange.decode = instance.name
             exchange.tell_route(why)
+            exchange.trail.leg("decode", instance.name)
             try:
                 with instance.serving():
                     return await self._decode_on(instance, exchange, path, body, takeover)
             except LegFailure as failure:
+                exchange.trail.lost(str(failure))
                 self._fleet.failed(instance, "decode", failure, exchange.request_id)
                 last = failure
                 if not exchange.client.started:
@@ -236,6 +249,7 @@ class Splitter:
         if answer.status < 300 and exchange.endpoint in openai.SPLIT and not openai.is_object(body):
             raise LegFailure(502, "its answer is not a JSON object", instance.name, "broken")
         if answer.status >= 400:
+            exchange.error = f"{instance.name} answered {answer.status}"
             if answer.status >= 500:
                 self._metrics["leg_failures_total"].labels(instance.name, "decode", "status").inc()
             shaped = openai.engine_error(answer.status, body, instance.name)
