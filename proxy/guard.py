@@ -20,6 +20,7 @@ from pdserve.proxy import openai
 from pdserve.proxy.call import Call
 
 _REASONS = {408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
+LINGER = 0.5  # seconds that an idle connection is left open when the server stops
 Endpoint = Callable[[Call], Awaitable[None]]
 
 
@@ -42,6 +43,7 @@ class Guarded(HttpToolsProtocol):
     _head = 0  # bytes of the head that is being received
     _in_head = True
     _timer: asyncio.TimerHandle | None = None
+    _leaving = False  # the server stops
     _fresh: tuple[Call, Endpoint] | None = None  # the request whose head has just come
 
     def connection_made(self, transport: Any) -> None:
@@ -72,6 +74,20 @@ class Guarded(HttpToolsProtocol):
         if self._in_head and self._head > self.limits.head and not self.transport.is_closing():
             self._refuse(431, f"The head of the request is larger than {self.limits.head} bytes.")
 
+    def shutdown(self) -> None:
+        """The server stops. A request may be on its way to a connection that carries none, and would be lost without a
+        word if it were closed at once: it gets a moment, and whatever comes is still answered."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+        elif not self._leaving:
+            self._leaving = True
+            self.loop.call_later(LINGER, self._part)
+
+    def _part(self) -> None:
+        if not self._in_head or self._head or (self.cycle is not None and not self.cycle.response_complete):
+            return  # something came; it is the last
+        self.transport.close()
+
     # What the parser calls.
 
     def on_message_begin(self) -> None:
@@ -89,7 +105,7 @@ class Guarded(HttpToolsProtocol):
             return self._to_the_app()
         call = Call(self, method, path.decode(), target, self.headers)
         call.http_1_0 = self.parser.get_http_version() == "1.0"
-        call.keep_alive = not call.http_1_0 and self.parser.should_keep_alive()
+        call.keep_alive = not (call.http_1_0 or self._leaving) and self.parser.should_keep_alive()
         before, self.cycle = self.cycle, cast(Any, call)
         if self.expect_100_continue:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -120,6 +136,8 @@ class Guarded(HttpToolsProtocol):
         self.url, self.expect_100_continue = url, expect
         self.headers.extend(headers)
         super().on_headers_complete()
+        if self._leaving:
+            self.cycle.keep_alive = False
 
     # What a call and the timers call.
 

@@ -8,8 +8,6 @@ resting     too many legs failed in a row although it answers probes: down until
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -62,16 +60,9 @@ class Instance:
             return "draining"
         return ("trial" if self.trial else "up") if self.up else "down"
 
-    @contextlib.contextmanager
-    def serving(self) -> Iterator[None]:
-        """Counts a request as running here."""
-        self.in_flight += 1
-        self.shared.add(self.name, 1)
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            self.shared.add(self.name, -1)
+    def serving(self) -> _Serving:
+        """`with` it, a request counts as running here."""
+        return _Serving(self)
 
     def told_load(self, requests: int) -> None:
         self.reported, self.others = requests, max(0, requests - self.in_flight)
@@ -90,6 +81,23 @@ class Instance:
         self.rest = min(MAX_REST, 2 * self.rest)
         self.strikes = 0
         return True
+
+
+class _Serving:
+    """Not a generator: entered twice by each request."""
+
+    __slots__ = ("_instance",)
+
+    def __init__(self, instance: Instance) -> None:
+        self._instance = instance
+
+    def __enter__(self) -> None:
+        self._instance.in_flight += 1
+        self._instance.shared.add(self._instance.name, 1)
+
+    def __exit__(self, *exc: object) -> None:
+        self._instance.in_flight -= 1
+        self._instance.shared.add(self._instance.name, -1)
 
 
 def preferred(instances: list[Instance]) -> list[Instance]:

@@ -7,9 +7,10 @@ proxy itself must know (that the body is a JSON object, the model's name) or wha
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
-import uuid
+import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
@@ -33,6 +34,9 @@ _MARK: Final = rb'"cache_control"\s*:\s*\{[^{}]*"type"\s*:\s*"ephemeral"[^{}]*\}
 _MARKER: Final = re.compile(rb"\s*,\s*" + _MARK)
 _MARKER_ALONE: Final = re.compile(_MARK + rb"\s*,?\s*")
 _REQUEST_ID_LIMIT: Final = 256
+# An id of our own: what tells this process from all others, and a number. (A UUID for each request asks the kernel.)
+_PROCESS: Final = secrets.token_hex(8)
+_number: Final = itertools.count(secrets.randbits(32))
 _HOP: Final = frozenset(
     (
         b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"te",
@@ -97,7 +101,7 @@ def request_id(headers: list[tuple[bytes, bytes]]) -> str:
     text = given.decode("latin-1").strip()
     if text and len(text) <= _REQUEST_ID_LIMIT and text.isascii() and text.isprintable():
         return text
-    return uuid.uuid4().hex
+    return f"{_PROCESS}{next(_number):016x}"
 
 
 def headers_in(headers: list[tuple[bytes, bytes]], rid: str) -> list[tuple[bytes, bytes]]:

@@ -68,8 +68,8 @@ class Body:
         last = {m.name: i for i, m in enumerate(members)}
         dropped = {i for i, m in enumerate(members) if m.name in remove or (m.name in changes and last[m.name] != i)}
         added = [name for name in changes if name not in last]
-        if not dropped and not added:
-            return self._replaced(members, changes)
+        if not dropped and members:
+            return self._replaced(members, changes, added)
         kept = [i for i in range(len(members)) if i not in dropped]
         opening = self.raw.index(b"{") + 1
         # A dropped member takes the comma before it along, or the one after it if it was the first that would remain.
@@ -87,13 +87,19 @@ class Body:
         out.append(self.raw[closing:] if members else b"}" + self.raw[self.raw.rindex(b"}") + 1 :])
         return b"".join(out)
 
-    def _replaced(self, members: list[Member], changes: Mapping[str, bytes]) -> bytes:
-        out, done = [], 0
+    def _replaced(self, members: list[Member], changes: Mapping[str, bytes], added: list[str]) -> bytes:
+        """As edited, where nothing is taken out: all between the changed values stays in one piece."""
+        raw, out, done = self.raw, [], 0
         for m in members:
             if m.name in changes:
-                out += [self.raw[done : m.value], changes[m.name]]
+                out += (raw[done : m.value], changes[m.name])
                 done = m.end
-        return b"".join([*out, self.raw[done:]]) if out else self.raw
+        if added:
+            end = members[-1].end
+            out.append(raw[done:end])
+            out += [b", %b: %b" % (msgspec.json.encode(name), changes[name]) for name in added]
+            done = end
+        return b"".join((*out, raw[done:])) if out else raw
 
     def members(self) -> list[Member]:
         """The members in order, located once. (Every one of them, repeated names included.)"""
