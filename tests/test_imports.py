@@ -19,7 +19,7 @@ WEB = ("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "httpx")
 RULES: dict[str, tuple[str, ...]] = {
     "pdserve": (CORE, "msgspec", "yaml", "prometheus_client", "blake3"),
     # Tools that drive a running deployment from outside, over HTTP and by the command.
-    "pdserve.bench": (CORE, "pdserve.bench", "httpx", "msgspec", "yaml", "psutil", "rich", "numpy"),
+    "pdserve.bench": (CORE, "pdserve.bench", "httpx", "httptools", "msgspec", "yaml", "psutil", "rich", "numpy"),
     "pdserve.verify": (CORE, "rich", "yaml", "httpx"),
     "pdserve.demo": (CORE, "rich", "yaml", "httpx"),
     "pdserve.target": (CORE, "yaml", "httpx"),

@@ -29,8 +29,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pdserve import bench, env, topology
+from pdserve import env, topology
 from pdserve import target as targets
+from pdserve.bench import quick as bench
 from pdserve.openai_client import Client
 from pdserve.target import Target, free_port
 

@@ -26,12 +26,12 @@ Ids = tuple[int, ...]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", nargs="?", help="URL or name of a running deployment (default: the one that runs)")
-    parser.add_argument("--prompt-tokens", type=int, default=1000)
-    parser.add_argument("--output-tokens", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=8)
-    parser.add_argument("--concurrency", type=int, default=1)
+    parser.add_argument("--prompt-tokens", type=int, default=1000, help="length of each prompt (default %(default)s)")
+    parser.add_argument("--output-tokens", type=int, default=32, help="length of each answer (default %(default)s)")
+    parser.add_argument("--requests", type=int, default=8, help="how many prompts (default %(default)s)")
+    parser.add_argument("--concurrency", type=int, default=1, help="requests at a time (default %(default)s)")
     parser.add_argument("--seed", type=int, help="repeat an earlier run's prompts (default: fresh, printed)")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="as data")
 
 
 @dataclass(frozen=True, slots=True)

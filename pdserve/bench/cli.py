@@ -1,0 +1,162 @@
+"""The words of `pdserve bench`: one per workload, and quick, compare."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from pdserve.bench import workloads
+from pdserve.errors import ConfigError
+
+EXAMPLES = """examples:
+  pdserve bench                                                 quick figures of the deployment that runs
+  pdserve bench long-doc-qa http://127.0.0.1:8000 --out res     any OpenAI server
+  pdserve bench multi-round-qa --num-users 20 --qps 0.5 --slo-ttft 2
+  pdserve bench trace-replay --trace-directory traces --scale 0.02 --duration 120 --start-users 2 --max-users 16 --slo-ttft 5
+  pdserve bench compare res/a.json res/b.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    words = parser.add_subparsers(dest="word", metavar="WORD")
+    _add_quick(
+        words.add_parser("quick", help="time to first token cold and warm, and throughput, of what runs (the default)")
+    )
+    for name in workloads.NAMES:
+        module = workloads.module(name)
+        one = words.add_parser(
+            name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(one.add_argument_group("workload"))
+        add_common(one)
+    compare = words.add_parser("compare", help="two results beside each other, with intervals and verdicts")
+    compare.add_argument("a", metavar="A.json", type=Path, help="the baseline")
+    compare.add_argument("b", metavar="B.json", type=Path, help="what is compared with it")
+    compare.add_argument("--json", action="store_true", help="as data")
+
+
+def default_words(words: list[str]) -> list[str]:
+    """`pdserve bench`, `pdserve bench URL` and `pdserve bench --requests 4` mean `quick`."""
+    known = ("quick", *workloads.NAMES, "compare", "-h", "--help")
+    return words if words and words[0] in known else ["quick", *words]
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.word in (None, "quick"):
+        from pdserve.bench import quick
+
+        return quick.main(args)
+    if args.word == "compare":
+        from pdserve.bench import show
+
+        return show.compare(args)
+    from pdserve.bench import one
+
+    return one.main(args)
+
+
+def _add_quick(parser: argparse.ArgumentParser) -> None:
+    from pdserve.bench import quick
+
+    quick.add_arguments(parser)
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """What every workload has: whom to ask, how to send, what to keep."""
+    whom = parser.add_argument_group("whom to ask")
+    whom.add_argument("target", nargs="?", help="URL, or name of a running deployment (default: the one that runs)")
+    whom.add_argument("--model", default="", help="model name to send (default: the first that the server lists)")
+    whom.add_argument(
+        "--api-key", default=os.environ.get("OPENAI_API_KEY", ""), help="bearer token (default: OPENAI_API_KEY)"
+    )
+    whom.add_argument(
+        "--header", action="append", default=[], metavar="NAME=VALUE", help="another header for every request"
+    )
+    whom.add_argument(
+        "--endpoint", choices=("completions", "chat"), help="default: what the workload's known tool uses"
+    )
+    whom.add_argument("--extra-body", default="{}", metavar="JSON", help="goes into every request's body")
+    whom.add_argument(
+        "--no-ignore-eos", action="store_true", help="answers may end early (for servers that refuse ignore_eos)"
+    )
+    add_load(parser)
+    keep = parser.add_argument_group("what to keep")
+    keep.add_argument(
+        "--out", metavar="DIR", type=Path, help="write raw records as JSON and CSV, and report.html, there"
+    )
+    keep.add_argument("--name", default="", help="file name of this result (default: the workload's)")
+    keep.add_argument("--json", action="store_true", help="print the figures as data")
+    keep.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def add_load(parser: argparse.ArgumentParser) -> None:
+    load = parser.add_argument_group("how to send")
+    load.add_argument("--seed", type=int, default=0, help="the same seed sends the same requests (default %(default)s)")
+    load.add_argument(
+        "--scale", type=float, default=1.0, help="multiplies every length in tokens (default %(default)s)"
+    )
+    load.add_argument(
+        "--rate", type=float, default=0.0, metavar="PER_S", help="open loop: conversations come in by a Poisson process"
+    )
+    load.add_argument(
+        "--concurrency", type=int, default=0, help="closed loop: users at a time (default: the workload's)"
+    )
+    load.add_argument(
+        "--duration", "--test-duration", type=float, default=0.0, metavar="S", help="begin nothing new after S seconds"
+    )
+    load.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of one request (default %(default)s)")
+    load.add_argument(
+        "--warmup", type=float, default=0.0, metavar="S", help="requests begun in the first S seconds are not counted"
+    )
+    load.add_argument(
+        "--settle", type=float, default=1.0, metavar="S", help="pause between two stages (default %(default)s)"
+    )
+    load.add_argument(
+        "--slo-ttft",
+        "--max-ttft",
+        type=float,
+        metavar="S",
+        help="target for the first token: counted, and steers the ramp",
+    )
+    load.add_argument(
+        "--start-users", type=int, default=0, help="ramp: begin with so many users (needs --max-users and --slo-ttft)"
+    )
+    load.add_argument("--max-users", type=int, default=0, help="ramp: add users up to so many while the target is kept")
+    load.add_argument(
+        "--assessment-period",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="ramp: how often it looks (default %(default)s)",
+    )
+    load.add_argument(
+        "--max-client-overhead", type=float, default=10.0, metavar="MS",
+        help="refuse to run if this client itself takes longer to a first token (default %(default)s; 0: not measured)",
+    )  # fmt: skip
+
+
+def headers_of(args: argparse.Namespace) -> dict[str, str]:
+    found = {}
+    for given in args.header:
+        name, equals, value = given.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError("--header", f"{given!r} is not NAME=VALUE")
+        found[name.strip()] = value
+    return found
+
+
+def extra_of(args: argparse.Namespace) -> dict[str, object]:
+    try:
+        extra = json.loads(args.extra_body)
+    except json.JSONDecodeError as error:
+        raise ConfigError("--extra-body", f"not JSON: {error}") from error
+    if not isinstance(extra, dict):
+        raise ConfigError("--extra-body", "is not a JSON object")
+    return extra
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,230 @@
+"""Ramp decisions, figures, intervals and sentences: pure."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from pdserve.bench import compare, results, stats
+from pdserve.bench.ramp import Ramp
+from pdserve.bench.record import Record
+from pdserve.bench.results import Result, Run
+from pdserve.bench.stats import Sample
+from pdserve.bench.summary import summarise
+from pdserve.errors import ConfigError
+
+
+def record(
+    ttft_ms: float, *, arm: str = "", repetition: int = 0, n: int = 0, ok: bool = True, **more: object
+) -> Record:
+    begin = more.pop("begin", float(n))
+    assert isinstance(begin, float)
+    facts: dict = {
+        "arm": arm, "repetition": repetition, "stage": "all", "session": f"s{n}", "step": 0, "intended": begin, "sent": begin,
+        "ended": begin + ttft_ms / 1000, "ttft_ms": ttft_ms if ok else None, "latency_ms": ttft_ms if ok else None,
+        "status": "ok" if ok else "error", "prompt_tokens": 100, "output_tokens": 10,
+    }  # fmt: skip
+    return Record(**(facts | more))
+
+
+def result(arms: dict[str, list[list[float]]], **more: object) -> Result:
+    """Times to the first token by arm and repetition; request n of each arm is the same one."""
+    found = Result(workload="test", command="", seed=1, timeout=60.0, **more)  # type: ignore[arg-type]
+    for arm, repetitions in arms.items():
+        for number, times in enumerate(repetitions, 1):
+            found.runs.append(Run(arm=arm, repetition=number, seconds=1.0))
+            found.records += [record(t, arm=arm, repetition=number, n=n) for n, t in enumerate(times)]
+    return found
+
+
+def times(rng: random.Random, middle: float, count: int = 40) -> list[float]:
+    return [middle * rng.lognormvariate(0, 0.3) for _ in range(count)]
+
+
+# ---- the ramp ----
+
+
+def test_users_are_added_by_the_room_left_and_taken_away_without_any() -> None:
+    ramp = Ramp(2, 100, target=1.0)
+    assert ramp.next_users(0, 10, [0.1] * 10) == 14
+    assert ramp.next_users(1, 10, [0.9] * 10) == 11
+    assert ramp.next_users(2, 12, [0.1] * 8 + [5.0] * 2) == 9
+    assert ramp.next_users(3, 2, [9.0] * 5) == 2, "not below where it began"
+    assert ramp.next_users(4, 10, [0.1]) == 10, "one answer says nothing"
+    assert ramp.carried == 10
+    assert [p.within for p in ramp.periods] == [10, 10, 8, 0, 1]
+
+
+def test_a_ramp_stops_at_its_most_users_and_may_carry_nobody() -> None:
+    ramp = Ramp(1, 3, target=1.0)
+    assert ramp.next_users(0, 3, [0.01] * 9) == 3
+    nobody = Ramp(1, 3, target=1.0)
+    nobody.next_users(0, 1, [2.0] * 9)
+    assert nobody.carried == 0
+
+
+# ---- figures ----
+
+
+def test_percentiles_rates_and_shares() -> None:
+    rows = [record(float(n), n=n, begin=0.0, cached_tokens=25, itl_ms=[5.0, 7.0]) for n in range(1, 101)]
+    s = summarise(rows, 60, slo=0.05)
+    assert s is not None
+    assert (s.ttft_p50, s.ttft_p99, s.ttft_mean) == (51.0, 100.0, 50.5)
+    assert (s.itl_p50, s.itl_p99) == (7.0, 7.0)
+    assert s.seconds == pytest.approx(0.1)
+    assert s.output_rate == pytest.approx(10_000)
+    assert s.cached == 0.25
+    assert s.within_slo == 50
+
+
+def test_a_failure_counts_as_the_timeout_or_as_long_as_it_took() -> None:
+    rows = [record(10.0, n=n) for n in range(9)] + [record(70_000.0, n=9, ok=False)]
+    s = summarise(rows, timeout=60)
+    assert s is not None
+    assert s.ttft_p99 == 70_000
+    assert s.failed == 1
+    quick = summarise([record(1.0, ok=False)], timeout=60)
+    assert quick is not None
+    assert quick.ttft_p50 == 60_000
+
+
+def test_nothing_measured_is_no_summary() -> None:
+    assert summarise([record(1.0, phase="fill")], 60) is None
+
+
+# ---- intervals ----
+
+
+def sample(values: list[float]) -> Sample:
+    return Sample(tuple(range(len(values))), tuple((v,) for v in values))
+
+
+def test_the_interval_of_equal_arms_holds_one_about_as_often_as_it_says() -> None:
+    rng, held = random.Random(1), 0
+    for trial in range(60):
+        a, b = ([sample(times(rng, 100, 30)) for _ in range(3)] for _ in range(2))
+        ratio = stats.ratio(a, b, stats.mean, seed=trial)
+        assert ratio is not None
+        held += not ratio.differs
+    assert held >= 50, "95 % of 60 would be 57; few repetitions make it a little short"
+
+
+def test_a_difference_is_found_and_its_size_is_right() -> None:
+    rng = random.Random(2)
+    a = [sample(times(rng, 100)) for _ in range(3)]
+    b = [Sample(s.keys, tuple((v[0] * 0.5,) for v in s.values)) for s in a]
+    for statistic in (stats.mean, stats.quantile(0.5), stats.quantile(0.99)):
+        ratio = stats.ratio(a, b, statistic)
+        assert ratio is not None
+        assert ratio.differs
+        assert ratio.value == pytest.approx(0.5)
+        assert ratio.low == pytest.approx(0.5), "the same requests were asked of both"
+
+
+def test_a_repetition_that_went_badly_widens_the_interval() -> None:
+    rng = random.Random(3)
+    a = [sample(times(rng, 100)) for _ in range(3)]
+    steady = [sample(times(rng, 110)) for _ in range(3)]
+    moody = [sample(times(rng, m)) for m in (60, 110, 160)]
+    one, other = (stats.ratio(a, b, stats.mean) for b in (steady, moody))
+    assert one
+    assert other
+    assert one.low
+    assert one.high
+    assert other.low
+    assert other.high
+    assert other.high - other.low > 2 * (one.high - one.low)
+    assert not other.differs
+
+
+def test_arms_that_were_not_sent_the_same_are_compared_unpaired() -> None:
+    rng = random.Random(4)
+    a = [sample(times(rng, 100, 30))] * 2
+    b = [Sample(tuple(range(100, 120)), tuple((v,) for v in times(rng, 100, 20)))] * 2
+    ratio = stats.ratio(a, b, stats.mean)
+    assert ratio is not None
+    assert not ratio.differs
+
+
+def test_too_little_gives_no_interval() -> None:
+    few = stats.ratio([sample([1.0, 2.0])], [sample([1.0, 2.0])], stats.mean)
+    assert few is not None
+    assert few.differs is None
+    assert stats.ratio([Sample((), ())], [sample([1.0])], stats.mean) is None
+    one = stats.rate_ratio([100.0], [200.0])
+    assert one is not None
+    assert one.value == pytest.approx(2)
+    assert one.differs is None
+
+
+def test_rates_are_compared_by_repetition() -> None:
+    clear = stats.rate_ratio([100, 200, 300], [150, 300, 450])
+    assert clear
+    assert clear.differs
+    assert clear.low == pytest.approx(1.5)
+    noise = stats.rate_ratio([100, 100, 100], [90, 100, 115])
+    assert noise
+    assert noise.differs is False
+
+
+# ---- sentences ----
+
+
+def test_one_sentence_per_metric_says_who_is_ahead_or_nobody() -> None:
+    rng = random.Random(5)
+    base = [times(rng, 100) for _ in range(3)]
+    found = result({"no-cache": base, "cache": [[t / 4 for t in r] for r in base], "same": base}, slo=0.05)
+    said = {(v.metric, v.a, v.b): v.sentence for v in compare.verdicts(found)}
+    assert said["TTFT p50", "no-cache", "cache"].startswith("TTFT p50: cache is 4.00 times lower than no-cache")
+    assert "no difference between no-cache and same" in said["TTFT mean", "no-cache", "same"]
+    assert said["requests within the target", "no-cache", "cache"].startswith("requests within the target: cache is")
+    assert len({v.metric for v in compare.verdicts(found)}) == 6, (
+        "no gaps between tokens were noted, so ITL is left out"
+    )
+    table = compare.rows(found)
+    assert [row[0] for row in table] == ["no-cache", "cache", "same"]
+    assert len(table[0]) == len(compare.columns(found))
+
+
+def test_failures_make_an_arm_slower_not_faster() -> None:
+    rng = random.Random(6)
+    base = [times(rng, 100) for _ in range(3)]
+    found = result({"a": base, "b": base})
+    for r in found.records:
+        if r.arm == "b" and r.session in ("s1", "s2", "s3", "s4"):
+            r.status, r.ttft_ms, r.latency_ms = "timeout", None, None
+    verdict = next(v for v in compare.verdicts(found) if v.metric == "TTFT mean")
+    assert verdict.sentence.startswith("TTFT mean: a is")
+
+
+# ---- files ----
+
+
+def test_a_result_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    found = result({"a": [[1.0, 2.0]]})
+    found.records[0].tiers = {"dram": 256}
+    files = results.write(found, tmp_path)
+    assert [f.name for f in files] == ["test.json", "test.csv"]
+    assert results.read(files[0]) == found
+    lines = files[1].read_text().splitlines()
+    assert len(lines) == 3
+    assert "dram=256" in lines[1]
+    (tmp_path / "other.json").write_text("{}")
+    assert [f.name for f, _ in results.read_folder(tmp_path)] == ["test.json"]
+    with pytest.raises(ConfigError, match="no result"):
+        results.read(tmp_path / "other.json")
+    with pytest.raises(ConfigError, match="--out"):
+        results.read_folder(tmp_path / "nowhere")
+
+
+def test_two_files_are_compared_and_what_differs_is_said(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    a, b = result({"": [times(rng, 100)]}), result({"": [times(rng, 20)]})
+    b.seed = 9
+    merged = compare.merged(a, b, ("a", "b"))
+    assert merged.arms == ["a", "b"]
+    assert any("differ in seed" in note for note in merged.notes)
+    assert any(v.sentence.startswith("TTFT mean: b is") for v in compare.verdicts(merged))
