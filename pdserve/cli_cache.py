@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     serve.add_argument("--policy", default="lru", help="what is evicted first, by name (default %(default)s)")
     _tiers(serve)
+    _peers(serve)
     _admin(serve)
     status = actions.add_parser("status", help="what a running daemon holds")
     status.add_argument("--json", action="store_true", help="its answer as it is")
@@ -76,6 +77,22 @@ def _tiers(serve: argparse.ArgumentParser) -> None:
     disk.add_argument(
         "--scrub-rate", metavar="SIZE", default="32MiB", help="verify so much a second, hourly; 0: never (default %(default)s)"
     )  # fmt: skip
+
+
+def _peers(serve: argparse.ArgumentParser) -> None:
+    peers = serve.add_argument_group("other hosts")
+    peers.add_argument("--peer-listen", metavar="URL", help="where their daemons reach this one, e.g. tcp://10.0.0.1:7900")
+    peers.add_argument("--host-name", metavar="NAME", help="what this host is called (default: the address)")
+    text = "the daemon of another host; may be repeated, and may name this one too"
+    peers.add_argument("--peer", metavar="[NAME=]URL", action="append", default=[], help=text)
+    text = "a list of peers that changes: dns://NAME:PORT (each of its addresses) or etcd://HOST:PORT/PREFIX"
+    peers.add_argument("--peers-from", metavar="URL", help=text)
+    text = "holds what all of them must know (default: the variable PDSERVE_PEER_SECRET)"
+    peers.add_argument("--peer-secret-file", metavar="FILE", help=text)
+    peers.add_argument("--peer-cert", metavar="FILE", help="TLS: this daemon's certificate (PEM)")
+    peers.add_argument("--peer-key", metavar="FILE", help="TLS: its key")
+    peers.add_argument("--peer-ca", metavar="FILE", help="TLS: who must have signed the peers' certificates")
+    peers.add_argument("--state", metavar="FILE", help="the launcher's state.json, shown to peers for `pdserve status`")
 
 
 def _admin(parser: argparse.ArgumentParser) -> None:

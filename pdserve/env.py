@@ -23,6 +23,11 @@ def admin_token() -> str:
     return os.environ.get("PDSERVE_ADMIN_TOKEN", "")
 
 
+def peer_secret() -> str:
+    """PDSERVE_PEER_SECRET: what the cache daemons of several hosts prove to each other; the same on all of them."""
+    return os.environ.get("PDSERVE_PEER_SECRET", "")
+
+
 def log_level() -> str:
     """PDSERVE_LOG_LEVEL: debug, info, warning or error (default info)."""
     value = os.environ.get("PDSERVE_LOG_LEVEL", "info").lower()

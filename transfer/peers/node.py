@@ -84,6 +84,8 @@ class Node:
         self._last_in: dict[str, float] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._source: Source | None = None
+        #: tokens per second that the engines of this host compute, as they say themselves; 0: not said yet
+        self.prefill_speed = 0.0
         self._draining = False
         self._closing = False
         store.on_committed.append(self._committed)
@@ -170,7 +172,7 @@ class Node:
 
     # ---- what the tiering asks ----
 
-    def ask(self, keys: Sequence[bytes], now: float, prefill_speed: float = 0.0) -> None:
+    def ask(self, keys: Sequence[bytes], now: float) -> None:
         """`keys` begins with one that is nowhere here. Begins to fetch the run if that is predicted to be worth it."""
         givers = [link.member for link in self._links.values() if link.member.gives(now)]
         if not givers or self._closing:
@@ -196,13 +198,11 @@ class Node:
             run.append(holders)
             wanted.append(key)
         if wanted:
-            self._decide(wanted, run, chunk_bytes, now, prefill_speed)
+            self._decide(wanted, run, chunk_bytes, now)
 
-    def _decide(
-        self, wanted: list[bytes], run: list[list[pull.Holder]], chunk_bytes: int, now: float, prefill_speed: float
-    ) -> None:
+    def _decide(self, wanted: list[bytes], run: list[list[pull.Holder]], chunk_bytes: int, now: float) -> None:
         plan = pull.plan(run, chunk_bytes)
-        if plan.seconds > PULL_S or not pull.worth(len(wanted) * self._chunk_tokens, plan.seconds, prefill_speed):
+        if plan.seconds > PULL_S or not pull.worth(len(wanted) * self._chunk_tokens, plan.seconds, self.prefill_speed):
             self.metrics["peer_pull_decisions_total"].labels("too_slow").inc()
             # Asked again it would be the same for a while; a speed that was once seen low must get its chance again.
             self._not_before[wanted[0]] = now + AGAIN_S

@@ -103,7 +103,8 @@ class Host:
         now = time.monotonic()
         keys = [key(i) for i in numbers if not self.has(i)]
         if keys:
-            self.node.ask(keys, now, prefill_speed)
+            self.node.prefill_speed = prefill_speed
+            self.node.ask(keys, now)
         return sum(self.node.coming(k, now) for k in keys)
 
     def state(self, peer):
