@@ -2,70 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # benchmarks use the same helper
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        return s.getsockname()[1]
-
-
-class RunningCache:
-    """A daemon in a process of its own, through the command's own entry."""
-
-    def __init__(self, folder: Path, name: str, size: int = 64 << 20, *words: str) -> None:
-        self.socket, self.port, self.name = folder / "c.sock", free_port(), name
-        self.log = folder / f"{name}.log"
-        argv = [
-            "cache",
-            "serve",
-            "--socket",
-            str(self.socket),
-            "--size",
-            str(size),
-            "--admin-port",
-            str(self.port),
-            "--name",
-            name,
-            *words,
-        ]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen([sys.executable, "-P", "-m", "pdserve", *argv], stderr=log)
-        deadline = time.monotonic() + 30
-        while True:
-            with contextlib.suppress(OSError):
-                self.get("/healthz")
-                return
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, "the daemon did not come up"
-            time.sleep(0.05)
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as r:
-            return r.read().decode()
-
-    def status(self) -> dict:
-        return json.loads(self.get("/status"))
-
-    def stop(self, number: int = signal.SIGTERM) -> str:
-        """Ends it, if it still runs, and returns what it logged."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-            self.process.wait(20)
-        return self.log.read_text()
+from running_cache import RunningCache
 
 
 @pytest.fixture

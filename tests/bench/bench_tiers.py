@@ -1,10 +1,14 @@
 """The cache daemon and its disk tier, each figure beside its baseline from the same run.
 
-    python tests/bench/bench_tiers.py [--quick] [--folder DIR] [--json FILE]
+    python tests/bench/bench_tiers.py [--quick] [--folder DIR] [--index-gb N] [--json FILE]
 
 lookup, reserve+commit of 400 chunks (a prompt of 100k tokens) beside a bare ping over the same socket; lookups while
 others keep a full arena under store pressure, beside the same lookups when idle; the disk tier's put and get beside plain
-O_DIRECT writes and reads of the same sizes, taken in turns. Times in microseconds.
+O_DIRECT writes and reads of the same sizes on the same file system, taken in turns, and dd beside both; how long a start
+takes with N GB of segments, from the index file and from the headers alone. Times in microseconds.
+
+For the start the segments are sparse files: headers are on the disk as they would be, payloads are holes, since a start
+reads no payload. Their pages are dropped from the cache first, and headers are read past it (O_DIRECT) anyway.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -20,16 +25,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from running_cache import RunningCache
+
 from pdserve import kernels
 from pdserve.chunk import FORMAT_VERSION
-from pdserve.errors import CacheUnavailable
 from pdserve.transfer import wire
+from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.client import CacheClient
 from pdserve.transfer.tiers import segments
 from pdserve.transfer.tiers.base import ChunkRecord
@@ -43,42 +53,18 @@ def keys(start: int, count: int) -> list[bytes]:
     return [(start + i).to_bytes(32, "little") for i in range(count)]
 
 
-class Daemon:
-    """One of its own, gone when the block is left."""
-
-    def __init__(self, folder: Path, size: int, *words: str) -> None:
-        self.socket = folder / "c.sock"
-        name = f"bench-{os.getpid()}"
-        argv = [
-            "cache",
-            "serve",
-            "--socket",
-            str(self.socket),
-            "--size",
-            str(size),
-            "--name",
-            name,
-            "--admin-port",
-            "18093",
-        ]
-        env = {**os.environ, "PDSERVE_LOG_LEVEL": "error"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pdserve", *argv, "--scrub-rate", "0", *words], env=env
-        )
-
-    def __enter__(self) -> CacheClient:
-        client = CacheClient(self.socket, "bench")
-        for _ in range(600):
-            try:
-                client.ping(5)
-                return client
-            except CacheUnavailable:
-                time.sleep(0.1)
-        raise SystemExit("the daemon did not come up")
-
-    def __exit__(self, *exc: object) -> None:
-        self.process.terminate()
-        self.process.wait(20)
+@contextmanager
+def daemon(folder: Path, size: int, *words: str) -> Iterator[tuple[RunningCache, CacheClient]]:
+    """One of its own, and a client of it; gone when the block is left."""
+    env = {"PDSERVE_LOG_LEVEL": "error"}
+    cache = RunningCache(folder, f"bench-{os.getpid()}", size, "--scrub-rate", "0", *words, env=env)
+    client = CacheClient(cache.socket, "bench")
+    try:
+        client.connect(30)
+        yield cache, client
+    finally:
+        client.close()
+        cache.stop()
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -115,7 +101,7 @@ def release(client: CacheClient) -> None:
 
 
 def operations(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    with Daemon(folder, 1 << 30) as client:
+    with daemon(folder, 1 << 30) as (_, client):
         hot, absent = keys(1, CHUNKS), keys(10**9, CHUNKS)
         store(client, hot)
         found: dict[str, list[float]] = {
@@ -134,7 +120,6 @@ def operations(folder: Path, rounds: int) -> list[dict[str, Any]]:
             if n >= 20:
                 for name, value in took.items():
                     found[name].append(value)
-        client.close()
     ping = statistics.median(found["ping"])
     return [row(name, times, ratio=statistics.median(times) / ping) for name, times in found.items()]
 
@@ -142,11 +127,11 @@ def operations(folder: Path, rounds: int) -> list[dict[str, Any]]:
 def pressure(folder: Path, rounds: int) -> list[dict[str, Any]]:
     """A full arena with a disk tier below; one client looks 40 chunks up, another stores without pause or does nothing."""
     words = ("--disk", str(folder / "kv"), "--disk-size", "512MiB", "--disk-min-free", "0")
-    with Daemon(folder, 256 << 20, *words) as client:
+    with daemon(folder, 256 << 20, *words) as (cache, client):
         hot = keys(1, 40)
         payload = np.full(SHARD, 7, np.uint8)
         store(client, hot, payload)
-        other = CacheClient(folder / "c.sock", "writer")
+        other = CacheClient(cache.socket, "writer")
         go, stop, n = threading.Event(), threading.Event(), [1]
 
         def write() -> None:
@@ -176,15 +161,18 @@ def pressure(folder: Path, rounds: int) -> list[dict[str, Any]]:
         finally:
             stop.set()
             writer.join(10)
-        client.close()
         other.close()
     rows = [row(f"lookup 40, {name}", times) for name, times in found.items()]
     rows[1]["p99 ratio"] = rows[1]["p99"] / rows[0]["p99"]
     return rows
 
 
+# ---- the disk tier ----
+
+
 def disk(folder: Path, rounds: int, shard: int) -> list[dict[str, Any]]:
-    """put and get of one chunk in turns with a plain write and read of as many bytes, each growing its own file."""
+    """put and get of one chunk in turns with a plain write and read of as many bytes, each growing its own file; who is
+    first changes every time. dd writes and reads as many bytes by itself, before and after."""
     folder.mkdir()
     tier = DiskTier(folder / "disk", 4 << 30, min_free=0)
     data = segments.aligned(shard)
@@ -194,30 +182,131 @@ def disk(folder: Path, rounds: int, shard: int) -> list[dict[str, Any]]:
     soon = time.monotonic() + 600
     times: dict[str, list[float]] = {"plain write": [], "put": [], "plain read": [], "get": [], "get + digest": []}
     records = [ChunkRecord(FORMAT_VERSION, k, b"", 256, shard, [digest]) for k in keys(1, rounds)]
+    dd = [_dd(folder, rounds, shard)]
     for i, record in enumerate(records):
-        times["plain write"].append(timed(lambda i=i: os.pwritev(fd, [data.data], i * shard)))  # type: ignore[misc]
-        times["put"].append(timed(lambda r=record: tier.put(r, [data], soon)))  # type: ignore[misc]
+        calls = [
+            ("plain write", lambda i=i: os.pwritev(fd, [data.data], i * shard)),
+            ("put", lambda r=record: tier.put(r, [data], soon)),
+        ]
+        for name, call in calls[:: 1 if i % 2 else -1]:
+            times[name].append(timed(call))
     into = segments.aligned(shard)
     for i, record in enumerate(records):
-        times["plain read"].append(timed(lambda i=i: os.preadv(fd, [into.data], i * shard)))  # type: ignore[misc]
-        times["get"].append(timed(lambda r=record: tier.get(r, [into], soon)))  # type: ignore[misc]
+        calls = [
+            ("plain read", lambda i=i: os.preadv(fd, [into.data], i * shard)),
+            ("get", lambda r=record: tier.get(r, [into], soon)),
+        ]
+        for name, call in calls[:: 1 if i % 2 else -1]:
+            times[name].append(timed(call))
         times["get + digest"].append(times["get"][-1] + timed(lambda: kernels.digest(into)))
+    dd.append(_dd(folder, rounds, shard))
     os.close(fd)
     tier.close()
     rows = []
-    for name, base in (
-        ("plain write", ""),
-        ("put", "plain write"),
-        ("plain read", ""),
-        ("get", "plain read"),
-        ("get + digest", "plain read"),
-    ):
-        rate = {n: shard * len(t) / sum(t) / 1e3 for n, t in times.items()}
+    rate = {n: shard * len(t) / sum(t) / 1e3 for n, t in times.items()}
+    for name, base in (("put", "plain write"), ("get", "plain read"), ("get + digest", "plain read")):
+        if name != "get + digest":
+            rows.append(row(f"{base} {shard >> 10} KiB", times[base], **{"GB/s": rate[base]}))
         rows.append(row(f"{name} {shard >> 10} KiB", times[name], **{"GB/s": rate[name]}))
-        if base:
-            rows[-1]["of plain"] = rate[name] / rate[base]
-            # A disk that is shared with others has moments; the median pair does not.
-            rows[-1]["of plain, median"] = statistics.median(times[base]) / statistics.median(times[name])
+        rows[-1]["of plain"] = rate[name] / rate[base]
+        # A disk that is shared with others has moments; the median pair does not.
+        pairs = [b / t for b, t in zip(times[base], times[name], strict=True)]
+        rows[-1]["of plain, median pair"] = statistics.median(pairs)
+    for at, what in enumerate(("write", "read")):
+        mean = statistics.mean(d[at] for d in dd)
+        rows.append(
+            {"row": f"dd {what} {shard >> 10} KiB", "GB/s": mean, "put/get of dd": rate["get" if at else "put"] / mean}
+        )
+    return rows
+
+
+def _dd(folder: Path, rounds: int, shard: int) -> tuple[float, float]:
+    """GB/s that dd writes and reads in blocks of that size, past the page cache."""
+    size, count, file = f"bs={shard}", f"count={rounds}", folder / "dd"
+    rates = []
+    for words in (
+        ["if=/dev/zero", f"of={file}", "oflag=direct"],
+        [f"if={file}", "of=/dev/null", "iflag=direct"],
+    ):
+        said = subprocess.run(["dd", size, count, *words], capture_output=True, text=True, check=True).stderr
+        found = re.search(r"(\d+) bytes .*, ([0-9.e-]+) s,", said)
+        assert found is not None, said
+        rates.append(int(found[1]) / float(found[2]) / 1e9)
+    file.unlink()
+    return rates[0], rates[1]
+
+
+def through_the_daemon(folder: Path, rounds: int, chunks: int, shard: int) -> list[dict[str, Any]]:
+    """What engines get of the disk: chunks stored as fast as it goes until all are on the disk, then, after a restart,
+    brought up again with their digests verified, beside dd in the same run. The medians of a few rounds."""
+    words = ("--disk", str(folder / f"kv-{shard}"), "--disk-size", "8GiB", "--disk-min-free", "0")
+    payload = segments.aligned(shard)
+    payload[:] = np.random.default_rng(1).integers(0, 256, shard, dtype=np.uint8)
+    digest, room = kernels.digest(payload), 9 * chunks * shard  # an eighth of it may wait for the disk
+    down, up, dd = [], [], []
+    for n in range(rounds):
+        names = keys((n + 1) * 10**6, chunks)
+        with daemon(folder, room, *words) as (cache, client):
+            assert client.arena is not None
+            began = time.perf_counter()
+            for name in names:
+                grant = client.reserve("w", [wire.ReserveItem(name, b"", 0, 1, shard, 256)], 30)[0]
+                client.arena.bytes[grant.offset : grant.offset + shard] = payload
+                client.commit([wire.CommitItem(grant.reservation, digest)], 30)
+            while cache.status()["tiers"]["disk"]["chunks"] < (n + 1) * chunks:
+                time.sleep(0.005)
+            down.append(time.perf_counter() - began)
+        with daemon(folder, room, *words) as (_, client):
+            began = time.perf_counter()
+            while True:
+                reply = client.lookup(names, 30)
+                if reply.lease:
+                    client.release(reply.lease, 30)
+                if not reply.loading:
+                    break
+                time.sleep(0.002)
+            up.append(time.perf_counter() - began)
+            assert len(reply.found) == chunks
+        dd.append(_dd(folder, chunks, shard))
+    size = chunks * shard / 1e9
+    write, read = (statistics.median(d[i] for d in dd) for i in (0, 1))
+    return [
+        {"row": f"{what} {shard >> 10} KiB", "GB/s": size / took, "dd": base, "of dd": size / took / base}
+        for what, took, base in (
+            ("stored to disk", statistics.median(down), write),
+            ("brought up", statistics.median(up), read),
+        )
+    ]
+
+
+def start(folder: Path, gigabytes: int, shard: int) -> list[dict[str, Any]]:
+    """Seconds until a tier of so many bytes knows what it has."""
+    folder.mkdir()
+    count, segment_bytes = gigabytes * 10**9 // shard, 1 << 30
+    number, made = 0, 0
+    while made < count:
+        number += 1
+        fd = os.open(folder / f"{number:08d}.seg", os.O_RDWR | os.O_CREAT)
+        os.pwrite(fd, segments.first_page(segments.SegmentName(segments.DISK_FORMAT, number, time.time())), 0)
+        at = PAGE
+        while made < count and at + shard < segment_bytes:
+            head = segments.header(number, at, ChunkRecord(FORMAT_VERSION, keys(made, 1)[0], b"", 256, shard, [5]))
+            os.pwrite(fd, head, at)
+            at += len(head) + shard
+            made += 1
+        os.ftruncate(fd, at)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+    rows = []
+    for how in ("headers alone", "index file"):
+        began = time.perf_counter()
+        tier = DiskTier(folder, 2 * gigabytes * 10**9, min_free=0)
+        took = time.perf_counter() - began
+        assert tier.stats()["chunks"] == count
+        tier.close()
+        size = (folder / "index").stat().st_size
+        rows.append({"row": f"start from {how}", "seconds": took, "chunks": count, "index KiB": size / 1024})
     return rows
 
 
@@ -232,6 +321,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds")
     parser.add_argument("--folder", help="on the disk to measure; default: the temporary folder's")
+    parser.add_argument("--index-gb", type=int, default=100, metavar="N", help="gigabytes of segments to start with")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     rounds = 50 if args.quick else 500
@@ -242,6 +332,10 @@ def main() -> None:
             "store pressure": pressure(folder, rounds),
             "disk, 1 MiB": disk(folder / "a", rounds // 2, 1 << 20),
             "disk, 6 MiB": disk(folder / "b", rounds // 4, 6 << 20),
+            "disk through the daemon, 1 MiB": through_the_daemon(folder, 5, 200, 1 << 20),
+            "disk through the daemon, 6 MiB": through_the_daemon(folder, 5, 40, 6 << 20),
+            f"start with {args.index_gb} GB, chunks of 1 MiB": start(folder / "d", args.index_gb, 1 << 20),
+            f"start with {args.index_gb} GB, chunks of 6 MiB": start(folder / "e", args.index_gb, 6 << 20),
         }
     finally:
         shutil.rmtree(folder)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from running_cache import RunningCache
+
 from pdserve import kernels
-from pdserve.errors import CacheUnavailable
 from pdserve.transfer import wire
 from pdserve.transfer.client import CacheClient
 
@@ -28,37 +30,18 @@ def main() -> None:
     parser.add_argument("--operations", type=int, default=1_000_000)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        name = f"soak-{os.getpid()}"
-        words = [
-            "cache",
-            "serve",
-            "--socket",
-            f"{folder}/c.sock",
-            "--size",
-            "64MiB",
-            "--name",
-            name,
-            "--admin-port",
-            "18094",
-        ]
-        words += ["--disk", f"{folder}/kv", "--disk-size", "128MiB", "--disk-min-free", "0"]
-        process = subprocess.Popen([sys.executable, "-P", "-m", "pdserve", *words])
+        words = ("--disk", f"{folder}/kv", "--disk-size", "128MiB", "--disk-min-free", "0")
+        cache = RunningCache(Path(folder), f"soak-{os.getpid()}", 64 << 20, *words)
+        client = CacheClient(cache.socket, "soak")
         try:
-            run(CacheClient(f"{folder}/c.sock", "soak"), Path(f"/proc/{process.pid}"), args.operations)
+            run(client, cache, args.operations)
         finally:
-            process.terminate()
-            process.wait(30)
+            client.close()
+            cache.stop()
 
 
-def run(client: CacheClient, proc: Path, operations: int) -> None:
-    ends = time.monotonic() + 60
-    while True:
-        try:
-            client.ping(5)
-            break
-        except CacheUnavailable:
-            assert time.monotonic() < ends
-            time.sleep(0.1)
+def run(client: CacheClient, cache: RunningCache, operations: int) -> None:
+    client.connect(60)
     payload = np.full(SHARD, 3, np.uint8)
     digest = kernels.digest(payload)
     done, start, began = 0, (0, 0), time.monotonic()
@@ -76,16 +59,11 @@ def run(client: CacheClient, proc: Path, operations: int) -> None:
         client.commit([wire.CommitItem(g.reservation, digest) for g in granted], 30)
         done += 1 + 1 + 2 * PER_CALL
         if not any(start) and done > operations // 4:  # everything is full, every path was taken
-            start = _weight(proc)
-    end = _weight(proc)
+            start = cache.weight()
+    end = cache.weight()
     print(f"{done} operations in {time.monotonic() - began:.0f} s; KiB, descriptors: {start} -> {end}")
     assert end[0] < start[0] + 24 * 1024, "memory grows"
     assert end[1] <= start[1] + 4, "descriptors grow"
-
-
-def _weight(proc: Path) -> tuple[int, int]:
-    line = next(x for x in (proc / "status").read_text().splitlines() if x.startswith("RssAnon"))
-    return int(line.split()[1]), len(list((proc / "fd").iterdir()))
 
 
 if __name__ == "__main__":

@@ -216,7 +216,6 @@ def test_concurrent_clients_see_only_whole_chunks(cache_daemon):
 
 def test_file_descriptors_and_memory_stay_flat_over_many_operations(cache_daemon):
     client = CacheClient(cache_daemon.socket, "x")
-    proc = Path(f"/proc/{cache_daemon.process.pid}")
 
     def work(n: int) -> None:
         for i in range(n):
@@ -224,13 +223,9 @@ def test_file_descriptors_and_memory_stay_flat_over_many_operations(cache_daemon
             load(client, i)
 
     work(1500)
-    fds, rss = len(list((proc / "fd").iterdir())), _rss(proc)
+    rss, fds = cache_daemon.weight()
     work(6000)
-    assert len(list((proc / "fd").iterdir())) <= fds + 1
-    assert _rss(proc) < rss + 16 * 1024
+    after = cache_daemon.weight()
+    assert after[1] <= fds + 1
+    assert after[0] < rss + 16 * 1024
     client.close()
-
-
-def _rss(proc: Path) -> int:
-    line = next(x for x in (proc / "status").read_text().splitlines() if x.startswith("RssAnon"))
-    return int(line.split()[1])

@@ -23,7 +23,7 @@ class CorruptChunk(TierError):
     """What came back is not what was stored. The tier has quarantined it before it raises this."""
 
 
-class ChunkRecord(msgspec.Struct, frozen=True, array_like=True):
+class ChunkRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """All that must be kept beside a chunk's bytes to use it again, on this machine or another."""
 
     format: int

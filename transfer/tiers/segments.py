@@ -67,7 +67,7 @@ _bodies = msgspec.msgpack.Decoder(_Body)
 _names = msgspec.msgpack.Decoder(SegmentName)
 
 
-class Place(msgspec.Struct, frozen=True, array_like=True):
+class Place(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where a record stands in its segment."""
 
     offset: int
