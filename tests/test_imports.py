@@ -27,7 +27,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.openai_client": (CORE, "httpx", "prometheus_client"),
     "pdserve.model_smollm2": (CORE, "numpy", "gguf", "tokenizers"),
     # The command: one module per word, each imported when its word is given.
-    "pdserve.cli_cache": (CORE, "pdserve.transfer.daemon", "pdserve.transfer.fsck"),
+    "pdserve.cli_cache": (CORE, "msgspec", "pdserve.transfer.daemon", "pdserve.transfer.fsck"),
     "pdserve.cli_launch": (CORE, "pdserve.deploy", "msgspec", "yaml"),
     "pdserve.cli_tree": (CORE,),
     "pdserve.cli_completion": (CORE, "pdserve.cli_tree", "shtab"),

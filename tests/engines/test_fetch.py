@@ -10,7 +10,7 @@ from pdserve.errors import CacheUnavailable
 from pdserve.transfer import wire
 
 pytest.importorskip("vllm", reason="the connector's messages derive from vLLM's classes")
-from pdserve.engines.vllm import scheduler_side
+from pdserve.engines.vllm import finding
 from pdserve.engines.vllm.messages import LoadResult, WorkerReport
 from pdserve.engines.vllm.scheduler_side import SchedulerSide
 
@@ -24,11 +24,12 @@ class Scripted:
     def __init__(self, *answers):
         self.answers, self.released = list(answers), []
         self.chunk_tokens, self.connected, self.daemon_id, self.lookups = CHUNK, True, "d", 0
+        self.content = ("d", 0)
 
     def connect(self, timeout=0):
         pass
 
-    def lookup(self, keys, timeout):
+    def lookup(self, keys, timeout, prefill_speed=0.0):
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if answer is None:
             raise CacheUnavailable("slow")
@@ -55,7 +56,7 @@ def request(chunks=4):
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-    monkeypatch.setattr(scheduler_side, "POLL_S", 0.0)
+    monkeypatch.setattr(finding, "POLL_S", 0.0)
 
 
 def side(client):
@@ -79,7 +80,7 @@ def test_what_does_not_come_after_all_is_computed():
 
 
 def test_a_tier_that_stalls_is_not_waited_for(monkeypatch, caplog):
-    monkeypatch.setattr(scheduler_side, "FETCH_STALL_S", 0.05)
+    monkeypatch.setattr(finding, "FETCH_STALL_S", 0.05)
     s = side(Scripted((["disk"], 3)))
     answers = [s.matched(request(), 0)]
     while answers[-1][0] is None:
@@ -91,7 +92,7 @@ def test_a_tier_that_stalls_is_not_waited_for(monkeypatch, caplog):
 
 
 def test_steady_arrival_is_waited_for_but_not_for_ever(monkeypatch):
-    monkeypatch.setattr(scheduler_side, "FETCH_MAX_S", 0.05)
+    monkeypatch.setattr(finding, "FETCH_MAX_S", 0.05)
     s = side(Scripted(([], 9)))
     first = s.matched(request(), 0)
     assert first == (None, False)
@@ -112,7 +113,8 @@ def test_the_log_line_names_the_tiers(caplog):
     r = request()
     count, _ = s.matched(r, 0)
     s.allocated(r, list(range(8)), count)
-    report = types.SimpleNamespace(kv_connector_worker_meta=WorkerReport({}, {"r": LoadResult(4, 8192, 0.01)}), finished_recving={"r"})
+    loaded = WorkerReport({}, {"r": LoadResult(4, 8192, 0.01, filled=4)})
+    report = types.SimpleNamespace(kv_connector_worker_meta=loaded, finished_recving={"r"})
     with caplog.at_level("INFO"):
         s.reported(report)
     assert "retrieved 128 of 128 tokens from dram+disk in 10.0 ms request_id=r" in caplog.text

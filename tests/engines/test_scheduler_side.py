@@ -14,8 +14,8 @@ from pdserve.transfer.eviction import LeafFirstLru
 from pdserve.transfer.store import Store
 
 pytest.importorskip("vllm", reason="the connector's messages derive from vLLM's classes")
-from pdserve.engines.vllm import scheduler_side
-from pdserve.engines.vllm.messages import LoadResult, StepPlan, WorkerReport
+from pdserve.engines.vllm import finding
+from pdserve.engines.vllm.messages import LoadResult, SaveJob, StepPlan, WorkerReport
 from pdserve.engines.vllm.scheduler_side import SchedulerSide
 
 BLOCK, CHUNK = 4, 8
@@ -27,13 +27,21 @@ class DirectClient:
 
     def __init__(self, store: Store, chunk_tokens: int = CHUNK) -> None:
         self.store, self.chunk_tokens, self.connected, self.daemon_id = store, chunk_tokens, True, "d1"
-        self.released = []
+        self.released, self.pushed = [], []
+
+    def push(self, target, keys, timeout):
+        self.pushed.append((target, len(keys)))
+        return len(keys)
+
+    @property
+    def content(self):
+        return (self.daemon_id, self.store.dropped)
 
     def connect(self, timeout=0):
         if not self.connected:
             raise CacheUnavailable("none")
 
-    def lookup(self, keys, timeout):
+    def lookup(self, keys, timeout, prefill_speed=0.0):
         self.connect()
         return wire.LookupReply(1, *self.store.lookup(keys, 1, 0.0))
 
@@ -91,7 +99,7 @@ def output(report=None, received=()):
 
 @pytest.fixture
 def world(monkeypatch):
-    monkeypatch.setattr(scheduler_side, "MIN_TOKENS", 2)
+    monkeypatch.setattr(finding, "MIN_TOKENS", 2)
     store = Store(1 << 22, LeafFirstLru(), metrics.build(metrics.CACHE, CollectorRegistry()))
     client = DirectClient(store)
     return types.SimpleNamespace(
@@ -261,7 +269,7 @@ def test_the_consumer_waits_for_promised_chunks_and_then_loads_them(world):
 
 
 def test_the_consumer_gives_up_on_chunks_that_do_not_come(world, monkeypatch):
-    monkeypatch.setattr(scheduler_side, "HANDOVER_START_S", 0.05)
+    monkeypatch.setattr(finding, "HANDOVER_START_S", 0.05)
     again = request("b", range(19), kv_transfer_params={"do_remote_prefill": True, "pdserve.num_tokens": 19})
     ends = time.monotonic() + 10
     while (answer := world.side.matched(again, 0)) == (None, False):
@@ -299,3 +307,112 @@ def test_prompt_embeddings_are_left_alone(world):
 def test_a_chunk_size_that_does_not_fit_the_blocks_is_refused_with_the_fix(world):
     with pytest.raises(UnsupportedError, match=r"10 tokens are not whole engine blocks of 4 .*cache\.chunk_tokens"):
         world.side.check_chunk_tokens(10)
+
+
+PROMISE = {"do_remote_prefill": True, "pdserve.num_tokens": 19}
+EARLY = {"do_remote_prefill": True, "pdserve.expect_s": 60}
+
+
+def begin_compute(world, rid, tokens):
+    """A producer that has committed its first chunk, and still computes the rest. Returns what is left to commit."""
+    r = request(rid, tokens, kv_transfer_params={"do_remote_decode": True})
+    world.side.matched(r, 0)
+    world.side.allocated(r, list(range(-(-len(tokens) // BLOCK))), 0)
+    (job,) = world.side.plan(step({rid: len(tokens)}, new=[(rid, 0)])).saves
+    first, rest = job.chunks[:1], job.chunks[1:]
+    commit(world.store, [SaveJob(rid, first)])
+    return SaveJob(rid, rest)
+
+
+@pytest.mark.parametrize("params", [PROMISE, EARLY])
+def test_loading_begins_with_the_first_chunk_and_the_rest_is_expected(world, params):
+    begin_compute(world, "a", range(19))
+    r = request("b", range(19), kv_transfer_params=params)
+    assert world.side.matched(r, 0) == (19, True)
+    world.side.allocated(r, [30, 31, 32, 33, 34], 19)
+    (job,) = world.side.plan(step({})).loads
+    assert [(c.tokens, c.block_ids) for c in job.chunks] == [(8, [30, 31])]
+    assert [(c.tokens, c.block_ids) for c in job.expected] == [(8, [32, 33]), (3, [34])]
+    assert job.stall_s >= finding.HANDOVER_STALL_S
+    world.side.reported(output(WorkerReport(loaded={"b": LoadResult(1, 10, 0.1, filled=3, late=["dram"] * 2)}), ["b"]))
+    assert world.store.stats()["leases"] == 0
+
+
+def test_an_early_decode_leg_waits_for_the_first_sign_without_a_lease(world):
+    r = request("b", range(19), kv_transfer_params=EARLY)
+    assert world.side.matched(r, 0) == (None, False)
+    assert world.store.stats()["leases"] == 0
+    begin_compute(world, "a", range(19))
+    world.side._requests["b"].handover.polled_at = 0
+    assert world.side.matched(r, 0) == (19, True)
+
+
+def test_after_a_handover_that_broke_off_the_rest_is_computed_and_nothing_is_awaited(world):
+    begin_compute(world, "a", range(19))
+    r = request("b", range(19), kv_transfer_params=PROMISE)
+    world.side.matched(r, 0)
+    world.side.allocated(r, [30, 31, 32, 33, 34], 19)
+    world.side.plan(step({}))
+    world.side.reported(output(WorkerReport(loaded={"b": LoadResult(1, 10, 0.1, error="none came", filled=1)}), ["b"]))
+    plan = world.side.plan(step({"b": 11}, new=[("b", 8)]))
+    assert [c.tokens for j in plan.saves for c in j.chunks] == [8, 3]
+    assert world.side.matched(r, 0) == (0, False)  # after a preemption, say
+
+
+def test_a_request_that_ends_while_it_is_loaded_is_dropped_at_the_workers(world):
+    begin_compute(world, "a", range(19))
+    r = request("b", range(19), kv_transfer_params=EARLY)
+    world.side.matched(r, 0)
+    world.side.allocated(r, [30, 31, 32, 33, 34], 19)
+    world.side.plan(step({}))
+    world.side.finished(r)
+    assert world.side.plan(step({})).dropped == {"b"}
+    world.side.reported(output(WorkerReport(loaded={"b": LoadResult(error="gone")}), ["b"]))
+    assert "b" not in world.side._requests
+
+
+def test_what_was_offered_a_moment_ago_is_not_offered_again_unless_it_is_handed_over(world):
+    compute_all(world, "a", range(19))
+
+    def from_the_engines_own_cache(rid, **extra):
+        r = request(rid, range(19), **extra)
+        world.side.matched(r, 16)
+        world.side.allocated(r, [0, 1, 2, 3, 4], 0)
+        plan = world.side.plan(step({rid: 3}, new=[(rid, 16)]))
+        return [c.tokens for j in plan.saves for c in j.chunks]
+
+    assert from_the_engines_own_cache("b") == []
+    assert from_the_engines_own_cache("c", kv_transfer_params={"do_remote_decode": True}) == [8, 8]
+    world.store.clear()
+    assert from_the_engines_own_cache("d") == [8, 8, 3]
+
+
+def test_mode_never_loads_only_what_is_handed_over(world):
+    compute_all(world, "a", range(19))
+    side = SchedulerSide(world.client, LAYOUT, "model", workers=1, instance="x", mode="never")
+    assert side.matched(request("b", range(19)), 0) == (0, False)
+    assert side.matched(request("c", range(19), kv_transfer_params=PROMISE), 0) == (19, True)
+
+
+def test_a_hit_that_would_take_longer_than_computing_is_computed_and_counted(world):
+    compute_all(world, "a", range(19))
+    for n in (8, 16, 19):
+        world.side._breakeven.computing.add(n, n * 1e-6)
+        world.side._breakeven.loading.add(n, 1.0)
+    r = request("b", range(19))
+    assert world.side.matched(r, 0) == (0, False)
+    assert world.store.stats()["leases"] == 0
+    world.side.allocated(r, [30, 31, 32, 33, 34], 0)
+    stats = world.side.stats.take()
+    assert stats.data["decisions"] == {"slower": 1}
+    assert world.side.stats.take() is None
+
+
+def test_a_prefill_for_another_host_asks_once_for_its_chunks_to_be_sent_there(world):
+    params = {"do_remote_decode": True, "pdserve.push_to": "host-b"}
+    r = request("a", range(19), kv_transfer_params=params)
+    world.side.matched(r, 0)
+    world.side.matched(r, 0)
+    world.side.matched(request("b", range(19), kv_transfer_params={"pdserve.push_to": "host-b"}), 0)
+    world.side.matched(request("c", range(19), kv_transfer_params={**params, "pdserve.push_to": 7}), 0)
+    assert world.client.pushed == [("host-b", 3)]

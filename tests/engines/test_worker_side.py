@@ -13,7 +13,7 @@ from pdserve.transfer.client import CacheClient
 from pdserve.transfer.staging import HostPages
 
 pytest.importorskip("vllm", reason="the connector's messages derive from vLLM's classes")
-from pdserve.engines.vllm.messages import ChunkLoad, ChunkSave, LoadJob, SaveJob, StepPlan
+from pdserve.engines.vllm.messages import ChunkExpected, ChunkLoad, ChunkSave, LoadJob, SaveJob, StepPlan
 from pdserve.engines.vllm.worker_side import WorkerSide
 
 LAYERS, BLOCKS, BLOCK_BYTES = 3, 16, 4096
@@ -82,8 +82,8 @@ def test_blocks_saved_by_one_engine_are_loaded_by_another_bit_for_bit(cache_daem
     load, lease = job(client, "q", [key(1), key(2)], [[0, 5], [9]])
     before = b.kv.copy()
     b.side.start_loads(StepPlan(loads=[load]))
-    _, received, failed, _ = b.wait(lambda: (got := b.side.finished())[1] and got)
-    assert (received, failed) == ({"q"}, set())
+    _, received, blocks = b.wait(lambda: (got := b.side.finished())[1] and got)
+    assert (received, blocks) == ({"q"}, set())
     assert (b.kv[:, [0, 5, 9]] == a.kv[:, [3, 1, 7]]).all()
     others = [i for i in range(BLOCKS) if i not in (0, 5, 9)]
     assert (b.kv[:, others] == before[:, others]).all()
@@ -133,8 +133,8 @@ def test_a_flipped_bit_in_the_arena_is_a_failed_load_that_names_the_chunk(cache_
     at = load.chunks[1].offset + int(np.random.default_rng().integers(LAYERS * BLOCK_BYTES))
     client.arena.bytes[at] ^= 1 << flips
     b.side.start_loads(StepPlan(loads=[load]))
-    _, received, failed, blocks = b.wait(lambda: (got := b.side.finished())[1] and got)
-    assert (received, failed, blocks) == ({"q"}, {"q"}, {0, 1})
+    _, received, blocks = b.wait(lambda: (got := b.side.finished())[1] and got)
+    assert (received, blocks) == ({"q"}, {1})  # what came before it stays good
     result = b.side.report().loaded["q"]
     assert result.corrupt == [key(2)]
     assert "digest mismatch" in result.error
@@ -143,9 +143,78 @@ def test_a_flipped_bit_in_the_arena_is_a_failed_load_that_names_the_chunk(cache_
 
 def test_a_restarted_daemon_between_lookup_and_load_is_a_failed_load(engines):
     b = engines()
-    b.side.start_loads(StepPlan(loads=[LoadJob("q", "another daemon", [])]))
-    _, received, failed, _ = b.wait(lambda: (got := b.side.finished())[1] and got)
-    assert (received, failed) == ({"q"}, {"q"})
+    chunk = ChunkLoad(key(1), 0, 256, LAYERS * BLOCK_BYTES * 2, LAYERS * BLOCK_BYTES * 2, [7], [None, 5])
+    b.side.start_loads(StepPlan(loads=[LoadJob("q", "another daemon", [chunk])]))
+    _, received, blocks = b.wait(lambda: (got := b.side.finished())[1] and got)
+    assert (received, blocks) == ({"q"}, {5})
+    assert "restarted" in b.side.report().loaded["q"].error
+
+
+def expecting(client, rid, keys, blocks, stall_s):
+    expected = [ChunkExpected(k, 256, b) for k, b in zip(keys, blocks, strict=True)]
+    return LoadJob(rid, client.daemon_id, [], expected, stall_s)
+
+
+def test_chunks_that_are_still_being_written_are_loaded_as_they_come(cache_daemon, engines):
+    a, b = engines(), engines(writer="v")
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    client.connect()
+    keys, blocks = [key(1), key(2), key(3)], [[0, 5], [9], [2]]
+    b.side.start_loads(StepPlan(loads=[expecting(client, "q", keys, blocks, stall_s=30)]))
+    parent = b""
+    for k, block in zip(keys, ([3, 1], [7], [11]), strict=True):
+        time.sleep(0.05)
+        assert b.side.finished()[1] == set()
+        a.save("r", (k, parent, block))
+        a.wait(a.side.report)
+        parent = k
+    _, received, unfilled = b.wait(lambda: (got := b.side.finished())[1] and got)
+    assert (received, unfilled) == ({"q"}, set())
+    assert (b.kv[:, [0, 5, 9, 2]] == a.kv[:, [3, 1, 7, 11]]).all()
+    result = b.side.report().loaded["q"]
+    assert (result.filled, result.late, result.error) == (3, ["dram"] * 3, "")
+    assert cache_daemon.status()["leases"] == 0
+    client.close()
+
+
+def test_chunks_that_do_not_come_fail_by_their_blocks_and_what_came_stays_good(cache_daemon, engines):
+    a, b = engines(), engines(writer="v")
+    a.save("r", (key(1), b"", [3]))
+    a.wait(a.side.report)
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    client.connect()
+    job = expecting(client, "q", [key(1), key(2)], [[4], [None, 6]], stall_s=0.1)
+    b.side.start_loads(StepPlan(loads=[job]))
+    _, received, unfilled = b.wait(lambda: (got := b.side.finished())[1] and got)
+    assert (received, unfilled) == ({"q"}, {6})
+    assert (b.kv[:, 4] == a.kv[:, 3]).all()
+    result = b.side.report().loaded["q"]
+    assert result.filled == 1
+    assert "no chunk has come for 0.1 s, 1 are missing" in result.error
+    client.close()
+
+
+def test_a_load_that_waits_holds_up_no_other_and_ends_when_its_request_is_gone(cache_daemon, engines):
+    a, b = engines(), engines(writer="v")
+    a.save("r", (key(1), b"", [3]))
+    a.wait(a.side.report)
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    load, _ = job(client, "q", [key(1)], [[4]])
+    b.side.start_loads(StepPlan(loads=[expecting(client, "waits", [key(9)], [[6]], stall_s=600), load]))
+    assert b.wait(lambda: b.side.finished()[1]) == {"q"}
+    b.side.start_loads(StepPlan(dropped={"waits"}))
+    assert b.wait(lambda: b.side.finished()[1]) == {"waits"}
+    client.close()
+
+
+def test_closing_ends_a_load_that_waits(cache_daemon, engines):
+    b = engines()
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    client.connect()
+    b.side.start_loads(StepPlan(loads=[expecting(client, "waits", [key(9)], [[6]], stall_s=600)]))
+    b.side.close()
+    assert b.side.finished()[1:] == ({"waits"}, {6})
+    client.close()
 
 
 def test_saves_without_a_daemon_end_quickly_and_report(tmp_path):

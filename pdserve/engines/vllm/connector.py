@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from vllm import __version__ as vllm_version
-from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -20,18 +19,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from pdserve import log
-from pdserve.engines.vllm import layout, versions
+from pdserve.engines.vllm import finding, layout, versions
+from pdserve.engines.vllm.facts import Teller
 from pdserve.engines.vllm.messages import StepPlan
 from pdserve.engines.vllm.scheduler_side import SchedulerSide
+from pdserve.engines.vllm.stats import PromStats, Stats
 from pdserve.engines.vllm.worker_side import WorkerSide
 from pdserve.errors import CacheError, ConfigError
 from pdserve.transfer.client import CacheClient
 
 T = TypeVar("T")
-Results = tuple[set[str], set[str], set[str], set[int]]
+Results = tuple[set[str], set[str], set[int]]
 Match = tuple[int | None, bool]
-#: vLLM before 0.27 has no such class: failures are reported by block, through get_finished
-TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
 
 
 class PdserveConnector(KVConnectorBase_V1):
@@ -62,15 +61,23 @@ class PdserveConnector(KVConnectorBase_V1):
                 vllm_config, transfer.get_from_extra_config("pdserve.model_fingerprint", "")
             )
             client = CacheClient(socket, f"{instance}/scheduler")
-            self._scheduler = SchedulerSide(client, self._layout, fingerprint, workers=workers, instance=instance)
+            mode = transfer.get_from_extra_config("pdserve.load", "adaptive")
+            if mode not in finding.MODES:
+                fix = f"Use one of {', '.join(finding.MODES)}."
+                raise ConfigError("kv_connector_extra_config.pdserve.load", f"{mode!r} is no way to load", fix)
+            self._scheduler = SchedulerSide(
+                client, self._layout, fingerprint, workers=workers, instance=instance, mode=mode,
+                teller=Teller(socket, instance),
+            )  # fmt: skip
             self._connect(client)
             self._log.info("%s: role %s, model %s, layout %s", instance, transfer.kv_role, fingerprint, self._layout)
         else:
             # The engine id is the same in all ranks of one engine and in no other engine.
             writer = str(transfer.engine_id or uuid.uuid4().hex)
             self._worker = WorkerSide(
-                CacheClient(socket, f"{instance}/worker-{self._rank}"), shards=self._layout.shards, writer=writer
-            )
+                CacheClient(socket, f"{instance}/worker-{self._rank}"), shards=self._layout.shards, writer=writer,
+                teller=Teller(socket, instance) if self._rank == 0 else None,
+            )  # fmt: skip
 
     def _connect(self, client: CacheClient) -> None:
         try:
@@ -118,14 +125,12 @@ class PdserveConnector(KVConnectorBase_V1):
         if self._worker is not None and isinstance(kv_connector_metadata, StepPlan):
             self._worker.before_overwrite(kv_connector_metadata)
 
-    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        sent, received, failed, _ = self._finished()
-        return TransferResults(finished_sending=sent, finished_recving=received, failed_recving=failed)
-
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        sent, received, _, blocks = self._finished()
-        if TransferResults is None:
-            self._failed_blocks |= blocks
+        assert self._worker is not None
+        nothing: Results = (set(), set(), set())
+        sent, received, blocks = self._fenced("collecting results", self._worker.finished, nothing)
+        # By block and not by request (which newer vLLM has, too): what was loaded before the failure stays good.
+        self._failed_blocks |= blocks
         return sent, received
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -136,16 +141,16 @@ class PdserveConnector(KVConnectorBase_V1):
         worker = self._worker
         return self._fenced("reporting", worker.report, None) if worker is not None else None
 
-    def _finished(self) -> Results:
-        assert self._worker is not None
-        nothing: Results = (set(), set(), set(), set())
-        return self._fenced("collecting results", self._worker.finished, nothing)
-
     def _plan(self) -> StepPlan | None:
         plan = self._connector_metadata
         return plan if isinstance(plan, StepPlan) else None
 
     # ---- scheduler ----
+
+    def on_new_request(self, request: Any) -> None:
+        scheduler = self._scheduler
+        assert scheduler is not None
+        self._fenced("prefetching", lambda: scheduler.arrived(request), None)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> Match:
         scheduler = self._scheduler
@@ -175,6 +180,19 @@ class PdserveConnector(KVConnectorBase_V1):
 
     def take_events(self) -> Iterable[Any]:
         return ()
+
+    # ---- what vLLM shows at /metrics ----
+
+    def get_kv_connector_stats(self) -> Any:
+        return self._fenced("counting", self._scheduler.stats.take, None) if self._scheduler is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
+        return Stats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any) -> Any:
+        return PromStats(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # ---- both ----
 

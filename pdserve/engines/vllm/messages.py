@@ -37,12 +37,24 @@ class ChunkLoad:
 
 
 @dataclass
+class ChunkExpected:
+    """A chunk that a producer is still writing."""
+
+    key: bytes
+    tokens: int
+    block_ids: list[int | None]
+
+
+@dataclass
 class LoadJob:
-    """Chunks under a lease, to be copied into the request's blocks."""
+    """Chunks under a lease, to be copied into the request's blocks, and those after them that are still to come."""
 
     request_id: str
     daemon_id: str
     chunks: list[ChunkLoad]
+    expected: list[ChunkExpected] = field(default_factory=list)
+    #: how long to wait for the next one of `expected`
+    stall_s: float = 0.0
 
 
 @dataclass
@@ -54,17 +66,24 @@ class StepPlan(KVConnectorMetadata):
     #: finished requests whose blocks are kept until their saves are done: report them when they are
     awaiting: set[str] = field(default_factory=set)
     preempted: set[str] = field(default_factory=set)
+    #: requests that ended while they were being loaded: no need to wait for chunks that are still to come
+    dropped: set[str] = field(default_factory=set)
     #: whether somebody waits for the next token of an answer in this step
     decodes: bool = False
 
 
 @dataclass
 class LoadResult:
+    #: of the job's `chunks`: read and verified; the late ones' readers tell the daemon themselves
     chunks: int = 0
     nbytes: int = 0
     seconds: float = 0.0
     corrupt: list[bytes] = field(default_factory=list)
     error: str = ""
+    #: chunks in their blocks, from the first one on without a gap, late ones included
+    filled: int = 0
+    #: the tiers that the late ones came from
+    late: list[str] = field(default_factory=list)
 
     def merged(self, other: LoadResult) -> LoadResult:
         """Two ranks' results for one request: they load side by side, so time is the slower one's, and bytes add up."""
@@ -74,6 +93,8 @@ class LoadResult:
             max(self.seconds, other.seconds),
             self.corrupt + other.corrupt,
             self.error or other.error,
+            min(self.filled, other.filled),
+            max(self.late, other.late, key=len),
         )
 
 

@@ -10,48 +10,53 @@ import uuid
 from typing import Any
 
 from pdserve import log
-from pdserve.chunk import CANONICAL, ChunkLayout, KeyChain, root_key, tenant_tag
-from pdserve.engines.vllm.messages import ChunkLoad, ChunkSave, LoadJob, LoadResult, SaveJob, StepPlan, WorkerReport
-from pdserve.engines.vllm.tracked import Hit, Tracked, Wait
+from pdserve.chunk import ChunkLayout, KeyChain, root_key
+from pdserve.engines.vllm.breakeven import BreakEven, Choice
+from pdserve.engines.vllm.facts import LegFacts, Nobody, Teller
+from pdserve.engines.vllm.finding import LOOKUP_S, Finder, Mode
+from pdserve.engines.vllm.messages import ChunkExpected, ChunkLoad, LoadJob, LoadResult, StepPlan, WorkerReport
+from pdserve.engines.vllm.stats import EngineStats
+from pdserve.engines.vllm.storing import Storing
+from pdserve.engines.vllm.tracked import Hit, Tracked
 from pdserve.errors import CacheError, UnsupportedError
 from pdserve.transfer.client import CacheClient
-
-#: a lookup on the way of a request; what is not answered by then is a miss
-LOOKUP_S = 0.05
-RPC_S = 1.0
-#: fewer tokens than this are computed rather than loaded or stored
-MIN_TOKENS = 16
-#: a GPU computes this many in the time that a load takes at least: a step more
-MIN_LOAD_GPU = 256
-#: how old a lookup may be when its request is finally scheduled
-FRESH_S = 5.0
-#: the prefill leg has ended, its last chunks may still be on their way into the arena: how long to wait for the first
-#: sign of them, and for the next chunk after the last one seen
-HANDOVER_START_S = 1.5
-HANDOVER_STALL_S = 2.0
-POLL_S = 0.002
-#: chunks are on their way up from a lower tier: how long to wait for the next one after the last, and in all
-FETCH_STALL_S = 1.0
-FETCH_MAX_S = 30.0
 
 
 class SchedulerSide:
     """One per engine. `client` is its own connection to the daemon, used for lookups and releases only."""
 
     def __init__(
-        self, client: CacheClient, layout: ChunkLayout, fingerprint: str, *, workers: int, instance: str
+        self,
+        client: CacheClient,
+        layout: ChunkLayout,
+        fingerprint: str,
+        *,
+        workers: int,
+        instance: str,
+        mode: Mode = "adaptive",
+        teller: Teller | Nobody | None = None,
     ) -> None:
         self._client, self._layout, self._fingerprint = client, layout, fingerprint
         self._workers, self._instance = workers, instance
-        self._least_load = MIN_LOAD_GPU if layout.kind == CANONICAL else MIN_TOKENS
         self._requests: dict[str, Tracked] = {}
         self._loads: list[LoadJob] = []
         self._awaiting: set[str] = set()
+        self._dropped: set[str] = set()
         self._log = log.get("connector")
         self._chunk_tokens = 0
-        self._busy = False  # whether the last step computed anything
+        self._breakeven = BreakEven()
+        self._finder = Finder(client, layout, self._breakeven, mode)
+        self._storing = Storing(layout)
+        self.stats = EngineStats(self._breakeven)
+        self._facts = LegFacts(teller or Nobody(), fingerprint, layout, self._breakeven.saved)
 
     # ---- finding ----
+
+    def arrived(self, request: Any) -> None:
+        """A request has joined vLLM's queue."""
+        tracked = self._track(request)
+        if tracked is not None:
+            self._finder.prefetch(tracked)
 
     def matched(self, request: Any, local: int) -> tuple[int | None, bool]:
         """Tokens beyond the engine's own `local` ones that can be loaded; None: ask again (a handover is under way, or chunks
@@ -59,31 +64,15 @@ class SchedulerSide:
         tracked = self._track(request)
         if tracked is None or tracked.no_load or tracked.loading is not None:
             return 0, False
-        waits = [w for w in (tracked.handover, tracked.fetch) if w is not None and not w.over]
-        if any(time.monotonic() - w.polled_at < POLL_S for w in waits):
-            return None, False
-        hit = tracked.hit
-        if hit is None or time.monotonic() - hit.at > FRESH_S or hit.first_chunk != local // self._chunk_tokens:
-            self._release_hit(tracked)
-            hit = self._lookup(tracked, local)
-        if self._fetch_incomplete(tracked, hit.end if hit else 0):
-            self._release_hit(tracked)
-            return None, False
-        if self._handover_incomplete(tracked, hit.end if hit else 0):
-            self._release_hit(tracked)
-            return None, False
-        if hit is None or hit.end - local < self._least_load:
-            self._release_hit(tracked)
-            return 0, False
-        return hit.end - local, True
+        tokens = self._finder.matched(tracked, local)
+        return tokens, bool(tokens)
 
     def _track(self, request: Any) -> Tracked | None:
         tracked = self._requests.get(request.request_id)
         if tracked is None:
+            # Prompt embeddings have no tokens to name them by; without a daemon there is nothing to find.
             if request.prompt_token_ids is None or not self._ready():
-                return (
-                    None  # prompt embeddings have no tokens to name them by; without a daemon there is nothing to find
-                )
+                return None
             media = [
                 (str(f.identifier), f.mm_position.offset, f.mm_position.length)
                 for f in getattr(request, "mm_features", None) or ()
@@ -96,6 +85,7 @@ class SchedulerSide:
                 request.cache_salt or "",
             )
             tracked = self._requests[request.request_id] = Tracked(request, KeyChain(root, self._chunk_tokens, media))
+            self._finder.push(tracked)
         return tracked
 
     def _ready(self) -> bool:
@@ -115,76 +105,8 @@ class SchedulerSide:
                 f"chunks of {chunk_tokens} tokens are not whole engine blocks of {self._layout.block_tokens} tokens. "
                 "Set cache.chunk_tokens to a multiple of it."
             )
-        self._chunk_tokens = chunk_tokens
-
-    def _lookup(self, tracked: Tracked, local: int) -> Hit | None:
-        tokens = tracked.request.all_token_ids
-        first = local // self._chunk_tokens
-        keys = tracked.chain.full(tokens)[first:]
-        tail = tracked.chain.tail(tokens)
-        if tail is not None:
-            keys = [*keys, tail]
-        if not keys:
-            return None
-        try:
-            reply = self._client.lookup(keys, LOOKUP_S)
-        except CacheError:
-            tracked.fetch = None
-            return None
-        if tracked.handover:
-            tracked.handover.pending = reply.pending > 0
-        if not reply.loading:
-            tracked.fetch = None
-        elif tracked.fetch is None:
-            tracked.fetch = Wait(time.monotonic())
-        if not reply.found:
-            return None
-        end = first * self._chunk_tokens + sum(f.tokens for f in reply.found)
-        tracked.hit = Hit(reply.lease, self._client.daemon_id, first, reply.found, end, time.monotonic())
-        return tracked.hit
-
-    def _promised_tokens(self, request: Any) -> int:
-        """How much of this prompt a producer says it has stored."""
-        params = request.kv_transfer_params or {}
-        count = params.get("pdserve.num_tokens")
-        return min(count, request.num_tokens) if params.get("do_remote_prefill") and isinstance(count, int) else 0
-
-    def _handover_incomplete(self, tracked: Tracked, seen: int) -> bool:
-        """True while chunks that a producer has promised are missing and worth waiting for."""
-        if seen >= self._promised_tokens(tracked.request):
-            return False
-        wait = tracked.handover = tracked.handover or Wait(time.monotonic())
-        return self._ask_again(
-            tracked, wait, seen, "handover incomplete", HANDOVER_STALL_S if wait.pending else HANDOVER_START_S
-        )
-
-    def _fetch_incomplete(self, tracked: Tracked, seen: int) -> bool:
-        """True while chunks are on their way up from a lower tier and arrive steadily."""
-        if tracked.fetch is None:
-            return False
-        return self._ask_again(tracked, tracked.fetch, seen, "lower tier too slow", FETCH_STALL_S, FETCH_MAX_S)
-
-    def _ask_again(
-        self, tracked: Tracked, wait: Wait, seen: int, trouble: str, stall: float, longest: float = float("inf")
-    ) -> bool:
-        if wait.over:
-            return False
-        now = time.monotonic()
-        if not self._client.connected or not wait.goes_on(seen, now, stall, longest):
-            wait.over = True
-            missing = tracked.request.num_tokens - seen
-            self._log.warning(
-                "%s after %.1f s: %d tokens are computed here request_id=%s",
-                trouble,
-                now - wait.since,
-                missing,
-                tracked.request.request_id,
-            )
-            return False
-        if not self._busy:
-            time.sleep(POLL_S)  # nothing else runs: leave the core to whoever brings the chunks
-        wait.polled_at = time.monotonic()
-        return True
+        self._chunk_tokens = self._finder.chunk_tokens = self._storing.chunk_tokens = chunk_tokens
+        self.stats.token_bytes = self._layout.shard_bytes(chunk_tokens) * self._layout.shards / chunk_tokens
 
     # ---- loading ----
 
@@ -194,65 +116,72 @@ class SchedulerSide:
         if tracked is None:
             return
         tracked.block_ids = list(block_ids)
+        self._facts.decided(tracked, tracked.hit, external)
+        for choice in (tracked.choice, tracked.fetch_choice):
+            if choice is not None:
+                self.stats.decided(choice)
+        tracked.choice = tracked.fetch_choice = None
         hit, tracked.hit = tracked.hit, None
         if hit is None:
             return
-        self._mark_stored(tracked, hit)
+        tracked.handed_over |= hit.promised > 0
+        self._storing.found(tracked, hit)
         if not external:
-            self._release(hit)
+            self._finder.give_back(hit)
             return
-        local = hit.end - external
-        tracked.loading, tracked.loading_from = hit, local
+        local = hit.reach - external
+        tracked.loading, tracked.loading_from, tracked.loading_since = hit, local, time.monotonic()
         try:
-            job = LoadJob(request.request_id, hit.daemon_id, self._chunk_loads(tracked, hit, local))
-        except Exception:  # noqa: BLE001 - the request waits for a report now: an empty job fails at once and is recomputed
+            job = self._load_job(tracked, hit, local)
+        except Exception:  # noqa: BLE001 - the request waits for a report now: of no daemon, this one fails, by its blocks
             self._log.exception("planning a load failed request_id=%s", request.request_id)
-            job = LoadJob(request.request_id, "", [])
+            blocks = ChunkExpected(b"", external, list(block_ids[local // self._layout.block_tokens :]))
+            job = LoadJob(request.request_id, "", [], [blocks])
         self._loads.append(job)
 
-    def _chunk_loads(self, tracked: Tracked, hit: Hit, local: int) -> list[ChunkLoad]:
+    def _load_job(self, tracked: Tracked, hit: Hit, local: int) -> LoadJob:
+        tokens = tracked.request.all_token_ids
+        keys = tracked.chain.full(tokens)[hit.first_chunk :]
+        if (tail := tracked.chain.tail(tokens)) is not None:
+            keys = [*keys, tail]
+        chunks, expected, start = [], [], hit.first_chunk * self._chunk_tokens
+        for i, key in enumerate(keys):
+            if start >= hit.reach:
+                break
+            found = hit.found[i] if i < len(hit.found) else None
+            length = found.tokens if found else min(self._chunk_tokens, hit.reach - start)
+            blocks = self._blocks(tracked, start, length, local)
+            if found is None:
+                expected.append(ChunkExpected(key, length, blocks))
+            else:
+                place = (found.offset, found.tokens, found.shard_bytes, found.stride, found.digests)
+                chunks.append(ChunkLoad(key, *place, blocks))
+            start += length
+        return LoadJob(tracked.request.request_id, hit.daemon_id, chunks, expected, hit.stall_s)
+
+    def _blocks(self, tracked: Tracked, start: int, tokens: int, local: int) -> list[int | None]:
+        """The blocks of a chunk; None for those that the engine has already."""
         size = self._layout.block_tokens
         have = local // size
-        loads = []
-        keys = [
-            *tracked.chain.full(tracked.request.all_token_ids)[hit.first_chunk :],
-            tracked.chain.tail(tracked.request.all_token_ids) or b"",
-        ]
-        start = hit.first_chunk * self._chunk_tokens
-        for key, found in zip(keys, hit.found, strict=False):
-            blocks = range(start // size, -(-(start + found.tokens) // size))
-            loads.append(
-                ChunkLoad(
-                    key,
-                    found.offset,
-                    found.tokens,
-                    found.shard_bytes,
-                    found.stride,
-                    found.digests,
-                    [tracked.block_ids[b] if b >= have else None for b in blocks],
-                )
-            )
-            start += found.tokens
-        return loads
+        return [tracked.block_ids[b] if b >= have else None for b in range(start // size, -(-(start + tokens) // size))]
 
-    def _mark_stored(self, tracked: Tracked, hit: Hit) -> None:
-        """What the lookup found need not be stored again. (What lies before it, in the engine's own cache, is offered again:
-        the daemon may have lost it, and takes it only then.)"""
-        if hit.first_chunk == 0:
-            tracked.next_chunk = max(tracked.next_chunk, hit.end // self._chunk_tokens)
-        if hit.end == tracked.request.num_prompt_tokens:
-            tracked.tail_done = True
-
-    # ---- storing ----
+    # ---- every step ----
 
     def plan(self, output: Any) -> StepPlan:
         """What the workers do in this step."""
         plan = StepPlan(loads=self._loads, awaiting=self._awaiting, preempted=set(output.preempted_req_ids or ()))
-        self._loads, self._awaiting = [], set()
-        self._busy = output.total_num_scheduled_tokens > 0
+        plan.dropped = self._dropped
+        self._loads, self._awaiting, self._dropped = [], set(), set()
+        self._finder.busy = output.total_num_scheduled_tokens > 0
+        self._storing.recent.at_epoch(self._client.content)
+        for request_id in plan.preempted:  # what of it was to be stored may not have been
+            if (tracked := self._requests.get(request_id)) is not None:
+                self._storing.forget(tracked)
         for new in output.scheduled_new_reqs:
             if (tracked := self._requests.get(new.req_id)) is not None:
                 tracked.cached_tokens = new.num_computed_tokens
+                tracked.computing_since = time.monotonic()
+                self._facts.scheduled(tracked, new.num_computed_tokens)
             self._advance(plan, new.req_id, new.num_computed_tokens, output)
         cached = output.scheduled_cached_reqs
         for request_id, new_blocks, computed in zip(
@@ -265,6 +194,7 @@ class SchedulerSide:
                 fresh = list(new_blocks[0])
                 tracked.block_ids = fresh if request_id in cached.resumed_req_ids else tracked.block_ids + fresh
             plan.decodes |= computed >= tracked.request.num_prompt_tokens
+            self._time_prefill(tracked)
             self._advance(plan, request_id, computed, output)
         return plan
 
@@ -273,54 +203,25 @@ class SchedulerSide:
         if tracked is None or tracked.no_save:
             return
         try:
-            self._plan_saves(plan, tracked, computed, output)
+            job = self._storing.job(tracked, computed, output.num_scheduled_tokens.get(request_id, 0))
         except Exception:  # noqa: BLE001 - the border to the engine: this request is not stored, and runs on
             tracked.no_save = True
             self._log.exception("storing failed request_id=%s", request_id)
-
-    def _plan_saves(self, plan: StepPlan, tracked: Tracked, computed: int, output: Any) -> None:
-        request_id = tracked.request.request_id
-        # Only tokens that are final: drafted ones may be rejected, and a token sampled in a step that is still running has no id yet.
-        known = min(computed + output.num_scheduled_tokens.get(request_id, 0), tracked.request.num_tokens)
-        chunks = self._full_chunks(tracked, known) + self._tail_chunk(tracked, known)
-        if chunks:
-            plan.saves.append(SaveJob(request_id, chunks, tenant_tag(tracked.request.cache_salt or "")))
+            return
+        if job is not None:
+            plan.saves.append(job)
             tracked.outstanding += self._workers
 
-    def _full_chunks(self, tracked: Tracked, known: int) -> list[ChunkSave]:
-        count = known // self._chunk_tokens
-        if count <= tracked.next_chunk:
-            return []
-        keys = tracked.chain.full(tracked.request.all_token_ids[: count * self._chunk_tokens])
-        saves = [
-            self._save(tracked, keys[i], keys[i - 1] if i else b"", i, self._chunk_tokens)
-            for i in range(tracked.next_chunk, count)
-        ]
-        tracked.next_chunk = count
-        return saves
-
-    def _tail_chunk(self, tracked: Tracked, known: int) -> list[ChunkSave]:
-        """The prompt's remainder, once, so that the whole prompt can be handed over."""
-        length = tracked.request.num_prompt_tokens
-        if tracked.tail_done or known < length:
-            return []
-        tracked.tail_done = True
-        tokens = length % self._chunk_tokens
-        if tokens < MIN_TOKENS:
-            return []
-        prompt = tracked.request.prompt_token_ids
-        keys = tracked.chain.full(prompt)
-        key = tracked.chain.tail(prompt)
-        assert key is not None
-        return [self._save(tracked, key, keys[-1] if keys else b"", length // self._chunk_tokens, tokens)]
-
-    def _save(self, tracked: Tracked, key: bytes, parent: bytes, index: int, tokens: int) -> ChunkSave:
-        size = self._layout.block_tokens
-        start = index * self._chunk_tokens // size
-        blocks = tracked.block_ids[start : start + -(-tokens // size)]
-        if len(blocks) != -(-tokens // size):
-            raise RuntimeError(f"{len(blocks)} blocks known for {tokens} tokens from block {start} on")
-        return ChunkSave(key, parent, tokens, blocks)
+    def _time_prefill(self, tracked: Tracked) -> None:
+        """Once the first token is there: what computing the prompt took, with all that ran beside it."""
+        request = tracked.request
+        if not tracked.computing_since or request.num_tokens <= request.num_prompt_tokens:
+            return
+        seconds, tracked.computing_since = time.monotonic() - tracked.computing_since, 0.0
+        computed = request.num_prompt_tokens - tracked.cached_tokens
+        # A few tokens behind a hit say what a step costs, not what a prompt does.
+        if computed >= self._chunk_tokens // 2:
+            self._breakeven.computing.add(computed, seconds)
 
     # ---- ending ----
 
@@ -329,8 +230,12 @@ class SchedulerSide:
         tracked = self._requests.get(request.request_id)
         if tracked is None:
             return False
-        self._release_hit(tracked)
+        self._time_prefill(tracked)
+        self._finder.release(tracked)
         tracked.finished = True
+        self._facts.finished(tracked)
+        if tracked.loading is not None:
+            self._dropped.add(request.request_id)
         keep = tracked.outstanding > 0
         if keep:
             self._awaiting.add(request.request_id)
@@ -346,18 +251,14 @@ class SchedulerSide:
             "FINISHED_STOPPED",
         ):
             return None
-        stored = 0
-        if tracked is not None and tracked.next_chunk:
-            stored = min(tracked.next_chunk, request.num_prompt_tokens // self._chunk_tokens) * self._chunk_tokens
-        if tracked is not None and tracked.tail_done and request.num_prompt_tokens - stored >= MIN_TOKENS:
-            stored = request.num_prompt_tokens
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
             "pdserve.transfer_id": uuid.uuid4().hex,
-            "pdserve.num_tokens": stored,
+            "pdserve.num_tokens": self._storing.stored(tracked) if tracked is not None else 0,
             "pdserve.source": self._instance,
             "pdserve.cached_tokens": tracked.cached_tokens if tracked is not None else 0,
+            "pdserve.facts": self._facts.handed(tracked) if tracked is not None else None,
             # Routers written for other connectors look at these.
             "remote_engine_id": self._instance,
             "remote_block_ids": [],
@@ -387,44 +288,41 @@ class SchedulerSide:
         assert tracked.loading is not None
         hit, tracked.loading = tracked.loading, None
         result, tracked.result = tracked.result or LoadResult(error="no worker reported"), None
-        tokens = hit.end - tracked.loading_from
+        end = min(hit.reach, hit.first_chunk * self._chunk_tokens + result.filled * self._chunk_tokens)
+        tokens = max(0, (hit.reach if not result.error else end) - tracked.loading_from)
+        tiers = [found.tier for found in hit.found][: result.filled] + result.late
+        self._facts.loaded(tracked, hit, result, tokens, tiers, time.monotonic() - tracked.loading_since)
         if result.error:
             tracked.no_load = True
-            tracked.next_chunk, tracked.tail_done = 0, False  # what is recomputed is offered again
-            self._log.warning(
-                "load failed (%s): %d tokens are recomputed request_id=%s", result.error, tokens, request_id
-            )
-        else:
+            # What is recomputed is offered again.
+            tracked.next_chunk, tracked.tail_done = min(tracked.next_chunk, end // self._chunk_tokens), False
+            self._storing.forget(tracked)
+            missing = hit.reach - tracked.loading_from - tokens
+            if not tracked.finished:
+                self._log.warning(
+                    "load failed (%s): %d tokens are recomputed request_id=%s", result.error, missing, request_id
+                )
+            self.stats.decided(Choice(False, "failed"))
+        if tokens:
             self._log.info(
                 "retrieved %d of %d tokens from %s in %.1f ms request_id=%s",
                 tokens,
                 tracked.request.num_tokens,
-                "+".join(dict.fromkeys(found.tier for found in hit.found)),
+                "+".join(dict.fromkeys(tiers)),
                 result.seconds * 1000,
                 request_id,
             )
-        self._release(hit, result)
+            seconds = time.monotonic() - tracked.loading_since
+            if not hit.promised:  # a handover's time is the producer's
+                self._breakeven.loading.add(tokens, seconds)
+            self.stats.loaded(tiers, tokens, seconds)
+        self._finder.give_back(hit, result.chunks, result.nbytes, result.corrupt)
         self._forget_if_done(request_id, tracked)
-
-    # ---- leases ----
-
-    def _release_hit(self, tracked: Tracked) -> None:
-        if tracked.hit is not None:
-            hit, tracked.hit = tracked.hit, None
-            self._release(hit)
-
-    def _release(self, hit: Hit, result: LoadResult | None = None) -> None:
-        if hit.daemon_id != self._client.daemon_id:
-            return  # that daemon is gone, and the lease with it
-        result = result or LoadResult()
-        try:
-            self._client.release(hit.lease, RPC_S, result.chunks, result.nbytes, result.corrupt)
-        except CacheError as e:
-            self._log.debug("lease not released, it ends by itself: %s", e)
 
     def _forget_if_done(self, request_id: str, tracked: Tracked) -> None:
         if tracked.finished and tracked.loading is None and tracked.outstanding <= 0:
             self._requests.pop(request_id, None)
 
     def close(self) -> None:
+        self._facts.close()
         self._client.close()

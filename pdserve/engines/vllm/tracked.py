@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pdserve.chunk import KeyChain
+from pdserve.engines.vllm.breakeven import Choice
 from pdserve.engines.vllm.messages import LoadResult
 from pdserve.transfer import wire
 
@@ -14,12 +15,19 @@ from pdserve.transfer import wire
 class Hit:
     """A lookup's answer, its chunks under a lease."""
 
-    lease: int
+    lease: int  # 0: nothing is there yet, all of it is still to come
     daemon_id: str
     first_chunk: int
     found: list[wire.Found]
     end: int  # tokens from the start of the prompt that are covered
     at: float
+    #: tokens that a producer has promised or is computing; more than `end` when some are still to come
+    promised: int = 0
+    stall_s: float = 0.0
+
+    @property
+    def reach(self) -> int:
+        return max(self.end, self.promised)
 
 
 class Wait:
@@ -30,15 +38,16 @@ class Wait:
         self.seen = 0  # tokens found so far
         self.polled_at = 0.0
         self.over = False
-        self.pending = False  # the next chunk is being written at this moment
+        self.longest = float("inf")
+        self.at_first = 0  # tokens that were found when the wait began
 
-    def goes_on(self, seen: int, now: float, stall: float, longest: float = float("inf")) -> bool:
+    def goes_on(self, seen: int, now: float, stall: float) -> bool:
         """Whether to ask again: something came within the last `stall` seconds, and it has not taken `longest` in all."""
         if self.over:
             return False
         if seen > self.seen:
             self.seen, self.seen_at = seen, now
-        self.over = now - self.seen_at > stall or now - self.since > longest
+        self.over = now - self.seen_at > stall or now - self.since > self.longest
         return not self.over
 
 
@@ -52,6 +61,7 @@ class Tracked:
     hit: Hit | None = None
     loading: Hit | None = None  # handed to the workers; the lease lives until they are done
     loading_from: int = 0
+    loading_since: float = 0.0
     no_load: bool = False  # a load failed once: this request computes
     no_save: bool = False
     next_chunk: int = 0  # full chunks before this are stored, being stored, or not worth it
@@ -59,6 +69,10 @@ class Tracked:
     outstanding: int = 0  # save jobs times workers that have not reported yet
     cached_tokens: int = 0  # of the prompt, when it was first scheduled: from the engine's own cache and from ours
     handover: Wait | None = None
+    handed_over: bool = False  # what a producer promised has been loaded, or tried: it promises nothing any more
     fetch: Wait | None = None
+    choice: Choice | None = None  # the decision about a hit
+    fetch_choice: Choice | None = None  # the decision whether to wait for what is in lower tiers
+    computing_since: float = 0.0  # when the first of its own tokens was scheduled; 0: not, or measured already
     result: LoadResult | None = None
     finished: bool = False

@@ -1,0 +1,213 @@
+"""Copies chunks from the arena into the engine's blocks, on a thread of its own.
+
+A load may begin before all of its chunks exist: those that a producer is still writing are looked up again and again,
+and copied as they come, until all are here or none has come for `stall_s`. Such a load never holds up another one.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pdserve import log
+from pdserve.engines.vllm.cores import any_core
+from pdserve.engines.vllm.messages import ChunkExpected, ChunkLoad, LoadJob, LoadResult
+from pdserve.errors import CacheError
+from pdserve.transfer.arena import Arena
+from pdserve.transfer.client import CacheClient
+from pdserve.transfer.staging import Copy, Pages, Part
+
+RPC_S = 5.0
+#: how often chunks that are still to come are asked for, and how many of them at a time
+POLL_S = 0.002
+WINDOW = 64
+
+
+class Loader:
+    """One thread. `done(job, result, failed blocks)` is called on it, once for every job that was put."""
+
+    def __init__(self, client: CacheClient, done: Callable[[LoadJob, LoadResult, set[int]], None]) -> None:
+        self._client, self._done = client, done
+        self._pages: Pages | None = None
+        self._log = log.get("connector")
+        # A load, the requests that nobody waits for any more, or None: the end.
+        self._jobs: queue.Queue[_Load | set[str] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="pdserve-load", daemon=True)
+
+    def start(self, pages: Pages) -> None:
+        self._pages = pages
+        self._thread.start()
+
+    def put(self, job: LoadJob, mark: Any) -> None:
+        """`mark`: the point in the engine's work that the load must not overtake."""
+        self._jobs.put(_Load(job, mark))
+
+    def drop(self, request_ids: set[str]) -> None:
+        """Nobody waits for these any more: what is still to come for them is not waited for."""
+        if request_ids:
+            self._jobs.put(request_ids)
+
+    def stop(self) -> bool:
+        """Ends the thread; False when it does not end in time."""
+        self._jobs.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout=RPC_S)
+        return not self._thread.is_alive()
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        any_core()
+        try:
+            self._client.connect()  # now rather than in the first request: mapping the arena takes a while
+        except CacheError as e:
+            self._log.debug("%s", e)
+        arriving: list[_Load] = []
+        while True:
+            try:
+                item = self._jobs.get(timeout=POLL_S if arriving else None)
+            except queue.Empty:
+                pass
+            else:
+                if item is None:
+                    break
+                if isinstance(item, _Load):
+                    arriving.append(item)
+                else:
+                    for load in (x for x in arriving if x.job.request_id in item):
+                        load.result.error = "the request is gone"
+            arriving = [load for load in arriving if not self._advance(load)]
+        for load in arriving:
+            load.result.error = "the engine is closing"
+            self._end(load)
+
+    def _advance(self, load: _Load) -> bool:
+        """Whether it has ended."""
+        try:
+            assert self._pages is not None
+            if not load.result.error:
+                load.advance(self._pages, self._client)
+        except CacheError as e:
+            load.result.error = str(e)
+        except Exception as e:  # noqa: BLE001 - the border to the engine: whatever it was, the tokens are recomputed
+            load.result.error = f"{type(e).__name__}: {e}"
+            self._log.exception("load failed, tokens are recomputed request_id=%s", load.job.request_id)
+        if load.open and not load.result.error:
+            return False
+        self._end(load)
+        return True
+
+    def _end(self, load: _Load) -> None:
+        load.result.seconds = time.perf_counter() - load.started
+        self._done(load.job, load.result, load.unfilled())
+
+
+class _Load:
+    """One job under way."""
+
+    def __init__(self, job: LoadJob, mark: Any) -> None:
+        self.job, self._mark = job, mark
+        self.result = LoadResult()
+        self.started = time.perf_counter()
+        self._come_at = time.monotonic()  # when the last chunk came
+        self._ready = list(job.chunks)
+        self._expected = deque(job.expected)
+
+    @property
+    def open(self) -> bool:
+        return bool(self._ready or self._expected)
+
+    def unfilled(self) -> set[int]:
+        """Blocks that do not hold what they should."""
+        chunks: list[ChunkLoad | ChunkExpected] = [*self.job.chunks, *self.job.expected]
+        rest = chunks[self.result.filled :]
+        return {b for chunk in rest for b in chunk.block_ids if b is not None}
+
+    def advance(self, pages: Pages, client: CacheClient) -> None:
+        if self._ready:
+            ready, self._ready = self._ready, []
+            arena = self._arena(pages, client)
+            self.result.chunks, self.result.nbytes = self._copy(pages, arena, ready, self.result.corrupt)
+            self._come_at = time.monotonic()
+        elif self._expected:
+            self._look(pages, client)
+
+    def _arena(self, pages: Pages, client: CacheClient) -> Arena:
+        if not client.connected:
+            client.connect()
+        if client.arena is None or client.daemon_id != self.job.daemon_id:
+            raise CacheError("the cache daemon was restarted between lookup and load")
+        pages.attach(client.arena, client.chunk_tokens)
+        return client.arena
+
+    def _look(self, pages: Pages, client: CacheClient) -> None:
+        arena = self._arena(pages, client)
+        wanted = [self._expected[i] for i in range(min(WINDOW, len(self._expected)))]
+        reply = client.lookup([c.key for c in wanted], RPC_S)
+        if not reply.found:
+            if time.monotonic() - self._come_at > self.job.stall_s:
+                raise CacheError(f"no chunk has come for {self.job.stall_s:g} s, {len(self._expected)} are missing")
+            return
+        read, corrupt = (0, 0), list[bytes]()
+        try:
+            chunks = [_here(c, f) for c, f in zip(wanted, reply.found, strict=False)]
+            read = self._copy(pages, arena, chunks, corrupt)
+        finally:
+            # Only one rank tells what was read: the others read the same chunks' other shards.
+            told = read if pages.first_shard == 0 else (0, 0)
+            client.release(reply.lease, RPC_S, *told, corrupt)
+        for _ in chunks:
+            self._expected.popleft()
+        self.result.late += [f.tier for f in reply.found]
+        self._come_at = time.monotonic()
+
+    def _copy(
+        self, pages: Pages, arena: Arena, chunks: Sequence[ChunkLoad], corrupt: list[bytes]
+    ) -> tuple[int, int]:
+        """Returns (chunks, bytes) that were read and verified; adds those that are not what was stored to `corrupt`."""
+        moving, before = deque[tuple[ChunkLoad, Copy]](), self.result.filled
+        try:
+            for at in range(0, len(chunks), pages.together):
+                some = chunks[at : at + pages.together]
+                copies = pages.load_all(self._mark, [_source(pages, arena, chunk) for chunk in some])
+                moving.extend(zip(some, copies, strict=False))
+                if len(copies) < len(some):
+                    raise CacheError("the device refused a chunk")
+                while moving and moving[0][1].done() and not self.result.error:
+                    self._check(pages, *moving.popleft(), corrupt)
+                if self.result.error:
+                    break
+        finally:
+            # Whatever happened: blocks are not reported while something may still write into them.
+            for chunk, copy in moving:
+                self._check(pages, chunk, copy, corrupt)
+        read = self.result.filled - before
+        return read, sum(pages.shard_count * chunk.shard_bytes for chunk in chunks[:read])
+
+    def _check(self, pages: Pages, chunk: ChunkLoad, copy: Copy, corrupt: list[bytes]) -> None:
+        """Waits for a chunk to be in its blocks, and compares what was read with what was stored."""
+        if copy.digests() != chunk.digests[pages.first_shard : pages.first_shard + pages.shard_count]:
+            corrupt.append(chunk.key)
+            self.result.error = f"digest mismatch of chunk {chunk.key.hex()[:16]}"
+        elif not self.result.error:
+            self.result.filled += 1
+
+
+def _here(chunk: ChunkExpected, found: Any) -> ChunkLoad:
+    if found.tokens != chunk.tokens:
+        raise CacheError(f"chunk {chunk.key.hex()[:16]} has {found.tokens} tokens, not {chunk.tokens}")
+    return ChunkLoad(
+        chunk.key, found.offset, found.tokens, found.shard_bytes, found.stride, found.digests, chunk.block_ids
+    )
+
+
+def _source(pages: Pages, arena: Arena, chunk: ChunkLoad) -> Part:
+    if pages.shard_bytes(chunk.tokens, len(chunk.block_ids)) != chunk.shard_bytes:
+        raise CacheError(f"a shard of {chunk.shard_bytes} bytes does not hold {chunk.tokens} tokens")
+    start = chunk.offset + pages.first_shard * chunk.stride
+    area = arena.bytes[start : start + pages.shard_count * chunk.stride]
+    return chunk.block_ids, chunk.tokens, area, chunk.stride

@@ -1,0 +1,236 @@
+"""Copies the engine's blocks into the arena, on a thread of its own.
+
+What is stored belongs to a request whose blocks may be taken away: by preemption (at once: `cancel`), or at its end
+(only when `outstanding` says that nothing is left to copy).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from pdserve import log
+from pdserve.engines.vllm.cores import any_core
+from pdserve.engines.vllm.facts import StoreFacts
+from pdserve.engines.vllm.messages import ChunkSave, SaveJob
+from pdserve.errors import CacheError
+from pdserve.transfer import wire
+from pdserve.transfer.arena import Arena
+from pdserve.transfer.client import CacheClient
+from pdserve.transfer.staging import Copy, Pages, Part, stride_of
+
+RPC_S = 5.0
+#: saves that wait; beyond this they are dropped, because a save must never slow the engine down
+MAX_QUEUED = 4096
+#: chunks that are committed together; fewer would let a consumer start earlier, and cost more round trips
+COMMIT_TOGETHER = 4
+
+
+class Saver:
+    """One thread. `done(request id)` is called, from it or from put(), once for every job that was put."""
+
+    def __init__(
+        self, client: CacheClient, done: Callable[[str], None], *, shards: int, writer: str, facts: StoreFacts
+    ) -> None:
+        self._client, self._done, self._shards, self._writer = client, done, shards, writer
+        self._facts = facts
+        self._pages: Pages | None = None
+        self._log = log.get("connector")
+        self._lock = threading.Condition()
+        self._outstanding: dict[str, list[SaveJob]] = {}  # accepted and not done, by request
+        self._cancelled: set[int] = set()  # id() of outstanding jobs that must not begin another copy
+        self._copying = ""  # the request whose blocks are being read at this moment
+        self._jobs: queue.Queue[tuple[SaveJob, Any] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="pdserve-save", daemon=True)
+
+    def start(self, pages: Pages) -> None:
+        self._pages = pages
+        self._thread.start()
+
+    def put(self, jobs: list[SaveJob], mark: Any) -> None:
+        """`mark`: the point in the engine's work behind which their blocks are full."""
+        with self._lock:
+            for job in jobs:
+                self._outstanding.setdefault(job.request_id, []).append(job)
+        for job in jobs:
+            if self._jobs.qsize() >= MAX_QUEUED:
+                tokens = sum(c.tokens for c in job.chunks)
+                self._log.warning("save queue full: %d tokens not stored request_id=%s", tokens, job.request_id)
+                self._ended(job)
+            else:
+                self._jobs.put((job, mark))
+
+    def outstanding(self, request_id: str) -> bool:
+        with self._lock:
+            return bool(self._outstanding.get(request_id))
+
+    def cancel(self, request_ids: set[str]) -> None:
+        """Their blocks are about to be reused: no copy of them may begin, one that runs is waited for.
+
+        The wait is a few chunks' copies (milliseconds): reading blocks never waits for the daemon.
+        """
+        with self._lock:
+            cancelled = {id(job) for request_id in request_ids for job in self._outstanding.get(request_id, ())}
+            self._cancelled |= cancelled
+            while self._copying in request_ids and self._copying:
+                self._lock.wait()
+        if cancelled and self._pages is not None:
+            self._pages.settle()
+
+    def stop(self) -> bool:
+        """Ends the thread; False when it does not end in time."""
+        self._jobs.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout=RPC_S)
+        return not self._thread.is_alive()
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        any_core()
+        try:
+            self._client.connect()  # now rather than in the first request: mapping the arena takes a while
+        except CacheError as e:
+            self._log.debug("%s", e)
+        while (item := self._jobs.get()) is not None:
+            self._save(*item)
+
+    def _save(self, job: SaveJob, mark: Any) -> None:
+        try:
+            if self._pages is not None and self._pages.stores:
+                self._copy_in(job, mark)
+        except CacheError as e:
+            self._log.debug("not stored: %s request_id=%s", e, job.request_id)
+        except Exception:  # noqa: BLE001 - the border to the engine: a save that fails is a later miss, never more
+            self._log.exception("save failed request_id=%s", job.request_id)
+        self._ended(job)
+
+    def _copy_in(self, job: SaveJob, mark: Any) -> None:
+        assert self._pages is not None
+        pages, started = self._pages, time.perf_counter()
+        items = [
+            wire.ReserveItem(
+                c.key,
+                c.parent,
+                pages.first_shard,
+                self._shards,
+                pages.shard_bytes(c.tokens, len(c.block_ids)),
+                c.tokens,
+                job.tag,
+                pages.shard_count,
+            )
+            for c in job.chunks
+        ]
+        grants = self._client.reserve(self._writer, items, RPC_S)
+        arena, daemon_id = self._client.arena, self._client.daemon_id
+        granted = [(c, g) for c, g in zip(job.chunks, grants, strict=True) if g.status == wire.GRANTED]
+        moving = _Moving(self._client, daemon_id)
+        try:
+            if arena is not None and granted:
+                pages.attach(arena, self._client.chunk_tokens)
+                for at in range(0, len(granted), pages.together):
+                    some = granted[at : at + pages.together]
+                    if not self._begin_copy(job):
+                        break
+                    try:
+                        copies = pages.store_all(mark, [self._target(pages, arena, c, g) for c, g in some])
+                    finally:
+                        self._end_copy()
+                    for (chunk, grant), copy in zip(some, copies, strict=False):
+                        moving.add(grant, chunk.tokens, copy)
+                    moving.commit(COMMIT_TOGETHER)
+            moving.commit()
+        finally:
+            moving.give_up([g.reservation for _, g in granted])
+        if moving.tokens:
+            self._log.info(
+                "stored %d tokens in %.1f ms request_id=%s",
+                moving.tokens,
+                (time.perf_counter() - started) * 1000,
+                job.request_id,
+            )
+        refused = sum(
+            c.tokens for c, g in zip(job.chunks, grants, strict=True) if g.status in (wire.FULL, wire.TOO_LARGE)
+        )
+        if pages.first_shard == 0:  # of several ranks one tells
+            nbytes = sum(i.shard_bytes * i.shards for i, g in zip(items, grants, strict=True) if g.status == wire.GRANTED)
+            self._facts.stored(job.request_id, moving.tokens, nbytes, time.perf_counter() - started, refused)
+        if refused:
+            self._log.warning("no room in the cache: %d tokens not stored request_id=%s", refused, job.request_id)
+
+    @staticmethod
+    def _target(pages: Pages, arena: Arena, chunk: ChunkSave, grant: wire.Grant) -> Part:
+        stride = stride_of(pages.shard_bytes(chunk.tokens, len(chunk.block_ids)))
+        area = arena.bytes[grant.offset : grant.offset + pages.shard_count * stride]
+        return chunk.block_ids, chunk.tokens, area, stride
+
+    def _begin_copy(self, job: SaveJob) -> bool:
+        with self._lock:
+            if id(job) in self._cancelled:
+                return False
+            self._copying = job.request_id
+            return True
+
+    def _end_copy(self) -> None:
+        with self._lock:
+            self._copying = ""
+            self._lock.notify_all()
+
+    def _ended(self, job: SaveJob) -> None:
+        self._done(job.request_id)  # first, so that who sees nothing outstanding has the report of it
+        with self._lock:
+            self._cancelled.discard(id(job))
+            jobs = self._outstanding[job.request_id]
+            jobs.remove(job)
+            if not jobs:
+                del self._outstanding[job.request_id]
+
+
+class _Moving:
+    """The chunks of one save that are on their way into the arena, and what has arrived and is not committed yet."""
+
+    def __init__(self, client: CacheClient, daemon_id: str) -> None:
+        self._client, self._daemon_id = client, daemon_id
+        self._copies: deque[tuple[wire.Grant, int, Copy]] = deque()
+        self._settled: set[int] = set()  # reservations that were committed
+        self.tokens = 0  # committed
+
+    def add(self, grant: wire.Grant, tokens: int, copy: Copy) -> None:
+        self._copies.append((grant, tokens, copy))
+
+    def commit(self, at_least: int = 0) -> None:
+        """Tells the daemon what has arrived, if that is `at_least` so many chunks; 0: waits for all of them."""
+        arrived = 0
+        while arrived < len(self._copies) and (not at_least or self._copies[arrived][2].done()):
+            if not at_least:
+                self._copies[arrived][2].digests()
+            arrived += 1
+        if not arrived or arrived < at_least or self._client.daemon_id != self._daemon_id:
+            return  # a new daemon knows nothing of these reservations
+        ready = [self._copies[i] for i in range(arrived)]
+        items = []
+        for grant, _, copy in ready:
+            first, *more = copy.digests()
+            items.append(wire.CommitItem(grant.reservation, first, more))
+        self._client.commit(items, RPC_S)
+        for grant, tokens, _ in ready:
+            self._copies.popleft()
+            self._settled.add(grant.reservation)
+            self.tokens += tokens
+
+    def give_up(self, reservations: list[int]) -> None:
+        """Gives back what was not committed, once nothing writes there any more."""
+        for _, _, copy in self._copies:
+            try:
+                copy.digests()
+            except Exception:  # noqa: BLE001 - a device that fails writes nothing either; the reservation goes back all the same
+                log.get("connector").exception("a copy that was given up ended badly")
+        left = [r for r in reservations if r not in self._settled]
+        if left and self._client.daemon_id == self._daemon_id:
+            with contextlib.suppress(CacheError):  # the daemon takes them back by itself
+                self._client.abort(left, RPC_S)
