@@ -86,6 +86,10 @@ class KeyChain:
     def chunk_tokens(self) -> int:
         return self._chunk_tokens
 
+    @property
+    def media(self) -> list[MediaSpan]:
+        return self._media
+
     def full(self, tokens: Sequence[int]) -> list[bytes]:
         """Keys of all full chunks of `tokens`. The sequence may only have grown since the last call."""
         count = len(tokens) // self._chunk_tokens

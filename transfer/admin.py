@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -31,6 +32,10 @@ class KeysBody(BaseModel):
 
 class PinBody(KeysBody):
     ttl_s: Annotated[float, Field(gt=0, le=24 * 3600)] = 300.0
+
+
+class RequestsBody(BaseModel):
+    ids: Annotated[list[Annotated[str, Field(max_length=800)]], Field(max_length=1000)]
 
 
 class LevelBody(BaseModel):
@@ -88,6 +93,19 @@ def _looking(app: FastAPI, daemon: Daemon) -> None:
         return {"total": len(listed), "offset": offset, "objects": listed[offset : offset + limit]}
 
 
+    @app.post("/requests")
+    async def requests(body: RequestsBody) -> dict[str, Any]:
+        """What engines told of these requests, and what is known of the chunks that they missed."""
+        return {"requests": daemon.requests.told(body.ids)}
+
+    @app.get("/requests/{request_id:path}")
+    async def request(request_id: str) -> dict[str, Any]:
+        legs = daemon.requests.told([request_id]).get(request_id)
+        if legs is None:
+            raise HTTPException(404, "no engine told of such a request, or it was long ago")
+        return {"id": request_id, "legs": legs}
+
+
 def _acting(app: FastAPI, daemon: Daemon) -> None:
     @app.delete("/cache")
     async def clear(salt: str | None = None, prefix: Hex | None = None) -> dict[str, Any]:
@@ -118,6 +136,21 @@ def _acting(app: FastAPI, daemon: Daemon) -> None:
     @app.post("/cache/unpin")
     async def unpin(body: KeysBody) -> dict[str, int]:
         return {"unpinned": daemon.pins.unpin([bytes.fromhex(k) for k in body.keys])}
+
+    @app.post("/peers/drain")
+    async def drain(on: bool = True) -> dict[str, bool]:
+        """Takes nothing new from other hosts, but gives what it has; or takes again."""
+        if daemon.node is None:
+            raise HTTPException(404, "this daemon has no peers")
+        daemon.node.drain(on)
+        return {"draining": on}
+
+    @app.get("/peers/states")
+    async def states() -> dict[str, Any]:
+        """What the supervisors of the other hosts say of their processes, by host; null from whom no answer came."""
+        if daemon.node is None:
+            return {}
+        return {name: json.loads(text) if text else None for name, text in (await daemon.node.states()).items()}
 
     @app.post("/cache/scrub")
     async def scrub(fast: bool = False) -> dict[str, Any]:

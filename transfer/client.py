@@ -66,13 +66,20 @@ class CacheClient:
         self._log = log.get("cache-client")
         self.arena: Arena | None = None
         self.daemon_id = ""
+        #: changes when chunks that were stored may be gone for another reason than lack of room
+        self.content: tuple[str, int] = ("", 0)
         self.chunk_tokens = 0
 
     # ---- calls ----
 
-    def lookup(self, keys: list[bytes], timeout: float) -> wire.LookupReply:
-        reply = self._call(lambda i: wire.Lookup(i, keys), timeout)
+    def push(self, target: str, keys: list[bytes], timeout: float) -> int:
+        """Asks for these to be sent to the daemon of another host as they are committed; how many it took note of."""
+        return self._count(self._call(lambda i: wire.Push(i, target, keys), timeout))
+
+    def lookup(self, keys: list[bytes], timeout: float, prefill_speed: float = 0.0) -> wire.LookupReply:
+        reply = self._call(lambda i: wire.Lookup(i, keys, prefill_speed), timeout)
         assert isinstance(reply, wire.LookupReply)
+        self.content = (self.daemon_id, reply.epoch)
         return reply
 
     def reserve(self, writer: str, items: list[wire.ReserveItem], timeout: float) -> list[wire.Grant]:

@@ -44,6 +44,8 @@ class Connection(asyncio.Protocol):
             self._greet(message)
         elif not self._greeted:
             raise ProtocolError("the first message must be a greeting")
+        elif isinstance(message, wire.Facts):  # told in passing: no answer
+            self._daemon.requests.take(message, self.label.partition("/")[0])
         else:
             self._transport.write(wire.encode(self._daemon.answer(message, self.client)))
             if self._transport.get_write_buffer_size() > MAX_UNSENT:

@@ -28,17 +28,21 @@ from pdserve import env, log, metrics
 from pdserve.errors import ConfigError, ProtocolError, StartError
 from pdserve.transfer import admin, arena, faults, journal, scrub, wire
 from pdserve.transfer.catalog import Catalog
+from pdserve.transfer.collector import Collector
 from pdserve.transfer.connection import Connection
 from pdserve.transfer.eviction import POLICIES
+from pdserve.transfer.gone import Gone
 from pdserve.transfer.journal import Journal
 from pdserve.transfer.lower import Rules
+from pdserve.transfer.peers.node import Node
 from pdserve.transfer.pins import Pins
+from pdserve.transfer.requests import Requests
 from pdserve.transfer.scrub import Scrubber
-from pdserve.transfer.store import Store
+from pdserve.transfer.store import Chunk, Store
 from pdserve.transfer.tiering import Tiering
 from pdserve.transfer.tiers.base import Tier, TierError
 
-EXPIRE_EVERY_S = 1.0
+EXPIRE_EVERY_S = COLLECT_EVERY_S = 1.0
 #: what is queued for a lower tier when the daemon is told to stop gets so long
 DRAIN_S = 3.0
 #: what a remote tier has not sent by then is a miss
@@ -51,6 +55,7 @@ _OPS = {
     wire.Release: "release",
     wire.Ping: "ping",
     wire.Prefetch: "prefetch",
+    wire.Push: "push",
 }
 
 
@@ -89,20 +94,46 @@ class Daemon:
         self.store = Store(self.arena.size, POLICIES[policy](), self.metrics)
         self.store.on_committed.append(self.journal.committed)
         self.store.on_forgotten.append(self.journal.forgotten)
+        self.gone = Gone()
+        self.requests = Requests(self.gone, self._left_alone, self.started)
+        self.store.on_forgotten.append(self._forgotten)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.tiering = Tiering(self.store, lambda: self.arena.bytes, self.metrics, self._post, fault)
         for tier, rules in tiers:
             if (register := getattr(tier, "register", None)) is not None:
                 register(self.arena.bytes)
+            if hasattr(tier, "on_evicted"):
+                tier.on_evicted = self._evicted_below_now
             self.tiering.add(tier, rules)
+        self.tiering.on_read = self._was_read
         self._evicted_below: dict[str, int] = {}
         self.pins = Pins(self.store)
         self.catalog = Catalog(self.store, self.tiering)
         self.scrubber: Scrubber | None = None
         self.scrub_rate = scrub_rate
+        self.node: Node | None = None  # set by peers.attach where there are other hosts
         self.clients: dict[int, Connection] = {}
         self._next_client = 0
+        self.answered = 0
         self._op_seconds = {op: self.metrics["cache_op_seconds"].labels(op) for op in _OPS.values()}
+
+    def _forgotten(self, chunk: Chunk) -> None:
+        self.gone.removed(chunk.key, "dram", self.store.removing, time.time())
+
+    def _was_read(self, key: bytes, tier: str, outcome: str, seconds: float, nbytes: int) -> None:
+        if outcome:
+            self.gone.removed(key, tier, outcome, time.time())
+        else:
+            self.gone.arrived(key, tier, seconds, nbytes, time.time())
+
+    def _evicted_below_now(self, keys: set[bytes]) -> None:
+        """Called on a tier's thread."""
+        now = time.time()
+        self._post(lambda: [self.gone.removed(key, "disk", "capacity", now) for key in keys])
+
+    def _left_alone(self) -> list[str]:
+        """Lower tiers that are not asked at present because they failed."""
+        return [lower.name for lower in self.tiering.lowers if getattr(lower.tier, "left_alone", False)]
 
     def _progress(self, size: int) -> Any:
         last = [time.monotonic()]
@@ -147,7 +178,13 @@ class Daemon:
             case wire.Lookup():
                 reply = self._lookup(message, client, now)
             case wire.Reserve():
-                reply = wire.ReserveReply(message.id, self.store.reserve(message.items, message.writer, client, now))
+                self.gone.making_room_for = self.instance_of(client)
+                grants = self.store.reserve(message.items, message.writer, client, now)
+                reply = wire.ReserveReply(message.id, grants)
+                for item, grant in zip(message.items, grants, strict=True):
+                    if grant.status in (wire.FULL, wire.TOO_LARGE):
+                        self.gone.removed(item.key, "dram", "full", time.time())
+                self.gone.making_room_for = ""
                 self.tiering.relieve()
             case wire.Commit():
                 reply = wire.Ok(message.id, self.store.commit(message.items, client))
@@ -160,13 +197,23 @@ class Daemon:
                 reply = wire.Ok(message.id, self.tiering.loading(message.keys, now))
             case wire.Ping():
                 reply = wire.Ok(message.id)
+            case wire.Push():
+                reply = wire.Ok(message.id, self.node.push(message.target, message.keys, now) if self.node else 0)
             case _:
                 raise ProtocolError(f"a {type(message).__name__} is not expected here")
         self.journal.flush()  # before anybody learns of it: space that is granted anew must not count as the old chunk's
         self._op_seconds[_OPS[type(message)]].observe(time.perf_counter() - started)
+        self.answered += 1
         return reply
 
+    def instance_of(self, client: int) -> str:
+        """The engine's name, by that of its connection."""
+        connection = self.clients.get(client)
+        return connection.label.partition("/")[0] if connection is not None else ""
+
     def _lookup(self, message: wire.Lookup, client: int, now: float) -> wire.LookupReply:
+        if self.node is not None and message.prefill_speed:
+            self.node.prefill_speed = message.prefill_speed
         lease, found, pending = self.store.lookup(message.keys, client, now)
         missing = len(message.keys) - len(found)
         loading = self.tiering.loading(message.keys[len(found) :], now) if missing else 0
@@ -174,7 +221,7 @@ class Daemon:
             self.metrics["cache_lookups_total"].inc()
             self.metrics["cache_lookup_chunks_total"].labels("hit").inc(len(found))
             self.metrics["cache_lookup_chunks_total"].labels("miss").inc(missing)
-        return wire.LookupReply(message.id, lease, found, pending, loading)
+        return wire.LookupReply(message.id, lease, found, pending, loading, self.store.dropped)
 
     def _release(self, message: wire.Release, client: int) -> int:
         loaded = self.store.loaded(message.lease, client, message.loaded_chunks)
@@ -220,6 +267,8 @@ class Daemon:
         self.metrics["cache_leases"].set(stats["leases"])
         self.metrics["cache_reservations"].set(stats["reservations"])
         self.metrics["cache_clients"].set(len(self.clients))
+        if self.node is not None:
+            self.node.refresh_gauges()
         self.metrics["cache_pinned_bytes"].set(self.pins.total)
         for name, facts in self.tiering.stats().items():
             self.metrics["cache_capacity_bytes"].labels(name).set(facts["capacity_bytes"])
@@ -245,6 +294,7 @@ class Daemon:
             "pinned_bytes": self.pins.total,
             "recovering": self.tiering.recovering,
             "tiers": self.tiering.stats(),
+            "peers": self.node.status() if self.node else {},
             "scrub": dict(self.scrubber.state) if self.scrubber else {},
         }
 
@@ -294,9 +344,13 @@ async def serve(
         port,
     )
     try:
+        if daemon.node is not None:
+            await daemon.node.start()
         await stop.wait()
     finally:
         expirer.cancel()
+        if daemon.node is not None:  # before the arena goes: returns when nothing moves in or out of it any more
+            await daemon.node.stop()
         scrubbing.cancel()
         server.close()
         for connection in list(daemon.clients.values()):
@@ -313,6 +367,8 @@ async def _expire(daemon: Daemon) -> None:
         daemon.store.expire(time.monotonic())
         daemon.tiering.tick(time.monotonic())
         daemon.pins.expire(time.monotonic())
+        if daemon.node is not None:
+            daemon.node.tick(time.monotonic())
         daemon.journal.flush()
 
 
@@ -344,6 +400,8 @@ def main(args: argparse.Namespace) -> int:
     if args.admin_host not in ("127.0.0.1", "localhost", "::1") and not env.admin_token():
         fix = "Set PDSERVE_ADMIN_TOKEN, or bind 127.0.0.1."
         raise ConfigError("cache.admin_host", f"{args.admin_host} is open to others, and there is no token", fix)
+    from pdserve.transfer.peers.attach import attach
+
     with _only_one(path):
         daemon = Daemon(
             name=args.name,
@@ -354,6 +412,7 @@ def main(args: argparse.Namespace) -> int:
             tiers=_tiers(args),
         )
         try:
+            attach(daemon, args)
             uvloop.run(_run(daemon, path, args))
         finally:
             daemon.close()
@@ -383,7 +442,17 @@ async def _run(daemon: Daemon, path: Path, args: argparse.Namespace) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    collecting = asyncio.create_task(_collect(daemon))
     try:
         await serve(daemon, path, args.admin_host, args.admin_port, stop, env.admin_token())
     except OSError as e:
         raise StartError(f"cannot listen on {args.admin_host}:{args.admin_port} or {path}: {e}") from e
+    finally:
+        collecting.cancel()
+
+
+async def _collect(daemon: Daemon) -> None:
+    collector = Collector(time.monotonic())
+    while True:
+        await asyncio.sleep(COLLECT_EVERY_S)
+        collector.tick(time.monotonic(), daemon.answered)

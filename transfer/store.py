@@ -108,9 +108,13 @@ class Store:
         self._next_id = 1
         self._largest = 0
         self._chunks = 0
+        #: chunks that were taken away on purpose, so far
+        self.dropped = 0
         #: told when a chunk becomes visible, and when one that was visible is gone
         self.on_committed: list[Callable[[Chunk], None]] = []
         self.on_forgotten: list[Callable[[Chunk], None]] = []
+        #: why: of a chunk that on_forgotten is told of
+        self.removing = "capacity"
         for name in ("cache_capacity_bytes", "cache_used_bytes", "cache_chunks"):
             self._m[name].labels("dram")
         self._m["cache_capacity_bytes"].labels("dram").set(self.allocator.capacity)
@@ -186,11 +190,14 @@ class Store:
     def drop(self, keys: list[bytes], reason: str) -> int:
         """Takes committed chunks out of the cache now; returns how many were there."""
         count = 0
+        self.removing = reason
         for key in keys:
             chunk = self._index.get(key)
             if chunk is not None and chunk.committed:
                 self._forget(chunk)
                 count += 1
+        self.removing = "capacity"
+        self.dropped += count
         if count:
             self._m["cache_evictions_total"].labels("dram", reason).inc(count)
         return count

@@ -9,9 +9,9 @@ for either longer than it has agreed to.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -45,6 +45,16 @@ class _Load:
     unwanted: bool = False  # deleted meanwhile
 
 
+class Beyond(Protocol):
+    """Where chunks may come from that are on no tier of this host (peers/node.py)."""
+
+    def ask(self, keys: Sequence[bytes], now: float) -> None:
+        """`keys` begins with one that is nowhere here. May begin to fetch the run."""
+
+    def coming(self, key: bytes, now: float) -> bool:
+        """Whether it is on its way and worth waiting for."""
+
+
 @dataclass
 class Tiering:
     """The glue. `post` runs a function on the loop, from any thread; `arena` gives the arena's bytes."""
@@ -55,6 +65,10 @@ class Tiering:
     post: Callable[[Callable[[], None]], object]
     fault: faults.Fault = faults.none
     lowers: list[Lower] = field(default_factory=list)
+    #: other hosts, asked for what is nowhere here
+    beyond: Beyond | None = None
+    #: told of every read of a lower tier: key, tier, outcome ("" is well), seconds, bytes
+    on_read: Callable[[bytes, str, str, float, int], None] = lambda *_: None
 
     def __post_init__(self) -> None:
         self._log = log.get("tiers")
@@ -79,23 +93,37 @@ class Tiering:
 
         Keys in between that are in DRAM already, or that an engine is writing, do not end the run.
         """
-        if not self.lowers and self._recovery is None:
+        if not self.lowers and self._recovery is None and self.beyond is None:
             return 0
         if not self._closing:
             self.remote.ask(keys, now)
         coming = 0
-        for key in keys:
+        for i, key in enumerate(keys):
             chunk = self.store.peek(key)
             if chunk is None:
-                if not self._start(key, now):
+                if not self._start(key, now) and not self._from_beyond(keys, i, now):
                     break
                 coming += 1
             elif chunk.internal:
                 load = self._loads.get(key)
-                if load is None or not load.promised or now > load.deadline:
+                if load is None:
+                    if self.beyond is None or not self.beyond.coming(key, now):
+                        break
+                elif not load.promised or now > load.deadline:
                     break
                 coming += 1
         return coming
+
+    def below(self, key: bytes) -> bool:
+        """Whether a lower tier has it, as far as is known."""
+        return self._find(key) is not None
+
+    def _from_beyond(self, keys: list[bytes], i: int, now: float) -> bool:
+        if self.beyond is None or self._closing:
+            return False
+        if not self.beyond.coming(keys[i], now):
+            self.beyond.ask(keys[i:], now)
+        return self.beyond.coming(keys[i], now)
 
     def verify_in_place(self, records: list[tuple[ChunkRecord, int]]) -> int:
         """What the journal says is in the arena: found again once its digests are verified. Returns how many fitted."""
@@ -186,6 +214,7 @@ class Tiering:
                 # Failures count as slow, so that a tier that only fails is not promised from either.
                 rate = 0.0 if outcome else size * lower.rules.readers / max(seconds, 1e-6)
                 lower.rate = max(1.0, 0.7 * lower.rate + 0.3 * rate)
+        self.on_read(key, lower.name, outcome, seconds, size)
         if load.unwanted:
             self.store.discard(load.chunk)
             return

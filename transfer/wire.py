@@ -13,6 +13,7 @@ import msgspec
 
 from pdserve.chunk import KEY_BYTES
 from pdserve.errors import ProtocolError
+from pdserve.transfer.telling import Facts
 
 VERSION = 3
 MAX_FRAME = 8 << 20
@@ -28,7 +29,7 @@ U64 = Annotated[int, msgspec.Meta(ge=0)]
 Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
-class _Message(msgspec.Struct, array_like=True, frozen=True):
+class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False):  # hundreds to a call, never in a cycle
     pass
 
 
@@ -46,6 +47,8 @@ class Lookup(_Message, frozen=True, tag=2):
 
     id: Id
     keys: Annotated[list[Key], msgspec.Meta(max_length=MAX_ITEMS)]
+    #: tokens per second that this engine computes, 0: not known; what takes longer to fetch from another host is computed
+    prefill_speed: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 class ReserveItem(_Message, frozen=True):
@@ -115,6 +118,15 @@ class Prefetch(_Message, frozen=True, tag=8):
     keys: Annotated[list[Key], msgspec.Meta(max_length=MAX_ITEMS)]
 
 
+class Push(_Message, frozen=True, tag=12):
+    """Send these to the daemon of another host, those that are here at once, the others as they are committed."""
+
+    id: Id
+    #: its name, or the address of its host
+    target: Name
+    keys: Annotated[list[Key], msgspec.Meta(max_length=MAX_ITEMS)]
+
+
 # ---- what the daemon says ----
 
 
@@ -148,6 +160,8 @@ class LookupReply(_Message, frozen=True, tag=21):
     #: how many of them are on their way up from a lower tier: ask again shortly. Never more than the daemon expects to
     #: have within seconds; a key that turns out to be unreadable is simply not found next time.
     loading: int = 0
+    #: goes up when somebody takes chunks away on purpose (clear, drop, corrupt): what a client believes to be stored may not be
+    epoch: int = 0
 
 
 GRANTED, EXISTS, BUSY, FULL, TOO_LARGE = range(5)
@@ -176,7 +190,7 @@ class Refused(_Message, frozen=True, tag=24):
     reason: str
 
 
-Request = Hello | Lookup | Reserve | Commit | Abort | Release | Ping | Prefetch
+Request = Hello | Lookup | Reserve | Commit | Abort | Release | Ping | Prefetch | Push | Facts
 Reply = Welcome | LookupReply | ReserveReply | Ok | Refused
 
 _encoder = msgspec.msgpack.Encoder()

@@ -155,6 +155,12 @@ class Guarded:
                 stats["state"] = self._last_error
         return stats
 
+    @property
+    def left_alone(self) -> bool:
+        """Not every call goes through at present."""
+        with self._lock:
+            return self._breaker.state(self._clock()) != CLOSED
+
     def close(self) -> None:
         self.tier.close()
 

@@ -16,6 +16,7 @@ import fcntl
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,8 @@ class DiskTier:
         self.path, self.size, self.min_free = path, size // PAGE * PAGE, min_free
         self.segment_bytes = align(segment_bytes or min(max(size // 64, 32 << 20), 8 << 30))
         self._fault = fault
+        #: told, on the thread that writes, of the keys that were thrown away to keep under the cap
+        self.on_evicted: Callable[[set[bytes]], object] | None = None
         self._log = log.get("disk")
         self._lock = threading.Lock()  # the index; never held across I/O
         self._writing = threading.Lock()  # whoever appends, evicts or rewrites files
@@ -318,13 +321,16 @@ class DiskTier:
                 break
         self._fault("disk.compact.unlink")
         with self._lock:
-            for key in victim.keys:
+            gone = victim.keys
+            for key in gone:
                 del self._index[key]
                 self._counts["evicted_chunks"] += 1
             victim.keys = set()  # an index that is being written may still look
             victim.listed = None
             del self._segments[victim.number]
             self._remove(victim)
+        if self.on_evicted is not None:
+            self.on_evicted(gone)
 
     def _move(self, entry: Entry, deadline: float) -> None:
         record = entry.place.record

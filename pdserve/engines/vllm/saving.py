@@ -157,7 +157,7 @@ class Saver:
         refused = sum(
             c.tokens for c, g in zip(job.chunks, grants, strict=True) if g.status in (wire.FULL, wire.TOO_LARGE)
         )
-        if pages.first_shard == 0:  # of several ranks one tells
+        if (moving.tokens or refused) and pages.first_shard == 0:  # of several ranks one tells
             nbytes = sum(i.shard_bytes * i.shards for i, g in zip(items, grants, strict=True) if g.status == wire.GRANTED)
             self._facts.stored(job.request_id, moving.tokens, nbytes, time.perf_counter() - started, refused)
         if refused:

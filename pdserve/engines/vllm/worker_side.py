@@ -92,6 +92,7 @@ class WorkerSide:
         ended = [part.stop() for part in (self._saver, self._loader)]
         if self._pages is not None and all(ended):
             self._pages.close()
+        self._facts.close()
         self._client.close()
 
     # ---- called by the threads ----
