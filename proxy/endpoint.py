@@ -106,7 +106,7 @@ class Endpoint:
     async def _serve(self, exchange: Exchange, body: bytes) -> None:
         if self._path not in openai.SPLIT:
             return await self._splitter.pass_on(exchange, body)
-        ask = openai.parse(body, self._splitter.models)
+        ask = openai.parse(body, self._splitter.models, self._path)
         exchange.model = ask.body.get("model") or ""
         if not self._doors.admission.gated(exchange.key):
             return await self._splitter.generate(exchange, ask)
@@ -137,7 +137,7 @@ class Endpoint:
         headers = [(b"content-type", openai.JSON)]
         if status in (429, 503):
             headers.append((b"retry-after", str(retry_after).encode()))
-        await client.whole(status, headers, body)
+        await client.whole(status, headers, openai.error_of(self._path, status, body))
 
     def _first_token(self, exchange: Exchange, seconds: float) -> None:
         if exchange.leave is not None:

@@ -11,10 +11,12 @@ BLOCK = 1024  # bytes of a prompt that count as one step; about 256 tokens of En
 _MOST = 1024  # blocks looked at: a megabyte of prompt
 _SESSION_LIMIT = 256
 _BODY_KEYS = ("session_id", "user")
+_PROMPT = ("tools", "system", "instructions", "messages", "prompt", "input")  # in the order in which templates write them
 
 
 def facts(endpoint: str, headers: list[tuple[bytes, bytes]], body: Body, with_blocks: bool = True) -> Facts:
-    prompt = body.raw_value("messages") or body.raw_value("prompt") or b""
+    parts = [raw for name in _PROMPT if name in body and (raw := body.raw_value(name))]
+    prompt = parts[0] if len(parts) == 1 else b"".join(parts)
     # What else parts two caches: the model (a LoRA adapter is one), and the salt that keeps tenants from each other.
     root = (body.raw_value("model") or b"") + b"|" + (body.raw_value("cache_salt") or b"")
     return Facts(endpoint, len(prompt), session(headers, body), blocks(root, prompt) if with_blocks else ())

@@ -20,13 +20,21 @@ from pdserve.errors import RequestError
 
 COMPLETIONS: Final = "/v1/completions"
 CHAT: Final = "/v1/chat/completions"
-SPLIT: Final = (COMPLETIONS, CHAT)  # the endpoints that a prefill and a decode leg can share
-PASSED_ON: Final = ("/v1/embeddings", "/v1/responses", "/v1/messages", "/tokenize", "/detokenize")
+RESPONSES: Final = "/v1/responses"
+MESSAGES: Final = "/v1/messages"  # Anthropic's
+SPLIT: Final = (COMPLETIONS, CHAT, RESPONSES, MESSAGES)  # the endpoints that a prefill and a decode leg can share
+CHOICES: Final = (COMPLETIONS, CHAT)  # those whose streams takeover.py can read
+PASSED_ON: Final = ("/v1/embeddings", "/tokenize", "/detokenize")
 FETCHED: Final = ("/v1/models", "/version")
 
 JSON: Final = b"application/json"
 EVENTS: Final = b"text/event-stream"
 DONE: Final = b"data: [DONE]\n\n"
+# How the last event of an orderly stream begins.
+LAST: Final[dict[str, tuple[bytes, ...]]] = {
+    RESPONSES: (b"event: response.completed", b"event: response.incomplete", b"event: response.failed", b"event: error"),
+    MESSAGES: (b"event: message_stop", b"event: error"),
+}
 
 # In JSON text a quote inside a value is escaped, so these bytes can only be a key; a schema's own property of that name
 # does not say "ephemeral".
@@ -56,7 +64,7 @@ class Ask:
     stream: bool
 
 
-def parse(raw: bytes, models: Collection[str]) -> Ask:
+def parse(raw: bytes, models: Collection[str], endpoint: str = COMPLETIONS) -> Ask:
     """Raises RequestError, 400 or 404, worded for the client. An empty `models` means that any name is let through."""
     try:
         body = Body(without_markers(raw))
@@ -66,7 +74,7 @@ def parse(raw: bytes, models: Collection[str]) -> Ask:
     if stream is not None and not isinstance(stream, bool):
         raise RequestError(400, f"'stream' must be true or false, not {_shown(body, 'stream')}.", param="stream")
     model = body.get("model")
-    if model is not None:
+    if model is not None and endpoint in CHOICES:  # the other endpoints have errors of their own form
         if not isinstance(model, str):
             raise RequestError(400, f"'model' must be a string, not {_shown(body, 'model')}.", param="model")
         if models and model not in models:
@@ -144,13 +152,26 @@ def engine_error(status: int, body: bytes, instance: str) -> bytes:
     return error_json(status, f"The engine {instance} answered {status}: {text}")
 
 
+def error_of(endpoint: str, status: int, body: bytes) -> bytes:
+    """An error object of ours in the form of the endpoint."""
+    if endpoint != MESSAGES or b'"error"' not in body:
+        return body
+    said = json.loads(body)
+    if said.get("type") == "error":
+        return body
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+             429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return json.dumps({"type": "error", "error": {"type": kind, "message": said["error"]["message"]}}).encode()
+
+
 def error_event(endpoint: str, body: bytes) -> bytes:
     """An error after the stream has begun, and the stream's end, in the endpoint's own form."""
     message = json.loads(body)["error"]["message"]
     event: dict[str, object]
-    if endpoint == "/v1/messages":
+    if endpoint == MESSAGES:
         event = {"type": "error", "error": {"type": "api_error", "message": message}}
-    elif endpoint == "/v1/responses":
+    elif endpoint == RESPONSES:
         event = {"type": "error", "code": "server_error", "message": message, "param": None}
     else:
         return b"data: " + body + b"\n\n" + DONE

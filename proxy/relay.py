@@ -89,13 +89,14 @@ class ClientStuck(Exception):
 
 
 class EventCutter:
-    """Cuts a byte stream behind its last whole event. Pure."""
+    """Cuts a byte stream behind its last whole event. Pure. `last`: how the event begins that ends a stream."""
 
-    __slots__ = ("done", "rest")
+    __slots__ = ("_last", "done", "rest")
 
-    def __init__(self) -> None:
+    def __init__(self, last: tuple[bytes, ...] = ()) -> None:
         self.rest = b""
-        self.done = False  # the last event passed on was [DONE]
+        self._last = last
+        self.done = False  # the last event passed on was the one that ends a stream: [DONE], or one of `last`
 
     def feed(self, data: bytes) -> bytes:
         """The whole events so far, unchanged; what follows the last of them is kept for the next call."""
@@ -108,8 +109,12 @@ class EventCutter:
             if len(data) - cut > EVENT_LIMIT:
                 cut = len(data)
             data, self.rest = data[:cut], data[cut:]
-        if data:
+        if data and not self._last:
             self.done = data[-24:].rstrip(b"\r\n").endswith(b"data: [DONE]")
+        elif data:
+            before = data.rstrip(b"\r\n")
+            at = max(before.rfind(b"\n\n") + 2, before.rfind(b"\n\r\n") + 3)
+            self.done = before.startswith(self._last, at if at > 3 else 0)
         return data
 
 
@@ -135,7 +140,7 @@ async def stream(
     answer: Answer, first: bytes, cutter: EventCutter, client: Client, editor: Editor | None, gap: float
 ) -> None:
     """Passes the stream on, `first` (whole events) included, to its orderly end. Raises LegFailure if the engine breaks
-    off. Without an editor nothing is changed, and [DONE] is not waited for.
+    off. Without an editor nothing is changed, and no particular last event is waited for.
 
     Its end is written together with the last events where both are there. What comes from the engine is passed on while
     it is received, without waking this task; it is woken when the client does not keep up, and at the end."""

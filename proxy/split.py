@@ -34,7 +34,7 @@ from pdserve.proxy.policies.base import Facts
 from pdserve.proxy.relay import Client
 from pdserve.proxy.routing import Routing
 from pdserve.proxy.takeover import Takeover
-from pdserve.proxy.trail import Trail
+from pdserve.proxy.trail import Trail, headers
 from pdserve.proxy.upstream import Answer, LegFailure
 
 ATTEMPTS = 2  # instances tried per leg: one failure is seen through, a failing fleet is not hammered
@@ -70,7 +70,7 @@ class Exchange:
     def tell_route(self, why: str = "") -> None:
         """Sets the answer's x-pdserve headers to what was done so far."""
         self.reason = why
-        said = (("route", self.route), ("prefill", self.prefill), ("decode", self.decode), ("reason", why))
+        said = (("route", self.route), ("prefill", self.prefill), ("decode", self.decode), ("reason", why), *headers(self.trail.handed))
         kept = [header for header in self.client.extra if not header[0].startswith(b"x-pdserve-")]
         self.client.extra = kept + [(b"x-pdserve-" + key.encode(), value.encode()) for key, value in said if value]
 
@@ -100,7 +100,7 @@ class Splitter:
             handover, why = await self._prefill(exchange, ask)
         exchange.route = "local" if why else "pd"
         exchange.client.lifetime.on(Event.DECODE)
-        keep = ask.stream and len(self._fleet.consumers()) > 1
+        keep = ask.stream and exchange.endpoint in openai.CHOICES and len(self._fleet.consumers()) > 1
         chat = exchange.endpoint == openai.CHAT
         takeover = Takeover(self._dialect, exchange.endpoint, ask.body, chat, keep)
         if handover is not None:
@@ -176,6 +176,7 @@ class Splitter:
         self._metrics["prefill_leg_seconds"].labels(instance.name).observe(time.perf_counter() - began)
         instance.went_well()
         cached = self._dialect.cached_tokens(handover) if handover is not None else None
+        exchange.trail.handed = self._dialect.handed(handover) if handover is not None else None
         self._routing.learn(exchange.facts, instance, cached, self._dialect.prompt_tokens(reply))
         return handover
 
@@ -232,7 +233,7 @@ class Splitter:
                 if client.started:
                     raise LegFailure(502, f"it answered {answer.status} instead of going on", instance.name, "status")
                 return await self._answer_whole(instance, exchange, answer, whole, takeover)
-            cutter = relay.EventCutter()
+            cutter = relay.EventCutter(openai.LAST.get(exchange.endpoint, ()))
             first = await relay.first_events(answer, cutter, until)
             if not client.started:
                 client.start(answer.status, openai.headers_out(answer.headers))

@@ -97,7 +97,7 @@ async def test_models_and_version_come_from_an_engine(rig: Any) -> None:
         assert (await r.client.head(r.url + "/v1/models")).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/tokenize", "/detokenize", "/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/tokenize", "/detokenize"])
 async def test_what_is_passed_on_is_not_touched(rig: Any, path: str) -> None:
     async with rig() as r:
         raw = b'{ "input": "a", "model":"anything",  "kv": [1 ,2] }'
@@ -110,14 +110,6 @@ async def test_what_is_passed_on_is_not_touched(rig: Any, path: str) -> None:
         malformed = await r.post(path, b"{")
         assert malformed.status == 400
         assert "not JSON" in malformed.json()["error"]["message"]
-
-
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
-async def test_other_dialects_stream_without_done(rig: Any, path: str) -> None:
-    async with rig() as r:
-        reply = await r.post(path, {"stream": True})
-        assert reply.headers["content-type"].startswith("text/event-stream")
-        assert reply.body == b"".join(b'event: piece\ndata: {"n": %d}\n\n' % n for n in range(3))
 
 
 async def test_passing_on_survives_a_consumer_that_is_gone(rig: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from pdserve.engines.fake.apis import AsChat
     from pdserve.engines.fake.server import FakeEngine, Seen
 
 _GENERATED = 10**9  # ids from here on are generated: _GENERATED + seed * _SPAN + place
@@ -38,7 +39,7 @@ class Step(NamedTuple):
 class Job:
     """One completion: what is asked, what comes out. Raises Refusal where vLLM would."""
 
-    def __init__(self, engine: FakeEngine, seen: Seen) -> None:
+    def __init__(self, engine: FakeEngine, seen: Seen | AsChat) -> None:
         body, self.engine = seen.body, engine
         self.chat = seen.path == "/v1/chat/completions"
         if body.get("model", engine.model) != engine.model:
@@ -145,6 +146,13 @@ class Job:
             "pdserve.num_tokens": self.prompt_tokens, "pdserve.source": self.engine.name,
             "pdserve.cached_tokens": self.engine.cached_tokens, "remote_block_ids": [[1, 2]],
         }  # fmt: skip
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The texts of the first choice, as they come."""
+        for n, step in enumerate(self.steps(0)):
+            if n and self.engine.gap:
+                await asyncio.sleep(self.engine.gap)
+            yield step.text
 
     async def events(self) -> AsyncIterator[bytes]:
         total = self.n * len(self.prompts)

@@ -16,12 +16,13 @@ import contextlib
 import json
 import time
 from collections import Counter, deque
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import httptools
 
-from pdserve.engines.fake import exposed
+from pdserve.engines.fake import apis, exposed
 from pdserve.engines.fake.answers import Job, Refusal
 
 _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 500: "Internal Server Error", 503: "Service Unavailable"}
@@ -161,9 +162,9 @@ class FakeEngine:
             return
         try:
             self._check_json(seen)
-            if seen.path in ("/v1/completions", "/v1/chat/completions"):
+            if seen.path in ("/v1/completions", "/v1/chat/completions") or seen.path in (apis.RESPONSES, apis.MESSAGES):
                 await self._generate(seen, out, fault)
-            elif seen.path in ("/v1/embeddings", "/tokenize", "/detokenize", "/v1/responses", "/v1/messages"):
+            elif seen.path in ("/v1/embeddings", "/tokenize", "/detokenize"):
                 await self._echo(seen, out)
             else:
                 raise Refusal(404, f"no {seen.path} here", "NotFoundError")
@@ -221,17 +222,18 @@ class FakeEngine:
         out.chunk(b"")
 
     async def _generate(self, seen: Seen, out: _Connection, fault: Fault | None) -> None:
-        job = Job(self, seen)
+        other = seen.path if seen.path in (apis.RESPONSES, apis.MESSAGES) else ""
+        job = Job(self, apis.as_chat(other, seen.body, seen.request_id) if other else seen)
         loaded = job.usage()["prompt_tokens_details"]["cached_tokens"]
         self.tokens.update(prompt=job.prompt_tokens, loaded=loaded)
         if self.delay:
             await asyncio.sleep(self.delay)
         if job.stream:
-            await self._stream(job, out, fault)
+            await self._stream(apis.events(other, job.pieces(), job.usage) if other else job.events(), out, fault)
             return
         if self.gap:
             await asyncio.sleep(self.gap * job.tokens)
-        reply = job.reply()
+        reply = apis.whole(other, job.reply()) if other else job.reply()
         if fault is not None and fault.kind in ("cut", "torn"):
             raw = json.dumps(reply).encode()
             out.head(200, "application/json", len(raw))
@@ -240,10 +242,10 @@ class FakeEngine:
             return
         out.whole(200, reply)
 
-    async def _stream(self, job: Job, out: _Connection, fault: Fault | None) -> None:
+    async def _stream(self, events: AsyncIterator[bytes], out: _Connection, fault: Fault | None) -> None:
         out.head(200, "text/event-stream; charset=utf-8", None)
         sent = 0
-        async for event in job.events():
+        async for event in events:
             if fault is not None and sent >= fault.after:
                 if fault.kind == "torn":
                     out.chunk(event[: len(event) // 2])

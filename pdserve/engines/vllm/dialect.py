@@ -9,11 +9,12 @@ shapes the *prompt* stays: tools, chat template arguments, documents, truncation
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from pdserve.engines.body import Body
+from pdserve.engines.vllm import apis
 from pdserve.engines.vllm.resume import (
     RESUME_PATH,
     counts_apart,
@@ -26,7 +27,7 @@ from pdserve.engines.vllm.resume import (
 )
 
 __all__ = [
-    "RESUME_PATH", "cached_tokens", "counts_apart", "decode_body", "greedy", "held_back", "hide_ids", "prefill_body",
+    "RESUME_PATH", "cached_tokens", "counts_apart", "decode_body", "greedy", "handed", "held_back", "hide_ids", "prefill_body",
     "prompt_tokens", "read_handover", "repeatable", "resumable", "resume_body", "tell_cached", "together", "why_local",
 ]  # fmt: skip
 
@@ -52,7 +53,8 @@ _ANSWER_ONLY: Final = frozenset(
 _CACHED: Final = re.compile(rb'("prompt_tokens_details"\s*:\s*)(?:null|(\{\s*"cached_tokens"\s*:\s*)(?:\d+|null))')
 
 
-_PROMPT_TOKENS: Final = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
+_PROMPT_TOKENS: Final = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d+)')
+_OTHERS: Final = (apis.RESPONSES, apis.MESSAGES)
 
 
 class _Handover(msgspec.Struct):
@@ -63,12 +65,27 @@ class _Reply(msgspec.Struct):
     kv_transfer_params: msgspec.Raw = msgspec.Raw(b"")
 
 
+class _Cached(msgspec.Struct):
+    """What facts.py's handed() gives: tokens that were not computed, by where they came from, and what that took."""
+
+    cached: dict[str, int] = {}
+    load_ms: float | None = None
+    saved_ms: float | None = None
+
+
+class _Facts(msgspec.Struct):
+    facts: _Cached | None = msgspec.field(name="pdserve.facts", default=None)
+
+
 _reply = msgspec.json.Decoder(_Reply)
+_facts = msgspec.json.Decoder(_Facts)
 _handover = msgspec.json.Decoder(_Handover)
 
 
 def why_local(endpoint: str, body: Body) -> str | None:
     """One handover describes one prompt whose every token was computed or loaded as KV."""
+    if endpoint in _OTHERS:
+        return apis.why_local(endpoint, body)
     if endpoint != CHAT:
         if _several_prompts(body.raw_value("prompt")):
             return "several-prompts"
@@ -89,6 +106,8 @@ def why_local(endpoint: str, body: Body) -> str | None:
 
 
 def prefill_body(endpoint: str, body: Body) -> bytes:
+    if endpoint in _OTHERS:
+        return apis.prefill_body(endpoint, body, {PARAMS: ASK_HANDOVER})
     changes = {"stream": b"false", PARAMS: ASK_HANDOVER}
     limits = ("max_completion_tokens", "max_tokens") if endpoint == CHAT else ("max_tokens",)
     given = [name for name in limits if body.get(name) is not None]
@@ -122,6 +141,15 @@ def decode_body(endpoint: str, body: Body, handover: bytes | None, ids: bool = F
     return body.edited(changes, remove) if changes or remove else body.raw
 
 
+def handed(handover: bytes) -> dict[str, Any] | None:
+    """Where the producer's prompt came from: {"cached": {tier: tokens}, "load_ms": .., "saved_ms": ..}."""
+    try:
+        facts = _facts.decode(handover).facts
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    return None if facts is None else msgspec.structs.asdict(facts)
+
+
 def cached_tokens(handover: bytes) -> int | None:
     """Our connector's word for what the producer found cached. The consumer itself counts everything it was handed."""
     try:
@@ -139,7 +167,7 @@ def prompt_tokens(reply: bytes) -> int | None:
 def tell_cached(data: bytes, tokens: int) -> bytes:
     """vLLM has the details only where it was asked for them; what has none gets none."""
     if b'"prompt_tokens_details"' not in data:
-        return data
+        return apis.tell_cached(data, tokens)
 
     def put(found: re.Match[bytes]) -> bytes:
         if found[2]:
