@@ -11,8 +11,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from pdserve import env
-from pdserve.errors import ConfigError, PdserveError
+import msgspec
+
+from pdserve import env, output
+from pdserve.errors import ConfigError, NotRunning, PdserveError
 from pdserve.topology import parse_size
 
 EXAMPLES = """examples:
@@ -29,7 +31,11 @@ _WRITE_HELP = "when a chunk is written down: at once, before it is evicted, or o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="serve|status|ls|clear|pin|scrub|check")
-    serve = actions.add_parser("serve", help="run the cache daemon of this host")
+    serve = actions.add_parser(
+        "serve",
+        help="run the cache daemon of this host",
+        epilog=_example("serve --socket /tmp/cache.sock --size 2GiB --disk /var/lib/pdserve --disk-size 50GiB"),
+    )
     serve.add_argument("--socket", required=True, metavar="PATH", help="unix socket that engines connect to")
     serve.add_argument("--size", required=True, help="shared memory to hold KV in, e.g. 2GiB")
     serve.add_argument("--chunk-tokens", type=int, default=256, help="tokens of a full chunk (default %(default)s)")
@@ -40,29 +46,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _tiers(serve)
     _peers(serve)
     _admin(serve)
-    status = actions.add_parser("status", help="what a running daemon holds")
+    status = actions.add_parser("status", help="what a running daemon holds", epilog=_example("status --json"))
     status.add_argument("--json", action="store_true", help="its answer as it is")
-    ls = actions.add_parser("ls", help="list chunks")
+    ls = actions.add_parser("ls", help="list chunks", epilog=_example("ls --tier disk --limit 10"))
     ls.add_argument(
         "--tier", default="dram", help="dram, or a tier that can be listed, e.g. disk (default %(default)s)"
     )
     ls.add_argument("--limit", type=int, default=50, help="at most so many (default %(default)s)")
     ls.add_argument("--json", action="store_true", help="the daemon's answer as it is")
-    clear = actions.add_parser("clear", help="forget everything, or what one tenant stored, or one prefix")
+    text = "forget everything, or what one tenant stored, or one prefix"
+    clear = actions.add_parser("clear", help=text, epilog=_example("clear --salt tenant-1"))
     which = clear.add_mutually_exclusive_group()
     which.add_argument("--salt", help="only what was stored under this cache_salt")
     which.add_argument("--prefix", metavar="KEY", help="only this chunk and what builds on it")
-    pin = actions.add_parser("pin", help="keep a prefix from being evicted for a while")
+    text = "keep a prefix from being evicted for a while"
+    pin = actions.add_parser("pin", help=text, epilog=_example("pin 1f0a... --seconds 600"))
     pin.add_argument("key", nargs="+", metavar="KEY", help="the last chunk of the prefix, as `ls` shows it")
     pin.add_argument("--seconds", type=float, default=300.0, help="how long (default %(default)s)")
     pin.add_argument("--undo", action="store_true", help="unpin these chunks instead")
-    scrub = actions.add_parser("scrub", help="verify every chunk of a running daemon now")
+    text = "verify every chunk of a running daemon now"
+    scrub = actions.add_parser("scrub", help=text, epilog=_example("scrub --fast"))
     scrub.add_argument("--fast", action="store_true", help="as fast as it goes, not at the usual rate")
+    for action in (clear, pin, scrub):
+        action.add_argument("--json", action="store_true", help="the daemon's answer as it is")
     for action in (status, ls, clear, pin, scrub):
         _admin(action)
-    check = actions.add_parser("check", help="look through a disk tier whose daemon is stopped")
+    text = "look through a disk tier whose daemon is stopped"
+    check = actions.add_parser("check", help=text, epilog=_example("check /var/lib/pdserve --repair"))
+    check.add_argument("--json", action="store_true", help="what was found, for programs")
     check.add_argument("folder", metavar="FOLDER", help="its --disk, or <run dir>/<name>/kv")
     check.add_argument("--repair", action="store_true", help="mark what is wrong as deleted; else nothing is changed")
+
+
+def _example(words: str) -> str:
+    return f"example: pdserve cache {words}"
 
 
 def _tiers(serve: argparse.ArgumentParser) -> None:
@@ -81,7 +98,9 @@ def _tiers(serve: argparse.ArgumentParser) -> None:
 
 def _peers(serve: argparse.ArgumentParser) -> None:
     peers = serve.add_argument_group("other hosts")
-    peers.add_argument("--peer-listen", metavar="URL", help="where their daemons reach this one, e.g. tcp://10.0.0.1:7900")
+    peers.add_argument(
+        "--peer-listen", metavar="URL", help="where their daemons reach this one, e.g. tcp://10.0.0.1:7900"
+    )
     peers.add_argument("--host-name", metavar="NAME", help="what this host is called (default: the address)")
     text = "the daemon of another host; may be repeated, and may name this one too"
     peers.add_argument("--peer", metavar="[NAME=]URL", action="append", default=[], help=text)
@@ -133,21 +152,22 @@ def _serve(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     facts = _ask(args, "GET", "/status")
     if args.json:
-        return _print_json(facts)
+        return output.print_json(facts)
     tiers, scrub = facts.pop("tiers", {}), facts.pop("scrub", {})
-    for key, value in facts.items():
-        print(f"{key:24} {value}")
+    rows = [(key, ", ".join(value) if isinstance(value, list) else value) for key, value in facts.items()]
     for name, tier in {**tiers, "scrub": scrub}.items():
-        print(f"{name:24} {', '.join(f'{key} {value}' for key, value in tier.items())}")
+        rows.append((name, ", ".join(f"{key} {value}" for key, value in tier.items())))
+    output.table(("", ""), rows)
     return 0
 
 
 def _ls(args: argparse.Namespace) -> int:
     listed = _ask(args, "GET", f"/cache/objects?limit={args.limit}&tier={urllib.parse.quote(args.tier)}")
     if args.json:
-        return _print_json(listed)
-    for c in listed["objects"]:
-        print(f"{c['key']}  {c['tokens']:5} tokens  {c['bytes'] / 2**20:8.2f} MiB  parent {c['parent'][:16] or '-'}")
+        return output.print_json(listed)
+    # Whole keys, since `pin` and `clear --prefix` want them: with them 80 columns are full. --json has the parents, too.
+    rows = [(c["key"], c["tokens"], f"{c['bytes'] / 2**20:.1f}") for c in listed["objects"]]
+    output.table(("key", "tokens", "MiB"), rows, right=("tokens", "MiB"))
     print(f"{len(listed['objects'])} of {listed['total']} chunks in {args.tier}")
     return 0
 
@@ -155,6 +175,9 @@ def _ls(args: argparse.Namespace) -> int:
 def _clear(args: argparse.Namespace) -> int:
     query = urllib.parse.urlencode({k: v for k in ("salt", "prefix") if (v := getattr(args, k)) is not None})
     done = _ask(args, "DELETE", f"/cache?{query}")
+    if args.json:
+        output.print_json(done)
+        return 0 if done["finished"] else 1
     print(f"{done['dropped']} chunks dropped from memory, and from the tiers below")
     if not done["finished"]:
         print("a lower tier has not finished yet", file=sys.stderr)
@@ -163,9 +186,15 @@ def _clear(args: argparse.Namespace) -> int:
 
 def _pin(args: argparse.Namespace) -> int:
     if args.undo:
-        print(f"{_ask(args, 'POST', '/cache/unpin', {'keys': args.key})['unpinned']} chunks unpinned")
+        done = _ask(args, "POST", "/cache/unpin", {"keys": args.key})
+        if args.json:
+            return output.print_json(done)
+        print(f"{done['unpinned']} chunks unpinned")
         return 0
     done = _ask(args, "POST", "/cache/pin", {"keys": args.key, "ttl_s": args.seconds})
+    if args.json:
+        output.print_json(done)
+        return 1 if done["refused"] else 0
     print(f"{done['pinned']} chunks pinned for {args.seconds:g} s")
     if done["refused"]:
         print(f"{done['refused']} refused: {done['why']}", file=sys.stderr)
@@ -173,7 +202,9 @@ def _pin(args: argparse.Namespace) -> int:
 
 
 def _scrub(args: argparse.Namespace) -> int:
-    _ask(args, "POST", f"/cache/scrub?fast={str(args.fast).lower()}")
+    done = _ask(args, "POST", f"/cache/scrub?fast={str(args.fast).lower()}")
+    if args.json:
+        return output.print_json(done)
     print("begun; `pdserve cache status` says how it goes")
     return 0
 
@@ -182,6 +213,9 @@ def _check(args: argparse.Namespace) -> int:
     from pdserve.transfer import fsck
 
     report = fsck.check(Path(args.folder), repair=args.repair, progress=lambda line: print(line, file=sys.stderr))
+    if args.json:
+        output.print_json(msgspec.to_builtins(report))
+        return 1 if len(report.problems) > report.repaired else 0
     for problem in report.problems:
         print(problem)
     print(
@@ -205,10 +239,4 @@ def _ask(args: argparse.Namespace, method: str, path: str, body: dict[str, Any] 
         with error:
             raise PdserveError(f"the cache daemon refused ({error.code}): {error.read().decode()[:500]}") from error
     except (urllib.error.URLError, TimeoutError, ValueError) as error:
-        raise PdserveError(f"no cache daemon answers at {url}: {getattr(error, 'reason', error)}") from error
-
-
-def _print_json(facts: Any) -> int:
-    json.dump(facts, sys.stdout, indent=1)
-    print()
-    return 0
+        raise NotRunning(f"no cache daemon answers at {url}: {getattr(error, 'reason', error)}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import urllib.error
@@ -13,22 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.console import Console
-from rich.table import Table
 
-from pdserve import env, topology
-from pdserve.deploy import state
+from pdserve import env, output, topology
+from pdserve.deploy import others, state
 from pdserve.deploy.backends.local import is_running
 from pdserve.deploy.watch import duration
-from pdserve.errors import PdserveError
+from pdserve.errors import NotRunning, PdserveError
 
 EXAMPLES = """examples:
   pdserve status                  everything that runs
-  pdserve status local-cpu        one deployment; exit code 1 when it is not ready
-  pdserve status --json
+  pdserve status local-cpu        one deployment; exit code 1 when it is not ready, 3 when there is none
+  pdserve status --json           with several hosts: the others' processes under `hosts`
 """
 PROBE_SECONDS = 3.0
-PIPE_WIDTH = 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,19 +42,20 @@ def main(args: argparse.Namespace) -> int:
         deployments = [deployment for deployment in state.read_all() if is_up(deployment)]
     facts = [_probed(deployment) for deployment in deployments]
     if args.json:
-        print(json.dumps(facts, indent=1))
+        output.print_json(facts)
     elif facts:
         for fact in facts:
             _print(fact)
     elif not args.target:
         print("Nothing is running.")
-    ready = all(fact["state"] == "ready" for fact in facts)
-    return 0 if ready and (facts or not args.target) else 1
+    if args.target and not facts:
+        return NotRunning.exit_code
+    return 0 if all(fact["state"] == "ready" for fact in facts) else 1
 
 
 def find(target: str) -> state.Deployment | None:
     """By name, or by the file that names it."""
-    if Path(target).name == target and (found := state.read(env.run_root() / target)):
+    if Path(target).name == target and (found := state.read(env.run_root() / target) or _part_of(target)):
         return found
     try:
         name = topology.load(target).name
@@ -66,7 +63,13 @@ def find(target: str) -> state.Deployment | None:
         if Path(target).exists():
             raise
         return None
-    return state.read(env.run_root() / name)
+    return state.read(env.run_root() / name) or _part_of(name)
+
+
+def _part_of(name: str) -> state.Deployment | None:
+    """This host's part of a deployment over several; None when there is none, or more than one here."""
+    parts = [found for path in env.run_root().glob(f"{name}@*") if (found := state.read(path))]
+    return parts[0] if len(parts) == 1 else None
 
 
 def is_up(deployment: state.Deployment) -> bool:
@@ -91,6 +94,10 @@ def _probed(deployment: state.Deployment) -> dict[str, Any]:
             record["state"], record["detail"] = "unhealthy", f"{record['ready_url']} does not answer"
     if facts["state"] == "ready" and any(record["state"] != "ready" for record in facts["processes"]):
         facts["state"] = "degraded"
+    del facts["elsewhere"]
+    facts["hosts"] = others.states(deployment)
+    if facts["state"] == "ready" and any(other["state"] != "ready" for other in facts["hosts"]):
+        facts["state"] = "degraded"
     return facts
 
 
@@ -104,20 +111,26 @@ def _answers(url: str) -> bool:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:  # a pipe has no width to fit into
-        console.width = PIPE_WIDTH
     now = time.time()
-    console.print(
-        f"{facts['name']}: {facts['state']}, {facts['url']} serves {facts['model']}, run directory {facts['run_dir']}"
-    )
+    print(f"{facts['name']}: {facts['state']}, {facts['url']} serves {facts['model']}")
+    print(f"run directory {facts['run_dir']}")
     if facts["error"]:
-        console.print(f"  {facts['error'].splitlines()[0]}", markup=False)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("process", "role", "pid", "url", "state", "restarts", "since", ""):
-        table.add_column(column, no_wrap=bool(column))  # only the last, which explains, may give way
-    for record in facts["processes"]:
-        since = f"{duration(now - record['since'])} ago"
-        cells = [record["name"], record["role"], str(record["pid"] or "-"), record["url"], record["state"]]
-        table.add_row(*cells, str(record["restarts"]), since, record["detail"])
-    console.print(table, markup=False)
+        print(facts["error"].splitlines()[0])
+    _print_processes(facts["processes"], now)
+    for other in facts["hosts"]:
+        print(f"\non host {other['host']}: {other['state']} (told by {other['told_by']})")
+        if other["error"]:
+            print(other["error"].splitlines()[0])
+        _print_processes(other["processes"], now)
+
+
+def _print_processes(records: list[dict[str, Any]], now: float) -> None:
+    rows = []
+    for record in records:
+        address = record["url"].removeprefix("http://")
+        since = duration(now - record["since"])
+        rows.append((record["name"], record["pid"] or "-", address, record["state"], record["restarts"], since))
+    output.table(("process", "pid", "address", "state", "restarts", "for"), rows, right=("pid", "restarts", "for"))
+    for record in records:
+        if record["detail"]:
+            print(f"{record['name']}: {record['detail']}")

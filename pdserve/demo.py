@@ -12,11 +12,11 @@ import json
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 
+from pdserve import output, topology
 from pdserve import target as targets
-from pdserve import topology
 from pdserve.compare import Rule
 from pdserve.errors import ConfigError
 from pdserve.openai_client import Client
@@ -29,8 +29,17 @@ QUESTION = "What is the capital of France?"
 SPARE_TOKENS = 64  # left of max_model_len for the answer
 
 
+EXAMPLES = """examples:
+  pdserve demo                          local-cpu: start, send, show, stop (one to two minutes)
+  pdserve demo --keep                   leave it running, and say how to talk to it
+  pdserve demo local-cpu-both --json
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("topology", nargs="?", default="local-cpu", help="what to start (default local-cpu)")
+    what = "a YAML file or a shipped name: what to start (default %(default)s)"
+    parser.add_argument("topology", nargs="?", default="local-cpu", metavar="TOPOLOGY", help=what)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("--keep", action="store_true", help="leave it running and say how to talk to it")
     parser.add_argument("--prompt-tokens", type=int, default=2800, help="length of the long prompts (default 2800)")
     parser.add_argument("--prompts", type=int, default=3, help="how many long prompts (default 3)")
@@ -51,24 +60,31 @@ def main(args: argparse.Namespace) -> int:
     top = topology.load(args.topology)
     if top.cache is None:
         raise ConfigError("cache", f"missing in {args.topology}", "The demo shows the cache; add one.")
-    with _deployment(top, args.keep) as target:
+    with _deployment(top, args.keep, quiet=args.json) as target:
         outcome = run(target, args)
-        print_outcome(outcome, target)
-    if args.keep:
+        if args.json:
+            output.print_json(asdict(outcome) | {"ok": outcome.report.ok, "url": target.url})
+        else:
+            print_outcome(outcome, target)
+    if args.keep and not args.json:
         _print_how_to_talk(target)
     return 0 if outcome.report.ok else 1
 
 
 @contextlib.contextmanager
-def _deployment(top: topology.Topology, keep: bool) -> Iterator[Target]:
+def _deployment(top: topology.Topology, keep: bool, quiet: bool) -> Iterator[Target]:
     """The one that runs already (an earlier --keep), or a fresh one with a plain engine beside it."""
     up = next((other for other in targets.running() if other.name == top.name and other.of("plain")), None)
     if up is not None:
-        print(f"using {up.name}, which runs already", flush=True)
+        _say(f"using {up.name}, which runs already")
         yield Target.of(up)
         return
-    with targets.started(top, plain=True, dev_mode=True, quiet=False, keep=keep) as own:
+    with targets.started(top, plain=True, dev_mode=True, quiet=quiet, keep=keep, say=_say) as own:
         yield Target.of(own)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def run(target: Target, args: argparse.Namespace) -> Outcome:
@@ -82,7 +98,7 @@ def run(target: Target, args: argparse.Namespace) -> Outcome:
     question = {"role": "user", "content": QUESTION}
     cases.append(Case("chat", messages=({"role": "system", "content": f"Notebook {seed}. Answer briefly."}, question)))
     before, tiers = target.prompt_tokens_by_source(*ROLES) or {}, target.loaded_by_tier()
-    print("sending requests", flush=True)
+    _say("sending requests")
     report = verify(target, cases, Options(seed, Rule.for_dtype(dtype), max_tokens=16), dtype=dtype)
     after = target.prompt_tokens_by_source(*ROLES) or {}
     with Client(target.url) as client:
@@ -97,10 +113,9 @@ def run(target: Target, args: argparse.Namespace) -> Outcome:
 
 def print_outcome(outcome: Outcome, target: Target) -> None:
     """At most 80 columns wide."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
+    console = output.console()
     report, long = outcome.report, [r for r in outcome.report.results if r.case.startswith("long")]
     plain = median(r.ttft_plain for r in long)
     title = f"{long[0].prompt_tokens}-token prompts, median of {len(long)}"

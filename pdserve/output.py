@@ -51,7 +51,7 @@ def table(
     head: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = (), stream: TextIO | None = None
 ) -> None:
     """A plain table. Columns named in `right` hold numbers; cells that are a known state are coloured on a terminal."""
-    made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", show_header=any(head))
     for name in head:
         made.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in right)
     for row in rows:

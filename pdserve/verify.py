@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pdserve import output
 from pdserve import target as targets
 from pdserve.compare import DEFAULT_TOLERANCE, TOP_LOGPROBS, Comparison, Rule, compare
 from pdserve.errors import ConfigError
@@ -28,10 +29,17 @@ from pdserve.target import CacheCounters, Target
 SETTLE_SECONDS = 10.0
 
 
+EXAMPLES = """examples:
+  pdserve verify local-cpu                       starts it, with a plain engine beside it; some minutes
+  pdserve verify local-cpu --quick --json
+  pdserve verify http://host:8000 --plain http://host:8300 --dtype bfloat16
+  pdserve verify my.yaml --prompts mine.jsonl    one JSON value a line: a text, token ids, or chat messages
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "target", nargs="?", help="a topology YAML (started if it is not running), the name of a running one, or a URL"
-    )
+    what = "a topology YAML (started if it is not running), the name of a running one, or a URL"
+    parser.add_argument("target", nargs="?", metavar="TOPOLOGY|URL|NAME", help=what)
     parser.add_argument("--plain", metavar="URL", help="an engine without any connector to compare with")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--quick", action="store_true", help="fewer prompts, up to 513 tokens")
@@ -175,7 +183,11 @@ def verify(
         _warm_up(plain, client)
         before = target.cache_counters()
         emptied = target.empty_engine_caches()
-        results = [_verify_case(target, plain, client, case, options) for case in cases]
+        results = []
+        with output.steps(total=len(cases)) as progress:
+            for n, case in enumerate(cases):
+                progress.step(case.name, n)
+                results.append(_verify_case(target, plain, client, case, options))
     cache = target.cache_counters() - before
     problems = _cache_problems(target, cache, results)
     return Report(
@@ -253,11 +265,10 @@ def _cache_problems(target: Target, cache: CacheCounters, results: Sequence[Resu
 
 def print_table(report: Report) -> None:
     """The table for people; fits 80 columns."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 80)
+    console = output.console()
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("prompt", "tokens", "cold", "warm", "plain hit", "from cache", "TTFT plain/cold/warm s"):
         table.add_column(name, justify="left" if name == "prompt" else "right", no_wrap=name == "prompt")

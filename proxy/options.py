@@ -39,8 +39,15 @@ class Settings:
     caches: tuple[tuple[str, str], ...] = ()  # (name, admin URL) of the hosts' cache daemons
 
 
+EXAMPLES = """examples:
+  pdserve proxy --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200
+  pdserve proxy --both gpu0=http://127.0.0.1:8300 gpu1=http://127.0.0.1:8301 --policy prefix --port 8000
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `pdserve proxy`."""
+    parser.epilog = EXAMPLES
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default %(default)s)")
     for role, what in zip(ROLES, ("producers: prefill only", "consumers: decode", "engines that do both"), strict=True):

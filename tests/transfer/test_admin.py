@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -171,7 +172,7 @@ def test_the_command_asks_the_daemon(serving, capsys):
     assert "2 chunks pinned for 60 s" in capsys.readouterr().out
     assert command.main(["cache", "status", *at]) == 0
     out = capsys.readouterr().out
-    assert f"pinned_bytes  {2 * SIZE}" in out
+    assert re.search(rf"^pinned_bytes +{2 * SIZE}\s*$", out, re.MULTILINE)
     assert "chunks 2, used_bytes" in " ".join(out.split())
     assert all(len(line) <= 80 for line in out.splitlines())
     assert command.main(["cache", "pin", "--undo", key(2).hex(), key(1).hex(), *at]) == 0
