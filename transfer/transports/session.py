@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -120,14 +121,27 @@ class Session:
     """Implements base.Connection."""
 
     def __init__(
-        self, channel: Channel, plane: Plane, service: Service, local: Local, limits: Limits, peer: str, address: str
+        self,
+        channel: Channel,
+        plane: Plane,
+        service: Service,
+        local: Local,
+        limits: Limits,
+        peer: str,
+        address: str,
+        *,
+        credit: int = 0,
     ) -> None:
+        """`credit`: bytes that the peer takes at a time; 0: as many as we."""
         self.peer, self.address, self.closed = peer, address, False
         self.local, self.limits = local, limits
         self.loop = asyncio.get_running_loop()
-        self._channel, self._plane, self._service = channel, plane, service
+        self._channel, self.plane, self._service = channel, plane, service
         self.ledger = Ledger(local.arena, self._finished, verify=limits.verify)
-        self.outbox = Outbox(limits.segment_bytes, limits.window_bytes)
+        credit = credit or limits.window_bytes
+        self.outbox = Outbox(min(limits.segment_bytes, credit // 4), credit)
+        #: what names this session between the two, for further streams
+        self.token = b""
         self._log = log.get("transport")
         self._next_id = 0
         self._answers: dict[int, asyncio.Future[Any]] = {}
@@ -137,6 +151,7 @@ class Session:
         self._over: deque[tuple[Slot, Outcome]] = deque()
         self._posted = False
         self._uncredited = 0
+        self._counting = threading.Lock()
         self._heard = self._said = time.monotonic()
         self._ending: asyncio.Task[None] | None = None
         self._reason = ""
@@ -150,7 +165,7 @@ class Session:
         return f"<Session {self.peer} {self.address} [{state}]>"
 
     def start(self) -> None:
-        self._plane.start(self)
+        self.plane.start(self)
 
     # ---- base.Connection ----
 
@@ -193,7 +208,7 @@ class Session:
             "open_tickets": len(self.ledger),
             "credit_bytes": self.outbox.credit,
             "queued_bytes": self.outbox.queued_bytes,
-            **self._plane.stats(),
+            **self.plane.stats(),
         }
 
     async def close(self, reason: str = "closed") -> None:
@@ -270,7 +285,7 @@ class Session:
                 break
             if time.monotonic() > ends:
                 ends = time.monotonic() + _LET_GO_S
-                self._plane.interrupt()
+                self.plane.interrupt()
             try:
                 async with asyncio.timeout(0.2):
                     await push.changed.wait()
@@ -338,7 +353,7 @@ class Session:
             case m.Abandon():
                 self._end(message.tickets, Outcome("late" if message.late else "cancelled", message.reason))
             case m.ForPlane():
-                self._plane.message(message.payload)
+                self.plane.message(message.payload)
             case m.Bye():
                 self.lost(f"the peer closed the connection: {message.reason}")
             case m.Alive():
@@ -427,12 +442,12 @@ class Session:
 
     def _lend(self, expected: Expected, deadline: float) -> int:
         ticket = self.ledger.lend(expected.slot, expected.key, expected.shard, expected.digest, deadline)
-        self._plane.lent(ticket, expected)
+        self.plane.lent(ticket, expected)
         return ticket
 
     def _end(self, tickets: list[int], outcome: Outcome) -> None:
         self.ledger.end(tickets, outcome)
-        self._plane.unwanted(tickets)
+        self.plane.unwanted(tickets)
 
     def _finished(self, slot: Slot, outcome: Outcome) -> None:
         """From the ledger, on any thread."""
@@ -463,13 +478,12 @@ class Session:
 
     def consumed(self, size: int) -> None:
         """So many bytes have left the wire: the peer may send as many again. Told in large parts."""
-        self.post(self._credit, size)
-
-    def _credit(self, size: int) -> None:
-        self._uncredited += size
-        if self._uncredited * 4 >= self.limits.window_bytes:
-            self._say(m.Credit(self._uncredited))
-            self._uncredited = 0
+        with self._counting:
+            self._uncredited += size
+            if self._uncredited * 8 < self.limits.window_bytes:
+                return
+            size, self._uncredited = self._uncredited, 0
+        self.post(lambda: self._say(m.Credit(size)))
 
     def tell_plane(self, payload: bytes) -> None:
         """To the plane at the other end; on the loop."""
@@ -516,7 +530,7 @@ class Session:
         for task in self._running:
             task.cancel()
         self.ledger.close(Outcome("lost", reason))
-        await self._plane.close()
+        await self.plane.close()
         self._tell_finished()
         assert not len(self.ledger), "a slot is still lent although no thread is left"
         if self._running:

@@ -1,0 +1,85 @@
+"""How many streams to use: more help where one is held back (long ways, small windows), fewer cost less CPU. Pure.
+
+Hill climbing with hysteresis. While there is more to send than fits, the bytes of a window of time are counted. After _SETTLED
+windows one neighbour (one more, next time one fewer) is tried for _TRIED windows; it is kept when it was clearly faster, or, for
+fewer, when it was not clearly slower. A trial that failed makes the next one come later, up to _RAREST windows.
+"""
+
+from __future__ import annotations
+
+import threading
+
+#: a window of measuring: at least so long and so many bytes
+WINDOW_S = 0.05
+WINDOW_BYTES = 32 << 20
+#: what "clearly" means
+GAIN = 1.10
+_SETTLED = 6
+_TRIED = 3
+_RAREST = 96
+
+
+class Tuner:
+    """For one direction of one connection. Thread-safe; `count` may be read at any time."""
+
+    def __init__(self, most: int, start: int = 1) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self.count = min(start, most)
+        self._home = self.count  # the count that trials are compared with
+        self._step = 1
+        self._rates: list[float] = []
+        self._base = 0.0
+        self._wait = _SETTLED
+        self._began = -1.0
+        self._bytes = 0
+
+    def allow(self, most: int) -> None:
+        """There are so many streams now."""
+        self._most = most
+
+    def sent(self, size: int, now: float, more: bool) -> None:
+        """`size` bytes have been handed to the kernel; `more`: others were waiting, so streams are what holds it back."""
+        if self._most == 1:
+            return
+        with self._lock:
+            if not more:
+                self._began = -1.0
+                return
+            if self._began < 0:
+                self._began, self._bytes = now, 0
+                return
+            self._bytes += size
+            seconds = now - self._began
+            if seconds >= WINDOW_S and self._bytes >= WINDOW_BYTES:
+                self._judge(self._bytes / seconds)
+                self._began, self._bytes = now, 0
+
+    def _judge(self, rate: float) -> None:
+        self._rates.append(rate)
+        if self.count == self._home:
+            if len(self._rates) >= self._wait:
+                self._base = _middle(self._rates)
+                self._try_neighbour()
+        elif len(self._rates) >= _TRIED:
+            tried = _middle(self._rates)
+            better = tried > self._base * GAIN if self.count > self._home else tried * GAIN > self._base
+            if better:
+                self._home, self._wait = self.count, _SETTLED
+            else:
+                self.count, self._step = self._home, -self._step
+                self._wait = min(_RAREST, self._wait * 2)
+            self._rates = []
+
+    def _try_neighbour(self) -> None:
+        self._rates = []
+        wanted = self._home + self._step
+        if not 1 <= wanted <= self._most:
+            self._step = -self._step
+            wanted = self._home + self._step
+        if 1 <= wanted <= self._most:
+            self.count = wanted
+
+
+def _middle(rates: list[float]) -> float:
+    return sorted(rates)[len(rates) // 2]
