@@ -14,6 +14,7 @@ reads no payload. Their pages are dropped from the cache first, and headers are 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -23,10 +24,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,13 @@ def keys(start: int, count: int) -> list[bytes]:
     return [(start + i).to_bytes(32, "little") for i in range(count)]
 
 
-@contextmanager
+@contextlib.contextmanager
 def daemon(folder: Path, size: int, *words: str) -> Iterator[tuple[RunningCache, CacheClient]]:
     """One of its own, and a client of it; gone when the block is left."""
     env = {"PDSERVE_LOG_LEVEL": "error"}
-    cache = RunningCache(folder, f"bench-{os.getpid()}", size, "--scrub-rate", "0", *words, env=env)
+    cache = RunningCache(
+        folder, f"bench-{os.getpid()}-{time.monotonic_ns()}", size, "--scrub-rate", "0", *words, env=env
+    )
     client = CacheClient(cache.socket, "bench")
     try:
         client.connect(30)
@@ -124,47 +126,75 @@ def operations(folder: Path, rounds: int) -> list[dict[str, Any]]:
     return [row(name, times, ratio=statistics.median(times) / ping) for name, times in found.items()]
 
 
+def write_on_demand(path: str, go: Any, stop: Any) -> None:
+    """Another engine, in a process of its own: stores new chunks without pause while `go` is set."""
+    client, payload, n = CacheClient(path, "writer"), np.full(SHARD, 7, np.uint8), 1
+    while not stop.is_set():
+        if go.wait(0.1):
+            n += 1
+            store(client, keys(n * 10**6, 8), payload)
+            time.sleep(0.002)  # 8 x 64 KiB every few ms: a few hundred MB/s
+    client.close()
+
+
 def pressure(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """A full arena with a disk tier below; one client looks 40 chunks up, another stores without pause or does nothing."""
-    words = ("--disk", str(folder / "kv"), "--disk-size", "512MiB", "--disk-min-free", "0")
-    with daemon(folder, 256 << 20, *words) as (cache, client):
+    """A full arena with a disk tier below; one client looks 40 chunks up while another process does nothing, stores into this
+    daemon without pause, or stores into another daemon just like it: what the machine alone makes of that."""
+    spawn = get_context("spawn")
+    stop = spawn.Event()
+    arms = ("idle", "another daemon under store pressure", "under store pressure")
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    under = 0.0
+    with contextlib.ExitStack() as stack:
+        caches, goes, writers = [], {}, []
+        for name in arms[1:]:
+            own = folder / f"arm-{len(caches)}"
+            own.mkdir()
+            words = ("--disk", str(own / "kv"), "--disk-size", "512MiB", "--disk-min-free", "0")
+            caches.append(stack.enter_context(daemon(own, 256 << 20, *words)))
+            goes[name] = spawn.Event()
+            writers.append(spawn.Process(target=write_on_demand, args=(str(caches[-1][0].socket), goes[name], stop)))
+            writers[-1].start()
         hot = keys(1, 40)
-        payload = np.full(SHARD, 7, np.uint8)
-        store(client, hot, payload)
-        other = CacheClient(cache.socket, "writer")
-        go, stop, n = threading.Event(), threading.Event(), [1]
-
-        def write() -> None:
-            while not stop.is_set():
-                if not go.wait(0.1):
-                    continue
-                n[0] += 1
-                store(other, keys(n[0] * 10**6, 8), payload)
-                time.sleep(0.002)  # 8 x 64 KiB every few ms: a few hundred MB/s
-
-        writer = threading.Thread(target=write)
-        writer.start()
-        for n_fill in range(700):  # full before anything is measured
-            store(client, keys((10**6 + n_fill) * 10**6, 8), payload)
-            lookup(client, hot)  # in use, and so the last to go
-            release(client)
-        found: dict[str, list[float]] = {"idle": [], "under store pressure": []}
+        for _, client in caches:
+            fill(client, hot)
+        before = metric(caches[1][0].get("/metrics"), "pdserve_cache_stored_bytes_total")
         try:
-            for block in range(2 * max(4, rounds // 50)):
-                name = list(found)[block % 2]
-                (go.set if block % 2 else go.clear)()
-                time.sleep(0.1)
+            for block in range(3 * max(4, rounds // 50)):
+                arm = arms[block % 3]
+                for name, go in goes.items():
+                    (go.set if name == arm else go.clear)()
+                time.sleep(0.2)
+                began = time.perf_counter()
                 for _ in range(50):
-                    found[name].append(timed(lambda: lookup(client, hot)))
+                    found[arm].append(timed(lambda: lookup(client, hot)))
                     release(client)
                     time.sleep(0.001)
+                under += (time.perf_counter() - began + 0.2) * (arm == arms[2])
         finally:
             stop.set()
-            writer.join(10)
-        other.close()
+            for writer in writers:
+                writer.join(20)
+        stored = metric(caches[1][0].get("/metrics"), "pdserve_cache_stored_bytes_total") - before
     rows = [row(f"lookup 40, {name}", times) for name, times in found.items()]
-    rows[1]["p99 ratio"] = rows[1]["p99"] / rows[0]["p99"]
+    for r in rows[1:]:
+        r["p99 ratio"] = r["p99"] / rows[0]["p99"]
+    rows[2]["stored meanwhile, MB/s"] = stored / under / 1e6
     return rows
+
+
+def fill(client: CacheClient, hot: list[bytes]) -> None:
+    """Until the arena has long been full; `hot` is in use and so the last to go."""
+    payload = np.full(SHARD, 7, np.uint8)
+    store(client, hot, payload)
+    for n in range(700):
+        store(client, keys((10**6 + n) * 10**6, 8), payload)
+        lookup(client, hot)
+        release(client)
+
+
+def metric(metrics: str, name: str) -> float:
+    return next(float(line.split()[1]) for line in metrics.splitlines() if line.startswith(name + " "))
 
 
 # ---- the disk tier ----
@@ -314,7 +344,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     print(f"\n{title}")
     for r in rows:
         cells = "".join(f"  {k} {v:.2f}" if v < 100 else f"  {k} {v:.0f}" for k, v in r.items() if k != "row")
-        print(f"  {r['row']:28}{cells}")
+        print(f"  {r['row']:48}{cells}")
 
 
 def main() -> None:
