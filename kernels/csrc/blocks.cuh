@@ -3,8 +3,9 @@
 // A chunk is cut into shards, one per KV head; a shard is [layer][token][K then V]. The paged side is described by strides,
 // so one kernel serves every layout whose K and V of one token and head are one or two contiguous runs of bytes.
 #pragma once
-#include "digest.h"
 #include "gpu.h"
+
+#include "digest.h"
 
 namespace pd {
 
@@ -86,7 +87,7 @@ __device__ __forceinline__ uint64_t move_head(const Pages& pages, const Job& job
 // grid: (any, 1 to heads), block: a power of two up to THREADS. `result` gets the sum of each head's shard, written by the
 // last block to finish.
 template <typename V, bool GATHER>
-__global__ void __launch_bounds__(THREADS) move(const Pages pages, const __grid_constant__ Job job, Sums sums, uint64_t* result) {
+__global__ void __launch_bounds__(THREADS) move(const Pages pages, const GPU_GRID_CONSTANT Job job, Sums sums, uint64_t* result) {
   __shared__ uint64_t partial[THREADS];
   for (uint32_t head = blockIdx.y; head < pages.heads; head += gridDim.y) {
     partial[threadIdx.x] = move_head<V, GATHER>(pages, job, head);

@@ -5,6 +5,7 @@
 #if defined(__HIPCC__)
 #include <hip/hip_runtime.h>
 #define GPU_LOAD_ONCE(p) (*(p))
+#define GPU_GRID_CONSTANT
 #define gpuError_t hipError_t
 #define gpuSuccess hipSuccess
 #define gpuErrorNotReady hipErrorNotReady
@@ -43,6 +44,7 @@
 #else
 #include <cuda_runtime.h>
 #define GPU_LOAD_ONCE(p) __ldcs(p)
+#define GPU_GRID_CONSTANT __grid_constant__
 #define gpuError_t cudaError_t
 #define gpuSuccess cudaSuccess
 #define gpuErrorNotReady cudaErrorNotReady
