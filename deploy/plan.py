@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
-from pdserve import env, model
+from pdserve import env, model, topology_hosts
+from pdserve.deploy import hosts
+from pdserve.deploy.hosts import Elsewhere
 from pdserve.engines import command
 from pdserve.launching import Context
 from pdserve.topology import Cache, Instance, Proxy, Topology
@@ -33,6 +35,8 @@ class Process:
     depends: tuple[str, ...] = ()  # ready before this one is started
     start_timeout: float = 900.0
     leftovers: tuple[Path, ...] = ()  # files to remove once it is gone, in case it could not
+    host: str = ""  # where there are several
+    awaits: tuple[Elsewhere, ...] = ()  # processes of other hosts, ready before this one is started
 
     def shell(self) -> str:
         """As one would type it."""
@@ -42,21 +46,44 @@ class Process:
 
 @dataclass(frozen=True)
 class Plan:
+    """What runs here. With several hosts `topology` is this host's part; `whole` is all of it."""
+
     topology: Topology
     context: Context
     run_dir: Path
     processes: tuple[Process, ...]
+    whole: Topology
+    host: str = ""
+    elsewhere: tuple[Elsewhere, ...] = ()
 
     @property
     def url(self) -> str:
         """Where a client goes: the proxy, else the first engine."""
-        proxy = self.topology.proxy
-        return proxy.url if proxy else self.topology.instances[0].url
+        proxy = self.whole.proxy
+        return proxy.url if proxy else self.whole.instances[0].url
+
+    @property
+    def label(self) -> str:
+        """The deployment's name, and the host's where there are several."""
+        return hosts.label(self.whole, self.host)
 
 
-def make(topology: Topology, cores: list[int], python: str = sys.executable, run_root: Path | None = None) -> Plan:
-    """`cores` are those this machine lets us use; engines on the CPU that name none share them."""
-    run_dir = (run_root or env.run_root()) / topology.name
+def make(
+    topology: Topology,
+    cores: list[int],
+    python: str = sys.executable,
+    run_root: Path | None = None,
+    host: str = "",
+) -> Plan:
+    """`cores` are those this machine lets us use; engines on the CPU that name none share them. `host`: plan that one's part.
+
+    Raises ConfigError when the topology has hosts and none is named.
+    """
+    host = hosts.chosen(topology, host)
+    whole = topology
+    topology = topology_hosts.only(topology, host) if host else topology
+    label = hosts.label(whole, host)
+    run_dir = (run_root or env.run_root()) / label
     base = Path(topology.source).parent if topology.source else None
     found = model.resolve(topology.model, base)
     context = Context(
@@ -65,19 +92,25 @@ def make(topology: Topology, cores: list[int], python: str = sys.executable, run
         python=python,
         run_dir=run_dir,
         cache_socket=run_dir / "cache.sock" if topology.cache else None,
-        has_proxy=topology.proxy is not None,
+        cache_load=topology.cache.load if topology.cache else "adaptive",
+        has_proxy=whole.proxy is not None,
     )
     topology = msgspec.structs.replace(topology, instances=_assign(topology.instances, cores))
     processes = []
     if topology.cache:
-        processes.append(_cache(topology.name, topology.cache, context))
+        peers = hosts.peer_words(whole, host, str(run_dir / "state.json"))
+        processes.append(_cache(label, hosts.cache_name(host), topology.cache, context, peers))
     after_cache = tuple(process.name for process in processes)
+    elsewhere = hosts.elsewhere(whole, host)
     engines = [_engine(instance, context, after_cache) for instance in topology.instances]
     processes += engines
     if topology.proxy:
         behind = tuple(engine.name for engine in engines if engine.role != "plain")
-        processes.append(_proxy(topology, topology.proxy, context, (*after_cache, *behind)))
-    return Plan(topology, context, run_dir, tuple(processes))
+        awaits = tuple(e for e in elsewhere if e.role not in ("plain", "cache"))
+        caches = hosts.admin_urls(whole, host)
+        processes.append(_proxy(whole, topology.proxy, context, (*after_cache, *behind), caches, awaits))
+    processes = [replace(process, host=host) for process in processes] if host else processes
+    return Plan(topology, context, run_dir, tuple(processes), whole, host, elsewhere)
 
 
 def arena_file(name: str) -> Path:
@@ -135,9 +168,9 @@ def _pdserve(context: Context, *words: str) -> tuple[str, ...]:
     return (context.python, "-P", "-m", "pdserve", *words)
 
 
-def _cache(name: str, cache: Cache, context: Context) -> Process:
+def _cache(label: str, name: str, cache: Cache, context: Context, peers: list[str]) -> Process:
     admin = cache.admin_url
-    words = ["cache", "serve", "--name", name, "--socket", str(context.cache_socket), "--size", str(cache.size)]
+    words = ["cache", "serve", "--name", label, "--socket", str(context.cache_socket), "--size", str(cache.size)]
     words += ["--chunk-tokens", str(cache.chunk_tokens)]
     if cache.policy != "lru":
         words += ["--policy", cache.policy]
@@ -147,18 +180,18 @@ def _cache(name: str, cache: Cache, context: Context) -> Process:
         words += ["--disk-min-free", str(cache.disk.min_free), "--disk-write", cache.disk.write]
     for url in cache.tiers:
         words += ["--tier", url]
-    words += ["--admin-host", cache.admin_host, "--admin-port", str(cache.admin_port)]
+    words += ["--admin-host", cache.admin_host, "--admin-port", str(cache.admin_port), *peers]
     return Process(
-        name="cache",
+        name=name,
         role="cache",
         argv=_pdserve(context, *words),
         env={"PYTHONSAFEPATH": "1"},
         url=admin,
         ready_url=f"{admin}/healthz",
-        log=_log(context, "cache"),
+        log=_log(context, name),
         cwd=context.run_dir,
         start_timeout=CACHE_START_SECONDS,
-        leftovers=(arena_file(name), arena_file(name).with_suffix(".journal"), context.run_dir / "cache.sock"),
+        leftovers=(arena_file(label), arena_file(label).with_suffix(".journal"), context.run_dir / "cache.sock"),
     )
 
 
@@ -178,13 +211,20 @@ def _engine(instance: Instance, context: Context, depends: tuple[str, ...]) -> P
     )
 
 
-def _proxy(topology: Topology, proxy: Proxy, context: Context, depends: tuple[str, ...]) -> Process:
+def _proxy(
+    topology: Topology,
+    proxy: Proxy,
+    context: Context,
+    depends: tuple[str, ...],
+    caches: dict[str, str],
+    awaits: tuple[Elsewhere, ...],
+) -> Process:
     words = ["proxy", "--host", proxy.host, "--port", str(proxy.port)]
     for role in ("prefill", "decode", "both"):
         for instance in topology.of(role):
             words += [f"--{role}", f"{instance.name}={instance.url}"]
-    if topology.cache:
-        words += ["--cache", f"cache={topology.cache.admin_url}"]
+    for name, url in caches.items():
+        words += ["--cache", f"{name}={url}"]
     words += ["--state-file", str(context.run_dir / "state.json")]
     words += ["--model", context.served_model_name, "--policy", proxy.policy]
     words += ["--engine", next(i.engine.kind for i in topology.instances if i.role != "plain")]
@@ -209,5 +249,6 @@ def _proxy(topology: Topology, proxy: Proxy, context: Context, depends: tuple[st
         log=_log(context, "proxy"),
         cwd=context.run_dir,
         depends=depends,
+        awaits=awaits,
         start_timeout=PROXY_START_SECONDS,
     )

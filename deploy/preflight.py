@@ -15,11 +15,13 @@ from pathlib import Path
 
 import psutil
 
-from pdserve import model
+from pdserve import env, model
+from pdserve.deploy.hosts import needs_secret
 from pdserve.deploy.plan import Plan, arena_file, expand_cores
 from pdserve.engines.vllm import versions
 from pdserve.errors import ConfigError, UnsupportedError
 from pdserve.topology import CPU_KV_GIB, Instance, Topology
+from pdserve.topology_hosts import LOOPBACK
 
 SHM = Path("/dev/shm")
 GIB = 1 << 30
@@ -31,6 +33,7 @@ _SOCKET_PATH_LIMIT = 100  # a unix socket's address holds 107 bytes
 def check(plan: Plan, force: bool = False) -> None:
     """`force` skips only the estimate of memory, which can be wrong; everything else would fail anyway."""
     check_socket_path(plan)
+    check_peers(plan)
     check_engines(plan)
     check_model(plan)
     check_cores(plan, sorted(os.sched_getaffinity(0)))
@@ -45,6 +48,15 @@ def check_socket_path(plan: Plan) -> None:
     path = str(plan.context.cache_socket or "")
     if len(path.encode()) > _SOCKET_PATH_LIMIT:
         raise ConfigError("PDSERVE_RUN_DIR", f"{path} is too long for a unix socket", "Set it to a shorter folder.")
+
+
+def check_peers(plan: Plan) -> None:
+    """What the cache daemons of several hosts need to know each other."""
+    if needs_secret(plan.whole) and plan.topology.cache and not env.peer_secret():
+        fix = "Set it to the same text on every host (openssl rand -hex 32), or give peers.secret_file."
+        raise ConfigError("PDSERVE_PEER_SECRET", "is not set, and the cache daemons of several hosts ask each other for it", fix)
+    if plan.host and plan.topology.cache and plan.topology.cache.admin_host not in LOOPBACK and not env.admin_token():
+        raise ConfigError("PDSERVE_ADMIN_TOKEN", "is not set, but cache.admin_host is open to others", "Set it on every host.")
 
 
 # --- software -----------------------------------------------------------------------------------------------------
@@ -188,7 +200,7 @@ def check_shared_memory(plan: Plan, free: int) -> None:
     cache = plan.topology.cache
     if cache is None:
         return
-    old = arena_file(plan.topology.name)
+    old = arena_file(plan.label)
     free += old.stat().st_blocks * 512 if old.exists() else 0  # ours from before; replaced at start
     if cache.size > free:
         fix = f"Make it smaller, or enlarge {SHM}: mount -o remount,size={_gib(cache.size * 5 // 4)}g {SHM}"

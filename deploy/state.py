@@ -12,6 +12,7 @@ import msgspec
 
 from pdserve import env
 from pdserve.deploy.backends.local import is_running
+from pdserve.deploy.hosts import Elsewhere
 
 FILE = "state.json"
 
@@ -47,6 +48,8 @@ class Deployment(msgspec.Struct):
     state: DeploymentState = "starting"
     error: str = ""
     processes: list[ProcessRecord] = []
+    host: str = ""  # where there are several
+    elsewhere: list[Elsewhere] = []  # what runs on the others
 
     def supervisor_alive(self) -> bool:
         return is_running(self.pid, self.created)

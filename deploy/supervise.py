@@ -20,6 +20,7 @@ import httpx
 from pdserve.deploy import logtail, state
 from pdserve.deploy.backends.base import Backend, Handle
 from pdserve.deploy.backends.local import created_at
+from pdserve.deploy.hosts import Elsewhere
 from pdserve.deploy.plan import Plan, Process
 from pdserve.errors import StartError
 
@@ -60,7 +61,9 @@ class Supervisor:
         self._failure: BaseException | None = None
         self._entries = {p.name: _Entry(p, _record(p)) for p in plan.processes}
         self.deployment = state.Deployment(
-            name=plan.topology.name,
+            name=plan.label,
+            host=plan.host,
+            elsewhere=list(plan.elsewhere),
             run_dir=str(plan.run_dir),
             topology=plan.topology.source,
             model=plan.context.served_model_name,
@@ -108,6 +111,8 @@ class Supervisor:
         """From waiting to ready, and again after each death, until it is given up."""
         for name in entry.process.depends:
             await self._entries[name].ready.wait()
+        for other in entry.process.awaits:
+            await self._until_there(entry, other)
         deaths = 0
         while True:
             begun = time.monotonic()
@@ -125,6 +130,19 @@ class Supervisor:
             entry.record.restarts += 1
             self._set(entry, "restarting", f"{problem}; again in {wait:g} s")
             await asyncio.sleep(wait)
+
+    async def _until_there(self, entry: _Entry, other: Elsewhere) -> None:
+        """Waits for a process of another host, as long as it may take to start. Raises StartError."""
+        deadline = time.monotonic() + other.start_timeout
+        self._set(entry, "waiting", f"for {other.name} on host {other.host}")
+        while not await self._answers(other.ready_url):
+            if time.monotonic() > deadline:
+                problem = f"{other.name} on host {other.host} was not ready within {other.start_timeout:g} s"
+                self._set(entry, "failed", problem)
+                fix = f"Is `pdserve launch --host {other.host}` running there, and is {other.url} reachable from here?"
+                raise StartError(f"{entry.process.name} cannot start: {problem}. {fix}")
+            await asyncio.sleep(self.settings.watch_every)
+        self._set(entry, "waiting", "")
 
     async def _once(self, entry: _Entry) -> str:
         """One life: start, ready, death. Returns what ended it; nothing of it is left afterwards."""

@@ -30,6 +30,7 @@ from pdserve.errors import ConfigError, StartError
 EXAMPLES = """examples:
   pdserve launch local-cpu               a topology shipped with pdserve; Ctrl-C stops everything
   pdserve launch my.yaml --dry-run       what would be started, word for word
+  pdserve launch my.yaml --host a        only what runs on host a; the same on every host of the topology
   pdserve launch my.yaml --detach        returns when it is ready; then: pdserve status, pdserve stop
 """
 _TICK = 0.5
@@ -44,12 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="the process list (--dry-run) or the ready deployment as JSON"
     )
     parser.add_argument("--detach", action="store_true", help="run in the background; returns when ready")
+    parser.add_argument("--host", default="", metavar="NAME", help="start the part of this one of the topology's hosts")
     parser.add_argument("--force", action="store_true", help="start although the estimate of memory says no")
     parser.add_argument("--supervise", action="store_true", help=argparse.SUPPRESS)  # the background half of --detach
 
 
 def main(args: argparse.Namespace) -> int:
-    plan = make(_load(args.topology), sorted(os.sched_getaffinity(0)))
+    plan = make(_load(args.topology), sorted(os.sched_getaffinity(0)), host=args.host)
     if args.dry_run:
         _print_plan(plan, args.json)
         return 0
@@ -82,8 +84,8 @@ def _lock(plan: Plan) -> IO[str]:
     if lock is None:
         running = state.read(plan.run_dir)
         by = f" (supervisor pid {running.pid})" if running else ""
-        fix = f"Stop it: pdserve stop {plan.topology.name}. Or give this one another name."
-        raise ConfigError("name", f"{plan.topology.name} is running already{by}", fix)
+        fix = f"Stop it: pdserve stop {plan.label}. Or give this one another name."
+        raise ConfigError("name", f"{plan.label} is running already{by}", fix)
     return lock
 
 
@@ -109,10 +111,10 @@ def _prepare_run_dir(plan: Plan) -> None:
 
 def _print_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
-        facts = {"name": plan.topology.name, "url": plan.url, "run_dir": plan.run_dir}
+        facts = {"name": plan.label, "url": plan.url, "run_dir": plan.run_dir}
         print(json.dumps({**facts, "processes": [asdict(p) for p in plan.processes]}, indent=1, default=str))
         return
-    print(f"# {plan.topology.name}: {len(plan.processes)} processes, run directory {plan.run_dir}")
+    print(f"# {plan.label}: {len(plan.processes)} processes, run directory {plan.run_dir}")
     for process in plan.processes:
         after = f", after {', '.join(process.depends)}" if process.depends else ""
         print(f"\n# {process.name}: ready when {process.ready_url} answers{after}; log {process.log}")
@@ -175,6 +177,7 @@ def _say_ready(deployment: state.Deployment, as_json: bool, how_to_stop: str) ->
 
 def _detached(plan: Plan, args: argparse.Namespace) -> int:
     command = [sys.executable, "-P", "-m", "pdserve", "launch", plan.topology.source, "--supervise"]
+    command += ["--host", plan.host] if plan.host else []
     log_file = plan.run_dir / "logs" / "supervisor.log"
     with log_file.open("ab") as log:
         child = subprocess.Popen(

@@ -7,13 +7,14 @@ Three steps: YAML to plain data, plain data to structs (both in topology_yaml.py
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from pdserve import topology_rules, topology_yaml
+from pdserve import topology_hosts, topology_rules, topology_yaml
 from pdserve.errors import ConfigError
+from pdserve.topology_hosts import Host, Peers, bracketed
 from pdserve.topology_yaml import parse_size
 
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -42,6 +43,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     enforce_eager: bool | None = None  # None: yes on the CPU (compiling takes minutes there and gains nothing)
     enable_prefix_caching: bool | None = None
     start_timeout: Seconds = 900.0
+    kv_transfer_config: dict[str, Any] = {}  # another connector than pdserve's, as vLLM wants it
     extra_args: tuple[str, ...] = ()
     env: dict[str, str] = {}
 
@@ -56,6 +58,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     gpus: tuple[int, ...]
     cpus: str
     engine: Engine
+    on: str = ""  # the name of its host, where the topology has several
 
     @property
     def name(self) -> str:
@@ -68,7 +71,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"http://{bracketed(self.host)}:{self.port}"
 
 
 class Disk(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +89,7 @@ class Cache(msgspec.Struct, frozen=True, kw_only=True):
     policy: str = "lru"  # what is evicted first; the daemon knows the names
     disk: Disk | None = None
     tiers: tuple[str, ...] = ()  # further tiers below, by URL: redis://, s3://, mooncake://, file://
+    load: Literal["adaptive", "always", "never"] = "adaptive"  # what engines do with what is found
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8080
 
@@ -111,7 +115,7 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def url(self) -> str:
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{host}:{self.port}"
+        return f"http://{bracketed(host)}:{self.port}"
 
 
 class Topology(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,6 +125,9 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     instances: tuple[Instance, ...]
     cache: Cache | None
     proxy: Proxy | None
+    hosts: tuple[Host, ...] = ()
+    peers: Peers | None = None
+    proxy_on: str = ""  # the name of the proxy's host, where there are several
     source: str = ""  # the file it came from; relative model paths count from its folder
 
     def of(self, role: str) -> tuple[Instance, ...]:
@@ -137,7 +144,7 @@ _Override = msgspec.defstruct(
     "_Override",
     [
         ("port", Port),
-        ("host", str, "127.0.0.1"),
+        ("host", str, ""),
         ("gpus", tuple[Annotated[int, Meta(ge=0)], ...], ()),
         ("cpus", int | str, ""),
         *((f.name, f.type | msgspec.UnsetType, msgspec.UNSET) for f in msgspec.structs.fields(Engine)),
@@ -168,6 +175,8 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     plain: tuple[_Override, ...] = ()  # type: ignore[valid-type]
     cache: _CacheFile | None = None
     proxy: Proxy | msgspec.UnsetType | None = msgspec.UNSET
+    hosts: tuple[Host, ...] = ()
+    peers: Peers | None = None
 
 
 _SECTIONS: dict[str, type] = {
@@ -175,6 +184,8 @@ _SECTIONS: dict[str, type] = {
     "cache": _CacheFile,
     "cache.disk": _DiskFile,
     "proxy": Proxy,
+    "hosts": Host,
+    "peers": Peers,
     **dict.fromkeys(ROLES, _Override),
 }
 
@@ -232,7 +243,7 @@ def parse(text: str, source: str = "") -> Topology:
         file = msgspec.convert(raw, _File, strict=True)
     except msgspec.ValidationError as error:
         raise topology_yaml.explain(error, raw, _SECTIONS) from None
-    topology = _build(file, source)
+    topology = topology_hosts.place(_build(file, source))
     topology_rules.check(topology)
     return topology
 
@@ -250,7 +261,7 @@ def _build(file: _File, source: str) -> Topology:
                 Instance(
                     role=role,
                     index=index,
-                    host=written.host,
+                    host=written.host or ("" if file.hosts else "127.0.0.1"),
                     port=written.port,
                     gpus=written.gpus,
                     cpus=str(written.cpus),
@@ -276,5 +287,7 @@ def _build(file: _File, source: str) -> Topology:
         instances=tuple(instances),
         cache=cache,
         proxy=proxy,
+        hosts=file.hosts,
+        peers=file.peers,
         source=source,
     )

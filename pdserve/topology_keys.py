@@ -20,6 +20,17 @@ class Key:
 
 _CPU: dict[str, object] = {"engine.device": "cpu", "prefill": [{"port": 8100}], "decode": [{"port": 8200}]}
 
+_HOSTS: dict[str, object] = {
+    "hosts": [{"name": "a", "address": "10.0.0.1"}, {"name": "b", "address": "10.0.0.2"}],
+    "prefill": [{"port": 8100, "host": "a"}],
+    "decode": [{"port": 8200, "host": "b"}],
+}
+_HOST_A: dict[str, object] = {
+    "hosts": [{"name": "a", "address": "10.0.0.1"}],
+    "prefill": [{"port": 8100, "host": "a"}],
+    "decode": [{"port": 8200, "host": "a"}],
+}
+
 KEYS: dict[str, Key] = {
     "name": Key(
         "Names the deployment: its run directory, its shared memory, `pdserve status NAME`. Small letters, digits, dashes.",
@@ -64,6 +75,12 @@ KEYS: dict[str, Key] = {
         "The engine's own prefix cache, in its own memory. Default: vLLM's (on).", "true"
     ),
     "engine.start_timeout": Key("Seconds an engine may take until it answers, weights included.", "1800"),
+    "engine.kv_transfer_config": Key(
+        "vLLM's --kv-transfer-config for another connector than pdserve's, for comparisons behind the same proxy. Only where "
+        "there is no `cache`; with it, `prefill` and `decode` need none.",
+        "{kv_connector: NixlConnector, kv_role: kv_both}",
+        {"cache": None},
+    ),
     "engine.extra_args": Key(
         "Passed to `vllm serve` as they are. What pdserve sets itself (--host, --port, --kv-transfer-config, ...) is refused.",
         '["--max-logprobs", "20"]',
@@ -72,7 +89,9 @@ KEYS: dict[str, Key] = {
     # --- engines ---
     "prefill": Key("Producers (`kv_producer`): they prefill and store. Needs `decode`.", "[{port: 8100, gpus: [0]}]"),
     "prefill[].port": Key("Where this engine listens. Required.", "8100"),
-    "prefill[].host": Key("The address it listens on.", "127.0.0.1"),
+    "prefill[].host": Key(
+        "The address it listens on (default 127.0.0.1); with `hosts`, the host that it runs on.", "127.0.0.1"
+    ),
     "prefill[].gpus": Key("Its GPUs (CUDA_VISIBLE_DEVICES), one a rank. Default: the next free ones.", "[0]"),
     "prefill[].cpus": Key(
         'Cores it computes on, on the CPU: `"0"`, `"0-3"`, `"0-1|2-3"` for two ranks. Default: cores are dealt out in turn.',
@@ -119,13 +138,22 @@ KEYS: dict[str, Key] = {
         "`file://`. Options follow a question mark (`?ttl=3600`).",
         '["redis://kv.example:6379/0?ttl=86400"]',
     ),
+    "cache.load": Key(
+        "What engines do with KV that is found: `adaptive` loads what is faster loaded than computed, by their own measurements; "
+        "`always` loads; `never` loads only what a producer hands over. The last two are for comparisons.",
+        "adaptive",
+    ),
     "cache.admin_host": Key(
         "Address of /healthz, /status, /metrics. Off loopback it wants PDSERVE_ADMIN_TOKEN.", "127.0.0.1"
     ),
     "cache.admin_port": Key("And its port.", "8080"),
     # --- proxy ---
     "proxy": Key("The OpenAI API in front of it all. `null`: none.", "{port: 8000}"),
-    "proxy.host": Key("Address it listens on. `0.0.0.0` for every network: set `api_keys` then.", "127.0.0.1"),
+    "proxy.host": Key(
+        "Address it listens on. `0.0.0.0` for every network: set `api_keys` then. With `hosts`, the host that it runs on "
+        "(default: the first).",
+        "127.0.0.1",
+    ),
     "proxy.port": Key("Where clients go; /health, /metrics and the admin routes as well.", "8000"),
     "proxy.policy": Key(
         "How an engine is chosen. `session` keeps a conversation (X-Session-ID) on one; `prefix` and `chunk_location` go "
@@ -150,4 +178,30 @@ KEYS: dict[str, Key] = {
     "proxy.extra_args": Key(
         "Further flags of `pdserve proxy`; see [the commands](cli.md).", '["--max-body-mib", "128"]'
     ),
+    # --- several hosts ---
+    "hosts": Key(
+        "The machines, where there are several; `host` of an engine or of the proxy then names one of them. See [hosts](hosts.md).",
+        "[{name: a, address: 10.0.0.1}, {name: b, address: 10.0.0.2}]",
+        _HOSTS,
+    ),
+    "hosts[].name": Key("What the topology and `pdserve launch --host` call it.", "a", _HOST_A),
+    "hosts[].address": Key("What the other hosts reach it by.", "10.0.0.1", _HOST_A),
+    "hosts[].peer_url": Key(
+        "Where the other cache daemons reach the one of this host, if not at its `address` by the way that `peers` says.",
+        "ucx://10.9.0.1:7900",
+        _HOST_A,
+    ),
+    "peers": Key("How the cache daemons of several hosts talk to each other.", "{transport: tcp, port: 7900}", _HOSTS),
+    "peers.transport": Key("`tcp`, `ucx` or `nixl`; see [transports](transports.md).", "tcp", _HOSTS),
+    "peers.port": Key("Where each daemon listens for the others, on its host's address.", "7900", _HOSTS),
+    "peers.secret_file": Key(
+        "Holds what every daemon must know, the same on all hosts. Default: the variable PDSERVE_PEER_SECRET.",
+        "/etc/pdserve/peers.secret",
+        _HOSTS,
+    ),
+    "peers.cert": Key(
+        "TLS (tcp only): this host's certificate, PEM. Needs `peers.key`.", "/etc/pdserve/cert.pem", _HOSTS
+    ),
+    "peers.key": Key("TLS: its key, PEM.", "/etc/pdserve/key.pem", _HOSTS),
+    "peers.ca": Key("TLS: who must have signed the other hosts' certificates, PEM.", "/etc/pdserve/ca.pem", _HOSTS),
 }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from pdserve import topology_hosts
 from pdserve.errors import ConfigError
+from pdserve.topology_hosts import Peers
 
 if TYPE_CHECKING:
     from pdserve.topology import Instance, Topology
@@ -15,6 +17,7 @@ MIN_CACHE = 64 << 20
 
 def check(topology: Topology) -> None:
     """Raises ConfigError for the first rule that is broken."""
+    topology_hosts.check(topology)
     _check_roles(topology)
     _check_tiers(topology)
     _check_ports(topology)
@@ -41,7 +44,7 @@ def _check_roles(topology: Topology) -> None:
     if len(kinds) > 1:
         problem = f"engines of kinds {', '.join(sorted(kinds))} behind one proxy"
         raise ConfigError("engine.kind", problem, "Use one kind; one that is only compared with goes under plain.")
-    if topology.cache is None and any(instance.engine.kind != "fake" for instance in producers):
+    if topology.cache is None and any(i.engine.kind != "fake" and not i.engine.kv_transfer_config for i in producers):
         fix = "Add one, e.g. cache: {size: 2GiB}."
         raise ConfigError("cache", "missing, but prefill and decode hand their KV over through it", fix)
     if topology.cache and not (producers or both):
@@ -64,16 +67,21 @@ def _check_tiers(topology: Topology) -> None:
 
 
 def _check_ports(topology: Topology) -> None:
-    users: dict[int, str] = {}
-    wanted = [(instance.port, instance.key, f"{instance.key}.port") for instance in topology.instances]
-    if topology.cache:
-        wanted.append((topology.cache.admin_port, "cache", "cache.admin_port"))
+    users: dict[tuple[str, int], str] = {}
+    wanted = [(i.on, i.port, i.key, f"{i.key}.port") for i in topology.instances]
+    for host in [host.name for host in topology.hosts] or [""]:
+        if topology.cache:
+            wanted.append((host, topology.cache.admin_port, "cache", "cache.admin_port"))
+        if host:
+            wanted.append((host, (topology.peers or Peers()).port, "peers", "peers.port"))
     if topology.proxy:
-        wanted.append((topology.proxy.port, "proxy", "proxy.port"))
-    for port, user, key in wanted:
-        if port in users:
-            raise ConfigError(key, f"{port} is used by {users[port]}", "Give each process a port of its own.")
-        users[port] = user
+        wanted.append((topology.proxy_on, topology.proxy.port, "proxy", "proxy.port"))
+    for host, port, user, key in wanted:
+        if (host, port) in users:
+            there = f" on host {host}" if host else ""
+            problem = f"{port} is used by {users[host, port]}{there}"
+            raise ConfigError(key, problem, "Give each process a port of its own.")
+        users[host, port] = user
 
 
 # Flags that the launcher sets itself: given again in extra_args they would silently win or contradict the topology.
@@ -87,6 +95,9 @@ def _check_instance(topology: Topology, instance: Instance) -> None:
             raise ConfigError(
                 f"{key}.extra_args", f"{argument!r} is set by pdserve", "Remove it; use the topology's key."
             )
+    if engine.kv_transfer_config and topology.uses_cache(instance):
+        fix = "Remove one of the two."
+        raise ConfigError(f"{key}.kv_transfer_config", "is another connector, but the engine uses the cache", fix)
     if engine.device == "cpu":
         if instance.gpus:
             raise ConfigError(
@@ -128,12 +139,12 @@ def _check_cpus(instance: Instance) -> None:
 
 def _check_gpus(topology: Topology) -> None:
     """Two engines may share a GPU only when their shares of its memory add up to no more than all of it."""
-    used: dict[int, tuple[float, str]] = {}
+    used: dict[tuple[str, int], tuple[float, str]] = {}
     for instance in topology.instances:
         share = instance.engine.gpu_memory_utilization or 0.9
         for gpu in instance.gpus:
-            taken, user = used.get(gpu, (0.0, ""))
+            taken, user = used.get((instance.on, gpu), (0.0, ""))
             if taken + share > 1.0 + 1e-9:
                 fix = "Give each its own GPU, or lower gpu_memory_utilization of both."
                 raise ConfigError(f"{instance.key}.gpus", f"{gpu} is used by {user}", fix)
-            used[gpu] = (taken + share, instance.key)
+            used[instance.on, gpu] = (taken + share, instance.key)

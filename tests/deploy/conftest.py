@@ -88,7 +88,7 @@ def make_plan(run_dir: Path) -> Make:
             )
         top = topology.parse("name: small\nmodel: demo\nengine: {device: cpu}\nplain: [{port: 18300}]\n")
         context = Context(Model("demo", "demo", True), "demo", sys.executable, run_dir, None)
-        return Plan(top, context, run_dir, tuple(processes))
+        return Plan(top, context, run_dir, tuple(processes), top)
 
     return make
 
