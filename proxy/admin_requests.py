@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request, Response
 from pdserve.errors import RequestError
 from pdserve.proxy import openai, told
 from pdserve.proxy.access import Access
-from pdserve.proxy.history import TOLD, History
+from pdserve.proxy.history import History
 from pdserve.proxy.siblings import Siblings
 from pdserve.proxy.told import Caches
 
@@ -56,7 +56,7 @@ class AdminRequests:
     async def records(self, limit: int, state: str = "") -> list[dict[str, Any]]:
         """The newest records, with what engines told of those that have ended."""
         found = await self._siblings.records(limit, state)
-        unknown = [r["id"] for r in found if r["state"] != "active" and all(r[key] is None for key in TOLD)]
+        unknown = [r["id"] for r in found if r["state"] != "active" and r["output_tokens"] is None]
         legs = await self._caches.legs(unknown)
         return [self._kept(record, legs[record["id"]]) if record["id"] in legs else record for record in found]
 

@@ -105,8 +105,17 @@ class History:
             "trace_id": exchange.trace_id or trace_id(exchange.headers),
             "recoveries": exchange.trail.recoveries,
             **dict.fromkeys(TOLD),
+            **_handed(exchange.trail.handed),
             "spans": trail.spans(arrived, times, exchange.trail.legs, now),
         }
+
+
+def _handed(handed: dict[str, Any] | None) -> Record:
+    """What the producer's reply has told already."""
+    if handed is None:
+        return {}
+    cached = {tier: tokens for tier, tokens in handed["cached"].items() if tokens}
+    return {"cached_tokens": cached, "load_ms": handed["load_ms"], "saved_ms": handed["saved_ms"]}
 
 
 def trace_id(headers: list[tuple[bytes, bytes]]) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from pdserve import log
-from pdserve.proxy.history import TOLD, Record
+from pdserve.proxy.history import Record
 
 WITHIN_S = 1.0
 _log = log.get("proxy.told")
@@ -65,12 +65,10 @@ def merged(record: Record, legs: Legs) -> Record:
     last = _of(legs, record["decode"]) or first
     told = dict(record)
     if first:
-        told |= {key: first.get(key) for key in ("prompt_tokens", "cached_tokens", "load_ms", "saved_ms")}
+        keys = ("prompt_tokens", "cached_tokens", "load_ms", "saved_ms")
+        told |= {key: first[key] for key in keys if first.get(key) is not None}
     if last:
-        told |= {key: last.get(key) for key in ("output_tokens", "finish_reason")}
-    for key in TOLD:
-        if told.get(key) is None:
-            told[key] = record.get(key)
+        told |= {key: last[key] for key in ("output_tokens", "finish_reason") if last.get(key) is not None}
     if "spans" in record:
         spans = [*record["spans"], *(span(record, leg, s) for leg in legs for s in leg.get("spans", ()))]
         told["spans"] = sorted(spans, key=lambda s: float(s["start_ms"]))

@@ -57,6 +57,18 @@ class Trail:
         return sum(1 for leg in self.legs if leg.failure)
 
 
+def headers(handed: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What is known of the cache before the first byte of an answer goes out, as parts of x-pdserve- headers."""
+    if handed is None:
+        return []
+    cached = ",".join(f"{tier}={tokens}" for tier, tokens in handed["cached"].items())
+    found = [("cached-tokens", cached)]
+    for name in ("load", "saved"):
+        if (ms := handed[f"{name}_ms"]) is not None:
+            found.append((f"{name}-ms", f"{ms:.1f}"))
+    return found
+
+
 def spans(arrived: float, times: Times, legs: Sequence[Leg], now: float) -> list[Span]:
     """In order of their beginning; a state that lasts still ends `now`."""
     found = []

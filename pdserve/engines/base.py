@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pdserve.engines.body import Body
 
@@ -43,6 +43,10 @@ class Dialect(Protocol):
 
     def cached_tokens(self, handover: bytes) -> int | None:
         """How much of the prompt the producer did not have to compute; None if the handover does not say."""
+
+    def handed(self, handover: bytes) -> dict[str, Any] | None:
+        """Where the producer's prompt came from, if the handover says: {"cached": {tier: tokens}, "load_ms": milliseconds or
+        None, "saved_ms": the same}."""
 
     def prompt_tokens(self, reply: bytes) -> int | None:
         """How long the prompt of this answer was, if its usage says so."""

@@ -68,6 +68,33 @@ async def test_a_request_over_two_engines(rig: Any) -> None:
 
 
 @anyio
+async def test_headers_say_what_the_producer_had_cached(rig: Any) -> None:
+    async with rig(admin_token="boss") as r:
+        r.p.facts = {"cached": {"gpu": 0, "dram": 2048, "disk": 256}, "load_ms": 12.345, "saved_ms": 87.0}
+        for stream in (True, False):
+            reply = await r.complete(stream=stream)
+            told = {
+                name: reply.headers[f"x-pdserve-{name}"] for name in ("cached-tokens", "load-ms", "saved-ms", "route")
+            }
+            assert told == {
+                "cached-tokens": "gpu=0,dram=2048,disk=256",
+                "load-ms": "12.3",
+                "saved-ms": "87.0",
+                "route": "pd",
+            }
+        record = (await listed(r))[0]
+        assert (record["cached_tokens"], record["load_ms"]) == ({"dram": 2048, "disk": 256}, 12.345)
+        r.p.facts = {"cached": {"gpu": 5}, "load_ms": 0.0, "saved_ms": None}
+        assert "x-pdserve-saved-ms" not in (await r.complete()).headers
+        r.p.facts = {"cached": "x"}
+        assert "x-pdserve-cached-tokens" not in (await r.complete()).headers
+        r.p.always = Fault("status")  # nobody told, so nothing is said
+        assert not {h for h in (await r.complete()).headers if h.startswith("x-pdserve-")} & {
+            "x-pdserve-cached-tokens", "x-pdserve-load-ms", "x-pdserve-saved-ms",
+        }  # fmt: skip
+
+
+@anyio
 async def test_what_ran_wrong_is_in_the_record(rig: Any, until: Any) -> None:
     async with rig(admin_token="boss") as r:
         await r.post("/v1/completions", {"model": "nobody", "prompt": "x"})

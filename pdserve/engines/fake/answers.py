@@ -144,7 +144,7 @@ class Job:
         return {
             "do_remote_prefill": True, "do_remote_decode": False, "pdserve.transfer_id": f"t-{self.id}",
             "pdserve.num_tokens": self.prompt_tokens, "pdserve.source": self.engine.name,
-            "pdserve.cached_tokens": self.engine.cached_tokens, "remote_block_ids": [[1, 2]],
+            "pdserve.cached_tokens": self.engine.cached_tokens, "pdserve.facts": self.engine.facts, "remote_block_ids": [[1, 2]],
         }  # fmt: skip
 
     async def pieces(self) -> AsyncIterator[str]:

@@ -92,6 +92,7 @@ class FakeEngine:
     shift: int = 0  # makes it answer differently from its equals
     created: int = 1  # the time that its answers carry
     hands_over: bool = True
+    facts: dict[str, Any] | None = None  # where the prompt came from, as facts.py's handed() has it
     cached_tokens: int = 0  # what a producer says that it had cached
     healthy: bool = True
     faults: deque[Fault | None] = field(default_factory=deque)  # one for each coming POST; None lets it be
