@@ -30,13 +30,17 @@ export class Requests {
       this.show();
     });
     this.asked = 0;
+    this.rest = 0;
   }
 
   // Called with every picture; asks again only when something can have changed.
   async follow(picture) {
     const seen = JSON.stringify([picture.totals.requests, picture.totals.running]);
     const due = Date.now() - this.asked > EVERY;
-    if (this.busy || !due || (seen === this.seen && !picture.totals.running)) return;
+    // Engines tell of a request a little after its end: the list is asked for twice more when all is quiet.
+    if (seen !== this.seen || picture.totals.running) this.rest = 3;
+    if (this.busy || !due || !this.rest) return;
+    this.rest -= 1;
     this.busy = true;
     try {
       const reply = await (await ask(`admin/requests?limit=${LIMIT}`, AbortSignal.timeout(5000))).json();

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from pdserve import kernels
 from pdserve.chunk import KEY_BYTES
@@ -172,6 +173,11 @@ class Stand:
     def get(self, path: str) -> Any:
         return get(self.url + path, self.key)
 
+    def cache_metric(self, name: str, **labels: str) -> float:
+        families = text_string_to_metric_families(get(f"http://127.0.0.1:{self.cache_port}/metrics", self.key))
+        samples = (sample for family in families for sample in family.samples if sample.name == name)
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+
     def overview(self) -> dict[str, Any]:
         found: dict[str, Any] = self.get("/admin/overview")
         return found
@@ -181,7 +187,7 @@ class Shadow:
     """What the connectors of two engines would do: the producer stores a prompt's chunks, the consumer loads them."""
 
     def __init__(self, stand: Stand, producer: str = "prefill-0", consumer: str = "decode-0") -> None:
-        self._names = (producer, consumer)
+        self._names, self._socket = (producer, consumer), stand.socket
         self._clients = [CacheClient(stand.socket, name) for name in self._names]
         self._random = random.Random(7)
         self.keys: list[bytes] = []
@@ -237,14 +243,25 @@ class Shadow:
         load = telling.Span(producer.leg, "load", now, 3.25, hit * SHARD, hit * CHUNK, tier, "")
         store = telling.Span(producer.leg, "store", now + 0.02, 4.5, (len(keys) - hit) * SHARD, tokens - hit * CHUNK)
         ended = telling.Ended(producer.leg, 1, "length", tokens)
-        self._clients[0].tell(telling.Facts([producer, load, store, ended]))
+        self._say(0, [producer, load, store, ended])
         decode = telling.Leg(
             *(
                 getattr(producer, name) if name != "leg" else f"cmpl-{request}-0-99887766"
                 for name in producer.__struct_fields__
             )
         )
-        self._clients[1].tell(telling.Facts([decode, telling.Ended(decode.leg, 8, "length", tokens + 8)]))
+        self._say(1, [decode, telling.Ended(decode.leg, 8, "length", tokens + 8)])
+
+    def _say(self, which: int, items: list[Any]) -> None:
+        """As engines do it: a greeting on a line of its own, then what is to be told, which nobody answers."""
+        with socket.socket(socket.AF_UNIX) as line:
+            line.settimeout(5)
+            line.connect(str(self._socket))
+            line.sendall(wire.encode(wire.Hello(wire.VERSION, f"{self._names[which]}/shadow", os.getpid())))
+            line.recv(65536)
+            line.sendall(wire.encode(wire.Facts(items)))
+            line.shutdown(socket.SHUT_WR)
+            line.recv(1)  # until the daemon has read it all
 
 
 @contextlib.contextmanager
