@@ -17,6 +17,7 @@ COMMANDS = {
     "launch": ("pdserve.cli_launch", "start a topology and keep it running"),
     "status": ("pdserve.cli_status", "list every process of what runs"),
     "stop": ("pdserve.cli_stop", "stop a deployment, or clean up after one that was killed"),
+    "explain": ("pdserve.cli_explain", "say where a request's time went and why a chunk was missing"),
     "doctor": ("pdserve.cli_doctor", "check this machine, a topology or a running deployment, and say what to fix"),
     "verify": ("pdserve.verify", "compare the answers with plain vLLM's"),
     "demo": ("pdserve.demo", "start the CPU topology, send requests, show what came of them"),
