@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from pdserve import env, model, topology_hosts
+from pdserve import env, model, secret, topology_hosts
 from pdserve.deploy import hosts
 from pdserve.deploy.hosts import Elsewhere
 from pdserve.engines import command
@@ -37,10 +37,12 @@ class Process:
     leftovers: tuple[Path, ...] = ()  # files to remove once it is gone, in case it could not
     host: str = ""  # where there are several
     awaits: tuple[Elsewhere, ...] = ()  # processes of other hosts, ready before this one is started
+    hidden: frozenset[str] = frozenset()  # variables in `env` whose values are never shown
 
     def shell(self) -> str:
-        """As one would type it."""
-        words = [f"{key}={shlex.quote(value)}" for key, value in sorted(self.env.items())]
+        """As one would type it, but for passwords."""
+        shown = {key: "..." if key in self.hidden else value for key, value in sorted(self.env.items())}
+        words = [f"{key}={shlex.quote(value)}" for key, value in shown.items()]
         return " ".join([*words, shlex.join(self.argv)])
 
 
@@ -178,14 +180,18 @@ def _cache(label: str, name: str, cache: Cache, context: Context, peers: list[st
         folder = context.run_dir / (Path(cache.disk.path).expanduser() if cache.disk.path else "kv")
         words += ["--disk", str(folder), "--disk-size", str(cache.disk.size)]
         words += ["--disk-min-free", str(cache.disk.min_free), "--disk-write", cache.disk.write]
-    for url in cache.tiers:
-        words += ["--tier", url]
+    passwords: dict[str, str] = {}
+    for i, url in enumerate(cache.tiers):  # no password on a command line: everybody can read those
+        shown, found = secret.moved_to(url, f"PDSERVE_TIER_{i}_PASSWORD")
+        passwords |= found
+        words += ["--tier", shown]
     words += ["--admin-host", cache.admin_host, "--admin-port", str(cache.admin_port), *peers]
     return Process(
         name=name,
         role="cache",
         argv=_pdserve(context, *words),
-        env={"PYTHONSAFEPATH": "1"},
+        env={"PYTHONSAFEPATH": "1", **passwords},
+        hidden=frozenset(passwords),
         url=admin,
         ready_url=f"{admin}/healthz",
         log=_log(context, name),

@@ -18,6 +18,7 @@ class Context:
     run_dir: Path
     cache_socket: Path | None  # None: this deployment has no cache
     has_proxy: bool = True
+    cache_load: str = "adaptive"  # the topology's cache.load
 
     def script(self, name: str) -> str:
         """An entry point of this environment, such as `vllm`; PATH could lead to another one's."""

@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   pdserve bench long-doc-qa http://127.0.0.1:8000 --out res     any OpenAI server
   pdserve bench multi-round-qa --num-users 20 --qps 0.5 --slo-ttft 2
   pdserve bench trace-replay --trace-directory traces --scale 0.02 --duration 120 --start-users 2 --max-users 16 --slo-ttft 5
+  pdserve bench long-doc-qa --arms no-cache,gpu-cache,cache --topology local-cpu-both --repetitions 3 --out res
   pdserve bench compare res/a.json res/b.json
 """
 
@@ -83,6 +84,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         "--no-ignore-eos", action="store_true", help="answers may end early (for servers that refuse ignore_eos)"
     )
     add_load(parser)
+    add_arms(parser)
     keep = parser.add_argument_group("what to keep")
     keep.add_argument(
         "--out", metavar="DIR", type=Path, help="write raw records as JSON and CSV, and report.html, there"
@@ -133,9 +135,26 @@ def add_load(parser: argparse.ArgumentParser) -> None:
         help="ramp: how often it looks (default %(default)s)",
     )
     load.add_argument(
+        "--repetitions", type=int, help="how often, each time with other text (default: 1; with --arms 3 turns each)"
+    )
+    load.add_argument(
         "--max-client-overhead", type=float, default=10.0, metavar="MS",
         help="refuse to run if this client itself takes longer to a first token (default %(default)s; 0: not measured)",
     )  # fmt: skip
+
+
+def add_arms(parser: argparse.ArgumentParser) -> None:
+    arms = parser.add_argument_group("arms: deployments started in turns")
+    arms.add_argument(
+        "--arms",
+        default="",
+        metavar="A,B,...",
+        help="no-cache, gpu-cache, pd, pd+cache, cache, lmcache, nixl, offloading",
+    )
+    arms.add_argument("--topology", default="local-cpu-both", help="what all arms are made from (default %(default)s)")
+    arms.add_argument(
+        "--keep-up", action="store_true", help="start every arm once and keep all up, idle while it is not their turn"
+    )
 
 
 def headers_of(args: argparse.Namespace) -> dict[str, str]:

@@ -111,7 +111,7 @@ def _sample(rows: Sequence[Record], metric: Metric, timeout: float) -> Sample:
 def sentence(metric: Metric, a: str, b: str, ratio: Ratio) -> str:
     """Who is ahead, by how much, how surely."""
     if ratio.low is None or ratio.high is None:
-        return f"{metric.name}: {b} / {a} = {ratio.value:.3f}; too few repetitions or requests to say more."
+        return f"{metric.name}: {b} / {a} = {ratio.value:.3f}; too few repetitions or requests to say whether that is chance."
     between = f"95 % between {ratio.low:.3f} and {ratio.high:.3f}"
     if not ratio.differs:
         return f"{metric.name}: no difference between {a} and {b} ({ratio.value:.3f} of it, {between})."

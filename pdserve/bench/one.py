@@ -1,4 +1,4 @@
-"""One workload against one server: from the words of the command to a result."""
+"""One workload, against one server or in arms: from the words of the command to a result."""
 
 from __future__ import annotations
 
@@ -27,16 +27,25 @@ CONTEXT_SHARE = 0.97
 
 def main(args: argparse.Namespace) -> int:
     check(args)
+    if args.arms:
+        from pdserve.bench import arms
+
+        return finish(args, arms.run(args))
     found = targets.find_running(args.target)
     server = runner.ask(found.url, args.model, args.api_key, cli.headers_of(args))
     result = begin(args, server)
-    measure(args, server, result)
+    for repetition in range(1, (args.repetitions or 1) + 1):
+        measure(args, server, result, "", repetition)
     return finish(args, result)
 
 
 def check(args: argparse.Namespace) -> None:
-    if args.scale <= 0 or args.timeout <= 0:
-        raise ConfigError("--scale, --timeout", "must be positive")
+    if args.scale <= 0 or args.timeout <= 0 or (args.repetitions is not None and args.repetitions < 1):
+        raise ConfigError("--scale, --timeout, --repetitions", "must be positive")
+    if args.arms and args.target:
+        raise ConfigError(
+            "--arms", f"starts deployments of its own, but {args.target} was named", "Name one or the other."
+        )
     if bool(args.start_users) != bool(args.max_users) or (args.start_users and not args.slo_ttft):
         raise ConfigError("--start-users", "a ramp needs all three", "Give --start-users, --max-users and --slo-ttft.")
     if args.start_users > args.max_users:
@@ -89,9 +98,8 @@ def measure(
         ignore_eos=not args.no_ignore_eos, extra=cli.extra_of(args),
     )  # fmt: skip
     ramp = Ramp(args.start_users, args.max_users, args.slo_ttft, args.assessment_period) if args.start_users else None
-    progress = Progress(
-        sys.stderr, f"{args.word}{f' {arm}' if arm else ''}{f' #{repetition}' if repetition else ''}", args.quiet
-    )
+    label = " ".join([args.word, *filter(None, [arm]), *([f"#{repetition}"] if repetition > 1 or arm else [])])
+    progress = Progress(sys.stderr, label, args.quiet)
     outcome = runner.run(
         plan,
         server,

@@ -1,8 +1,9 @@
 """Whether two arms differ, and how surely: bootstrap intervals of ratios. Pure, seeded.
 
-Requests are resampled, in pairs where both arms were sent the same ones, after their repetitions: a repetition that went
-badly as a whole widens the interval, as it should. Rates (tokens per second) exist once a repetition, so their interval is
-Student's, of the logarithms of the ratios of repetitions that ran next to each other.
+Requests are resampled, in pairs where both arms were sent the same ones, after their repetitions. The bootstrap of a few
+repetitions is too sure of itself, and what drifts on a machine between two turns is in the repetitions, not in the requests:
+hence the interval is widened to Student's, of the logarithms of the ratios of repetitions that ran next to each other.
+Rates (tokens per second) exist once a repetition and have that one alone. One repetition has no interval at all.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class _Arm:
 
     def of(self, counts: Floats, statistic: Statistic) -> float | None:
         weights = counts[self.owner]
-        return statistic(self.values, weights) if weights.sum() > 0 else None
+        return statistic(self.values, weights) if len(self.values) and weights.sum() > 0 else None
 
 
 def ratio(a: Sequence[Sample], b: Sequence[Sample], statistic: Statistic, seed: int = 0) -> Ratio | None:
@@ -100,11 +101,33 @@ def ratio(a: Sequence[Sample], b: Sequence[Sample], statistic: Statistic, seed: 
         top, bottom = arm_b.of(drawn_b, statistic), arm_a.of(drawn_a, statistic)
         if top is not None and bottom:
             found.append(top / bottom)
-    if min(arm_a.requests, arm_b.requests) < 3 or len(found) < RESAMPLES // 2:
+    by_turn = _turns(left, right, statistic)
+    if by_turn is None or min(arm_a.requests, arm_b.requests) < 3 or len(found) < RESAMPLES // 2:
         return Ratio(base_a, base_b, base_b / base_a, None, None)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(found, [tail, 1 - tail])
-    return Ratio(base_a, base_b, base_b / base_a, float(low), float(high))
+    return Ratio(base_a, base_b, base_b / base_a, min(float(low), by_turn[0]), max(float(high), by_turn[1]))
+
+
+def _turns(left: Sequence[Sample], right: Sequence[Sample], statistic: Statistic) -> tuple[float, float] | None:
+    """Student's interval of the ratio, from one ratio per repetition."""
+    logs = []
+    for one, other in zip(left, right, strict=True):
+        a, b = _Arm([one]), _Arm([other])
+        bottom, top = a.of(np.ones(a.requests), statistic), b.of(np.ones(b.requests), statistic)
+        if bottom and top:
+            logs.append(math.log(top / bottom))
+    return _student(logs)
+
+
+def _student(logs: Sequence[float]) -> tuple[float, float] | None:
+    if len(logs) < 2:
+        return None
+    middle = sum(logs) / len(logs)
+    spread = math.sqrt(sum((x - middle) ** 2 for x in logs) / (len(logs) - 1))
+    t = _T[len(logs) - 1] if len(logs) - 1 < len(_T) else _T_MANY
+    reach = t * spread / math.sqrt(len(logs))
+    return math.exp(middle - reach), math.exp(middle + reach)
 
 
 def _aligned(a: list[Sample], b: list[Sample]) -> tuple[list[Sample], list[Sample], bool]:
@@ -141,9 +164,5 @@ def rate_ratio(a: Sequence[float], b: Sequence[float]) -> Ratio | None:
     logs = [math.log(y / x) for x, y in pairs]
     middle = sum(logs) / len(logs)
     base_a, base_b = sum(x for x, _ in pairs) / len(pairs), sum(y for _, y in pairs) / len(pairs)
-    if len(pairs) < 2:
-        return Ratio(base_a, base_b, math.exp(middle), None, None)
-    spread = math.sqrt(sum((x - middle) ** 2 for x in logs) / (len(logs) - 1))
-    t = _T[len(logs) - 1] if len(logs) - 1 < len(_T) else _T_MANY
-    reach = t * spread / math.sqrt(len(logs))
-    return Ratio(base_a, base_b, math.exp(middle), math.exp(middle - reach), math.exp(middle + reach))
+    low, high = _student(logs) or (None, None)
+    return Ratio(base_a, base_b, math.exp(middle), low, high)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from pdserve import engines, topology
+from pdserve.deploy import plan
 from pdserve.engines.vllm import command
+from pdserve.errors import ConfigError
 from pdserve.launching import Context
 from pdserve.model import Model
 from pdserve.topology import Instance
@@ -104,3 +106,17 @@ def test_every_engine_has_a_command(kind: str) -> None:
     assert all(isinstance(word, str) for word in made.argv(one, context()))
     assert made.environment(one, context())["PYTHONSAFEPATH"] == "1"
     assert made.ready_url(one, context()).startswith(one.url)
+
+
+def test_what_engines_do_with_a_hit_and_another_connector_reach_the_command_line() -> None:
+    base = "name: a\nmodel: demo\nengine: {device: cpu, kind: vllm}\nboth: [{port: 8300}]\n"
+    for load, wanted in (("adaptive", None), ("never", "never")):
+        top = topology.parse(f"{base}cache: {{size: 1GiB, load: {load}}}\n")
+        argv = plan.make(top, cores=[0]).processes[1].argv
+        extra = json.loads(argv[argv.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+        assert extra.get("pdserve.load") == wanted
+    other = topology.parse(base.replace("kind: vllm", "kv_transfer_config: {kv_connector: Other, kv_role: kv_both}"))
+    argv = plan.make(other, cores=[0]).processes[0].argv
+    assert json.loads(argv[argv.index("--kv-transfer-config") + 1]) == {"kv_connector": "Other", "kv_role": "kv_both"}
+    with pytest.raises(ConfigError, match="another connector"):
+        topology.parse(f"{base.replace('kind: vllm', 'kv_transfer_config: {kv_connector: Other}')}cache: {{size: 1GiB}}\n")

@@ -16,8 +16,9 @@ def argv(instance: Instance, context: Context) -> list[str]:
     command += _engine_flags(engine)
     # Without it usage.prompt_tokens_details is null, and nobody can see what the cache saved.
     command += ["--enable-prompt-tokens-details"]
-    if has_connector(instance, context):
-        command += ["--kv-transfer-config", json.dumps(kv_transfer_config(instance, context), separators=(",", ":"))]
+    connector = kv_transfer_config(instance, context) if has_connector(instance, context) else engine.kv_transfer_config
+    if connector:
+        command += ["--kv-transfer-config", json.dumps(connector, separators=(",", ":"))]
     return [*command, *engine.extra_args]
 
 
@@ -50,13 +51,16 @@ def has_connector(instance: Instance, context: Context) -> bool:
 
 
 def kv_transfer_config(instance: Instance, context: Context) -> dict[str, object]:
+    extra = {"pdserve.socket": str(context.cache_socket), "pdserve.instance": instance.name}
+    if context.cache_load != "adaptive":
+        extra["pdserve.load"] = context.cache_load
     return {
         "kv_connector": "PdserveConnector",
         "kv_connector_module_path": "pdserve.engines.vllm.connector",
         "kv_role": KV_ROLES[instance.role],
         # A load that fails is computed instead; vLLM's default would fail the request.
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"pdserve.socket": str(context.cache_socket), "pdserve.instance": instance.name},
+        "kv_connector_extra_config": extra,
     }
 
 

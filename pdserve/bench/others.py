@@ -1,0 +1,116 @@
+"""The systems that pdserve is compared with, where they are installed: what they need beside vLLM, and a sentence where they are not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import httpx
+
+from pdserve import env
+from pdserve.errors import StartError
+
+LMCACHE_VERSION = "0.5.6"
+LMCACHE_PARTS = "aiofile caio aiofiles sortedcontainers nvtx redis opentelemetry-exporter-prometheus"
+START_SECONDS = 120.0
+STOP_SECONDS = 15.0
+
+
+def lmcache_folder() -> Path | None:
+    """Where LMCache is: beside the environment (its dependencies fight with vLLM's), or in it."""
+    beside = env.home() / "bench" / f"lmcache-{LMCACHE_VERSION}"
+    if (beside / "lmcache").is_dir():
+        return beside
+    found = find_spec("lmcache")
+    return (
+        Path(next(iter(found.submodule_search_locations))).parent
+        if found and found.submodule_search_locations
+        else None
+    )
+
+
+def missing(arm: str) -> str:
+    """What is not installed that the arm needs, as a sentence with the fix; "" if nothing."""
+    if arm == "lmcache" and lmcache_folder() is None:
+        target = env.home() / "bench" / f"lmcache-{LMCACHE_VERSION}"
+        fix = f"pip install --no-deps --target {target} lmcache=={LMCACHE_VERSION} {LMCACHE_PARTS}"
+        return f"lmcache is not installed. Install it beside the environment: {fix}"
+    if arm == "nixl" and find_spec("nixl") is None:
+        return "nixl is not installed. Install it with: pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1"
+    return ""
+
+
+def environment(arm: str) -> dict[str, str]:
+    """Variables that the arm's engines need."""
+    if arm != "lmcache":
+        return {}
+    folder = lmcache_folder()
+    return {"PYTHONPATH": str(folder), "PYTHONHASHSEED": "0", "LMCACHE_TRACK_USAGE": "false"}
+
+
+def remarks(arm: str) -> list[str]:
+    """What a reader of the figures must know about how the other system was run."""
+    if arm == "lmcache":
+        return [f"LMCache {LMCACHE_VERSION}, MP mode, chunks of 256, LRU, shared memory, engine-driven transfer."]
+    if arm == "nixl":
+        found = find_spec("nixl_cu12")
+        places = list(found.submodule_search_locations or []) if found else []
+        api = [Path(place) / "_api.py" for place in places]
+        if any("pthrDelay = 0\n" in file.read_text() for file in api if file.exists()):
+            return [
+                "NIXL's progress thread polls without a pause (pthrDelay = 0): on few cores it takes one from each engine."
+            ]
+        return [
+            "NIXL's Python file is patched (pthrDelay): without that its progress thread takes a whole core of each engine."
+        ]
+    return []
+
+
+@contextlib.contextmanager
+def service(arm: str, size: int, port: int, http_port: int, log: Path) -> Iterator[None]:
+    """LMCache's server while the arm runs; nothing for the others."""
+    if arm != "lmcache":
+        yield
+        return
+    script = [sys.executable, "-c", "from lmcache.cli.main import main; import sys; sys.exit(main())"]
+    folder = lmcache_folder()
+    assert folder is not None
+    if (folder / "bin" / "lmcache").exists():
+        script = [sys.executable, str(folder / "bin" / "lmcache")]
+    words = ["server", "--host", "127.0.0.1", "--port", str(port), "--http-port", str(http_port), "--chunk-size", "256"]
+    words += ["--l1-size-gb", f"{size / 2**30:g}", "--eviction-policy", "LRU"]
+    words += ["--supported-transfer-mode", "engine_driven", "--shm-name", f"pdbench{os.getpid()}", "--disable-metrics"]
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [*script, *words], env={**os.environ, **environment(arm)}, stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        _wait(process, f"http://127.0.0.1:{http_port}", log)
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(STOP_SECONDS)
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Until its HTTP port answers anything at all."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        if process.poll() is not None or time.monotonic() > deadline:
+            tail = log.read_text(errors="replace")[-1000:]
+            raise StartError(f"LMCache's server did not come up: {tail}")
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.get(url, timeout=2, trust_env=False)
+            return
+        time.sleep(0.3)

@@ -1,0 +1,113 @@
+"""One topology, other KV strategies: the same engines on the same cores or GPUs, and only what becomes of KV changes. Pure.
+
+no-cache    the engines alone, their own prefix cache off
+gpu-cache   the engines alone with their own prefix cache: plain vLLM
+cache       the same with pdserve's cache below it
+pd          producers and consumers; only what is handed over is loaded, nothing is looked up
+pd+cache    producers and consumers with pdserve's cache
+lmcache     plain vLLM with LMCache's multi-process mode below it, as large as pdserve's cache
+nixl        producers and consumers over vLLM's NixlConnector
+offloading  plain vLLM with its own OffloadingConnector, as large as pdserve's cache
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from pdserve.errors import ConfigError
+from pdserve.topology import parse_size
+
+Raw = dict[str, Any]
+PortMaker = Callable[[], int]
+
+ALONE = ("no-cache", "gpu-cache", "lmcache", "offloading")
+SPLIT = ("pd", "pd+cache", "nixl")
+NAMES = ("no-cache", "gpu-cache", "pd", "pd+cache", "cache", "lmcache", "nixl", "offloading")
+#: fixed strategies of the connector, for `bench regimes`: what the adaptive one is judged against
+LOADS = {"cache": "adaptive", "cache-always": "always", "cache-never": "never"}
+
+
+def parse(text: str) -> list[str]:
+    names = [word.strip() for word in text.split(",") if word.strip()]
+    for name in names:
+        if name not in NAMES and name not in LOADS:
+            raise ConfigError("--arms", f"{name!r} is not known", f"Known: {', '.join(NAMES)}.")
+    if not names or len(set(names)) != len(names):
+        raise ConfigError("--arms", f"{text!r} names no arm, or one twice")
+    return names
+
+
+def engines(raw: Raw) -> list[Raw]:
+    return [dict(e) for role in ("prefill", "decode", "both") for e in raw.get(role) or []]
+
+
+def why_not(arm: str, raw: Raw) -> str:
+    """A sentence when this topology cannot be that arm, else ""."""
+    if arm in SPLIT and len(engines(raw)) < 2:
+        return f"{arm} needs two engines, and the topology has one (local-cpu has two)."
+    if arm not in ("no-cache", "gpu-cache") and not raw.get("cache"):
+        return f"{arm} needs to know how large a cache may be, and the topology has no cache section."
+    if arm == "offloading" and (raw.get("engine") or {}).get("device") == "cpu":
+        return "offloading: vLLM's OffloadingConnector refuses to start on the CPU (GPUs and XPUs only)."
+    return ""
+
+
+def make(arm: str, base: Raw, port: PortMaker, service_port: int = 0) -> Raw:
+    """The topology of an arm. `service_port`: where LMCache's server listens."""
+    if problem := why_not(arm, base):
+        raise ConfigError("--arms", problem)
+    raw = copy.deepcopy(base)
+    raw["name"] = f"bench-{arm.replace('+', '-')}"
+    machines = engines(raw)
+    for machine in machines:
+        machine["port"] = port()
+    producers = len(base.get("prefill") or []) or len(machines) // 2
+    for role in ("prefill", "decode", "both", "plain"):
+        raw.pop(role, None)
+    if arm in SPLIT:
+        raw["prefill"], raw["decode"] = machines[:producers], machines[producers:]
+    else:
+        raw["both"] = machines
+    raw["engine"] = {**(raw.get("engine") or {}), "enable_prefix_caching": arm != "no-cache"}
+    raw["proxy"] = {**(raw.get("proxy") or {}), "port": port()}
+    _cache(arm, raw, port)
+    if arm in ("lmcache", "nixl", "offloading"):
+        _connector(arm, raw, base, port, service_port)
+    return raw
+
+
+def _cache(arm: str, raw: Raw, port: PortMaker) -> None:
+    if arm in ALONE or arm == "nixl":
+        raw.pop("cache", None)
+        return
+    raw["cache"] = {
+        **raw["cache"],
+        "admin_port": port(),
+        "load": "never" if arm == "pd" else LOADS.get(arm, "adaptive"),
+    }
+
+
+def _connector(arm: str, raw: Raw, base: Raw, port: PortMaker, service_port: int) -> None:
+    on_cpu = raw["engine"].get("device") == "cpu"
+    size = parse_size(base["cache"]["size"], "cache.size")
+    if arm == "lmcache":
+        extra: Raw = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": service_port}
+        raw["engine"]["kv_transfer_config"] = _config("LMCacheMPConnector", "kv_both", extra)
+    elif arm == "offloading":
+        raw["engine"]["kv_transfer_config"] = _config("OffloadingConnector", "kv_both", {"cpu_bytes_to_use": size})
+    else:
+        for role, kv_role in (("prefill", "kv_producer"), ("decode", "kv_consumer")):
+            for machine in raw[role]:
+                config = _config("NixlConnector", kv_role, {})
+                if on_cpu:
+                    config["kv_buffer_device"] = "cpu"
+                machine["kv_transfer_config"] = config
+                side = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port())}
+                tls = {"UCX_TLS": "tcp,sm,self"} if on_cpu else {}
+                machine["env"] = {**(machine.get("env") or {}), **side, **tls}
+
+
+def _config(connector: str, role: str, extra: Raw) -> Raw:
+    return {"kv_connector": connector, "kv_role": role, **({"kv_connector_extra_config": extra} if extra else {})}
