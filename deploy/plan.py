@@ -41,9 +41,11 @@ class Process:
 
     def shell(self) -> str:
         """As one would type it, but for passwords."""
-        shown = {key: "..." if key in self.hidden else value for key, value in sorted(self.env.items())}
-        words = [f"{key}={shlex.quote(value)}" for key, value in shown.items()]
+        words = [f"{key}={shlex.quote(value)}" for key, value in sorted(self.shown_env().items())]
         return " ".join([*words, shlex.join(self.argv)])
+
+    def shown_env(self) -> dict[str, str]:
+        return {key: "..." if key in self.hidden else value for key, value in self.env.items()}
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,7 @@ def _proxy(
         ("--api-keys", proxy.api_keys),
     ):
         words += [flag, f"{value:g}" if isinstance(value, float) else str(value)] if value is not None else []
+    words += ["--early-decode"] if proxy.early_decode else []
     if proxy.prefill_timeout is not None:
         words += ["--prefill-timeout", f"{proxy.prefill_timeout:g}"]
     return Process(

@@ -106,13 +106,16 @@ def _prepare_run_dir(plan: Plan) -> None:
     raw: dict[str, Any] = yaml.safe_load(Path(plan.topology.source).read_text())
     if plan.context.model.local and not plan.context.model.demo:
         raw["model"] = plan.context.model.source  # a relative path would mean another folder from here
-    (plan.run_dir / "topology.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    copy = plan.run_dir / "topology.yaml"
+    copy.touch(0o600)  # it may hold passwords
+    copy.write_text(yaml.safe_dump(raw, sort_keys=False))
 
 
 def _print_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
         facts = {"name": plan.label, "url": plan.url, "run_dir": plan.run_dir}
-        print(json.dumps({**facts, "processes": [asdict(p) for p in plan.processes]}, indent=1, default=str))
+        shown = [asdict(p) | {"env": p.shown_env(), "hidden": sorted(p.hidden)} for p in plan.processes]
+        print(json.dumps({**facts, "processes": shown}, indent=1, default=str))
         return
     print(f"# {plan.label}: {len(plan.processes)} processes, run directory {plan.run_dir}")
     for process in plan.processes:

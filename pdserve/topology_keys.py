@@ -135,8 +135,9 @@ KEYS: dict[str, Key] = {
     ),
     "cache.tiers": Key(
         "Further tiers, fastest first, by URL: `redis://`, `rediss://`, `valkey://`, `valkeys://`, `s3://`, `mooncake://`, "
-        "`file://`. Options follow a question mark (`?ttl=3600`).",
-        '["redis://kv.example:6379/0?ttl=86400"]',
+        "`file://`. Options follow a question mark (`?ttl=3600`). A password is best written as the name of an environment variable, "
+        "`redis://:${NAME}@host`, or kept in a file, `?password_file=PATH`; it never appears on a command line or in a log.",
+        '["redis://:${KV_PASSWORD}@kv.example:6379/0?ttl=86400"]',
     ),
     "cache.load": Key(
         "What engines do with KV that is found: `adaptive` loads what is faster loaded than computed, by their own measurements; "
@@ -166,6 +167,11 @@ KEYS: dict[str, Key] = {
     "proxy.pd_min_tokens": Key(
         "Prompts with fewer uncached tokens are prefilled by the consumer itself; 0: all are split. See [tuning](tuning.md).",
         "512",
+    ),
+    "proxy.early_decode": Key(
+        "Sends the decode leg while the prefill still runs: the consumer loads chunks as they come. Hides most of the handover; "
+        "keeps room in the consumer's KV cache meanwhile.",
+        "true",
     ),
     "proxy.slo_ttft": Key(
         "Target in seconds for the first token. Set: requests queue, and are refused (429) when it cannot be met.",

@@ -24,7 +24,7 @@ import uvicorn
 import uvloop
 from prometheus_client import CollectorRegistry
 
-from pdserve import env, log, metrics
+from pdserve import env, log, metrics, secret
 from pdserve.errors import ConfigError, ProtocolError, StartError
 from pdserve.transfer import admin, arena, faults, journal, scrub, wire
 from pdserve.transfer.catalog import Catalog
@@ -431,10 +431,14 @@ def _tiers(args: argparse.Namespace) -> list[tuple[Tier, Rules]]:
         except TierError as e:
             log.get("cache").error("%s; serving without it", e)
     for i, url in enumerate(getattr(args, "tier", None) or ()):
-        from pdserve.transfer.tiers import breaker, registry
+        from pdserve.transfer.tiers import registry
 
-        tier = breaker.Guarded(registry.build(url, f"cache.tiers[{i}]"), get_timeout=REMOTE_GET_S)
-        tiers.append((tier, Rules(get_s=REMOTE_GET_S)))
+        key = f"cache.tiers[{i}]"
+        if secret.written_out(url):
+            words = "the password in %s can be read in the list of processes; write ${NAME} in its place, or ?password_file=PATH"
+            log.get("cache").warning(words, secret.hidden(url))
+        tier = registry.build(url, key, REMOTE_GET_S)
+        tiers.append((tier, Rules(get_s=REMOTE_GET_S, url=secret.hidden(url))))
     return tiers
 
 

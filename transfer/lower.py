@@ -24,6 +24,8 @@ class Rules:
     put_s: float = 30.0
     readers: int = 2
     max_queued: int = 256
+    #: where it is, as it may be shown
+    url: str = ""
 
 
 class Lower:

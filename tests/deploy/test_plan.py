@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,17 @@ def test_shell_form_can_be_typed() -> None:
     line = of(planned(PD), "prefill-0").shell()
     assert line.startswith("DO_NOT_TRACK=1 ")
     assert "--kv-transfer-config '{" in line
+
+
+def test_a_password_goes_through_the_environment_and_is_shown_nowhere() -> None:
+    tiers = '["redis://:p%40ss@kv:6379/1?ttl=60", "redis://me:${MINE}@kv", "file:///srv"]'
+    plan = planned(PD.replace("admin_port: 8081}", f"admin_port: 8081, tiers: {tiers}}}"))
+    cache = of(plan, "cache")
+    urls = [word for before, word in itertools.pairwise(cache.argv) if before == "--tier"]
+    assert urls == ["redis://:${PDSERVE_TIER_0_PASSWORD}@kv:6379/1?ttl=60", "redis://me:${MINE}@kv", "file:///srv"]
+    assert cache.env["PDSERVE_TIER_0_PASSWORD"] == "p@ss"
+    shown = [
+        text for process in plan.processes for text in (process.shell(), *process.argv, *process.shown_env().values())
+    ]
+    assert not any("p@ss" in text or "p%40ss" in text for text in shown)
+    assert "PDSERVE_TIER_0_PASSWORD=..." in cache.shell()

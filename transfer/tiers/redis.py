@@ -16,6 +16,7 @@ import importlib
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -42,6 +43,8 @@ class RedisOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     db: int = 0
     username: str = ""
     password: str = ""
+    #: file that holds the password; read at each connection, so that it may change
+    password_file: str = ""
     tls: bool = False
     #: PEM file of the authority that signed the server's certificate (default: the system's)
     ca: str = ""
@@ -177,6 +180,11 @@ class RedisTier:
         line: _Line = self._lines.line
         return line
 
+    def _password(self) -> str:
+        if not self._options.password_file:
+            return self._options.password
+        return Path(self._options.password_file).read_text().strip()
+
     def _connect(self) -> Any:
         o = self._options
         common = {
@@ -184,7 +192,7 @@ class RedisTier:
             "port": o.port,
             "db": o.db,
             "username": o.username or None,
-            "password": o.password or None,
+            "password": self._password() or None,
             "protocol": 2,
             "socket_timeout": 10.0,  # a thread whose caller left is woken; this is for what cannot be woken
             "socket_connect_timeout": 2.0,

@@ -1,13 +1,14 @@
 """Lower tiers by URL: the only list of them. Each is imported when it is asked for, its client library with it.
 
-    redis://[user]:password@host:port/db?ttl=86400      rediss:// with TLS; valkey:// and valkeys:// mean the same
+    redis://[user]:${NAME}@host:port/db?ttl=86400       rediss:// with TLS; valkey:// and valkeys:// mean the same
     s3://bucket/prefix?endpoint=http://host:9000        credentials from the usual places (environment, ~/.aws, the instance)
     mooncake://master:50051?segment=1GiB
     file:///shared/directory?ttl=604800
     memory:                                             this process's own memory, for trying things out
 
 What comes after the question mark are the fields of the tier's options, by name; an error names the key, the value and
-what would be right. Passwords never appear in an error.
+what would be right. A password is best left to the environment (${NAME}) or to a file (?password_file=PATH): one that is
+written out can be read by everybody in the list of processes. Passwords never appear in an error.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import msgspec
 
+from pdserve import secret
 from pdserve.errors import ConfigError
 from pdserve.transfer.tiers.base import Tier
 from pdserve.transfer.tiers.breaker import Guarded
@@ -41,12 +43,12 @@ _UNITS = {
 }
 
 
-def build(url: str, key: str = "cache.tiers[0]") -> Guarded:
+def build(url: str, key: str = "cache.tiers[0]", get_timeout: float = 10.0) -> Guarded:
     """The tier that `url` names, behind a circuit breaker; `key` is where the user wrote it.
 
     Raises ConfigError. Connects to nothing yet.
     """
-    return Guarded(bare(url, key))
+    return Guarded(bare(url, key), get_timeout=get_timeout)
 
 
 def bare(url: str, key: str = "cache.tiers[0]") -> Tier:
@@ -68,20 +70,20 @@ def known() -> str:
 
 def show(url: str) -> str:
     """The URL as it may be logged: without its password."""
-    return re.sub(r"(?<=://)[^/@]*@", "...@", url)
+    return secret.hidden(url)
 
 
 class _Wanted:
     """A URL taken apart, and complaints about it."""
 
     def __init__(self, url: str, key: str, parts: SplitResult, port: int | None) -> None:
-        self.key, self.parts, self.port = key, parts, port
+        self.url, self.key, self.parts, self.port = url, key, parts, port
         self.host = parts.hostname or ""
         self.path = unquote(parts.path)
-        self._url = show(url)
+        self._shown = show(url)
 
     def wrong(self, problem: str, fix: str) -> ConfigError:
-        return ConfigError(self.key, f"{problem} in {self._url}", fix)
+        return ConfigError(self.key, f"{problem} in {self._shown}", fix)
 
     def need_host(self, what: str) -> None:
         if not self.host:
@@ -135,16 +137,19 @@ def _redis(wanted: _Wanted) -> Tier:
         raise wanted.wrong(
             f"the database {db!r} is not a number", "Write it after the slash, like redis://host:6379/0."
         )
+    user, password = secret.user_and_password(wanted.url, wanted.key)
     fixed = {
         "host": wanted.host,
         "port": wanted.port or 6379,
         "db": int(db),
-        "username": unquote(wanted.parts.username or ""),
-        "password": unquote(wanted.parts.password or ""),
+        "username": user,
+        "password": password,
         "tls": wanted.parts.scheme in ("rediss", "valkeys"),
     }
     options = wanted.options(module.RedisOptions, fixed)
-    for name in ("ca", "cert", "cert_key"):
+    if password and options.password_file:
+        raise wanted.wrong("a password and password_file", "Give one of them.")
+    for name in ("ca", "cert", "cert_key", "password_file"):
         _need_file(wanted, name, getattr(options, name))
     return _made(wanted, module.RedisTier, options)
 
@@ -193,7 +198,7 @@ def _made(wanted: _Wanted, kind: Callable[[Any], Tier], options: object) -> Tier
 
 def _need_file(wanted: _Wanted, name: str, path: str) -> None:
     if path and not Path(path).is_file():
-        raise wanted.wrong(f"{name}={path!r}: no such file", "Give the path of a PEM file.")
+        raise wanted.wrong(f"{name}={path!r}: no such file", "Give the path of a file that can be read.")
 
 
 _MAKERS: dict[str, Callable[[_Wanted], Tier]] = {

@@ -1,3 +1,6 @@
+import json
+import os
+
 import pytest
 
 from pdserve.errors import ConfigError
@@ -74,3 +77,47 @@ def test_passwords_are_not_shown(url):
     with pytest.raises(ConfigError) as e:
         registry.build(url)
     assert "secret" not in str(e.value)
+
+
+def test_a_password_may_come_from_the_environment_or_from_a_file(monkeypatch, tmp_path):
+    pytest.importorskip("redis")
+    monkeypatch.setenv("KV_PASSWORD", "p@s:s/%41")
+    tier = registry.bare("redis://me:${KV_PASSWORD}@h")
+    assert (tier._options.username, tier._password()) == ("me", "p@s:s/%41")
+    tier.close()
+    file = tmp_path / "password"
+    file.write_text("first\n")
+    tier = registry.bare(f"redis://h?password_file={file}")
+    assert tier._password() == "first"
+    file.write_text("second\n")
+    assert tier._password() == "second"
+    tier.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("redis://:${NOT_SET_ANYWHERE}@h", "the environment variable NOT_SET_ANYWHERE is not set.*export"),
+        ("redis://h?password_file=/no/such/file", "no such file"),
+        ("redis://:secret@h?password_file=/dev/null", "Give one of them"),
+    ],
+)
+def test_a_password_that_cannot_be_had_is_said_at_start(url, says):
+    pytest.importorskip("redis")
+    with pytest.raises(ConfigError, match=says) as e:
+        registry.build(url)
+    assert "secret" not in str(e.value)
+
+
+def test_a_daemon_shows_no_password_anywhere(tmp_path, start_cache, monkeypatch):
+    """Command line, configuration, status, log, metrics: of a tier that is there and of one with its password written out."""
+    pytest.importorskip("redis")
+    monkeypatch.setenv("KV_PASSWORD", "hush1")
+    words = ("--tier", "redis://me:${KV_PASSWORD}@127.0.0.1:1/0", "--tier", "redis://:hush2@127.0.0.1:1/0")
+    daemon = start_cache(tmp_path, f"test-{os.getpid()}-hush", 64 << 20, *words)
+    assert json.loads(daemon.get("/config"))["tiers"]["redis"]["url"] == "redis://...@127.0.0.1:1/0"
+    shown = [daemon.get(path) for path in ("/config", "/status", "/metrics", "/cache/stats")]
+    log = daemon.stop()
+    assert "the password in redis://...@127.0.0.1:1/0 can be read in the list of processes" in log
+    assert log.count("can be read in the list") == 1  # of the one that is written out
+    assert not any(word in text for text in [*shown, log] for word in ("hush1", "hush2"))
