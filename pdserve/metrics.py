@@ -114,6 +114,14 @@ PROXY = {
         act="slo_cannot_be_met: more load than the target allows, add engines; rate_limit_exceeded and "
         "too_many_streams: a key's own limits; engine: an engine said 429.",
     ),
+    "prefix_pins_total": Metric(
+        Counter,
+        "Prefixes that cache_control markers asked to keep, by outcome (pinned, short, refused, failed)",
+        ("outcome",),
+        unit="prefixes",
+        act="refused: the tenant's quota of pinned memory is full; failed: no daemon given by --cache knew the request, "
+        "or its chunks did not arrive; short: less than one chunk before the marker, nothing to do.",
+    ),
     "admission_limit": Metric(
         Gauge,
         "Requests that may be between arrival and first token at once",

@@ -39,6 +39,7 @@ from pdserve.proxy.history import History
 from pdserve.proxy.instance import Instance
 from pdserve.proxy.keys import Keys
 from pdserve.proxy.options import Settings, add_arguments
+from pdserve.proxy.pinning import Pinning
 from pdserve.proxy.routing import Routing
 from pdserve.proxy.shared import Alone, Shared, Together
 from pdserve.proxy.siblings import Siblings
@@ -67,7 +68,8 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
     known = keys.read(settings.api_keys) if settings.api_keys else Keys()
     known.shared = shared
     history = History()
-    doors = Doors(known, admission, history)
+    pinning = Pinning(fleet, settings.caches, settings.admin_token, made)
+    doors = Doors(known, admission, history, pinning)
     siblings = Siblings(history, shared.folder, shared.row)
     caches = Caches(settings.caches, settings.admin_token)
     requests = AdminRequests(history, siblings, caches, Access(settings.admin_token))
@@ -85,6 +87,7 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
             await dashboard.stop()
             await siblings.stop()
             await caches.stop()
+            await pinning.stop()
             await admin.stop()
             await fleet.stop()
 

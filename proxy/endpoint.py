@@ -17,6 +17,7 @@ from pdserve.proxy.history import History
 from pdserve.proxy.keys import Keys
 from pdserve.proxy.lifetime import Event, Lifetime, State
 from pdserve.proxy.options import Settings
+from pdserve.proxy.pinning import Pinning
 from pdserve.proxy.relay import Client, ClientStuck
 from pdserve.proxy.split import Exchange, Splitter
 
@@ -31,6 +32,7 @@ class Doors:
     keys: Keys
     admission: Admission
     history: History
+    pinning: Pinning
 
 
 class Endpoint:
@@ -108,6 +110,8 @@ class Endpoint:
             return await self._splitter.pass_on(exchange, body)
         ask = openai.parse(body, self._splitter.models, self._path)
         exchange.model = ask.body.get("model") or ""
+        if ask.body.raw is not body:
+            exchange.marked = body
         if not self._doors.admission.gated(exchange.key):
             return await self._splitter.generate(exchange, ask)
         exchange.client.lifetime.on(Event.QUEUE)
@@ -143,7 +147,12 @@ class Endpoint:
         if exchange.leave is not None:
             exchange.leave.first_token()
         self._observe("time_to_first_token_seconds", exchange.route, seconds)
+        if exchange.marked:
+            self._pin(exchange)
         exchange.client.on_gap = self._metric("inter_token_latency_seconds", exchange.route).observe
+
+    def _pin(self, exchange: Exchange) -> None:
+        self._doors.pinning.begin(self._path, exchange.request_id, exchange.headers, exchange.marked)
 
     def _observe(self, metric: str, route: str, seconds: float) -> None:
         self._metric(metric, route).observe(seconds)
@@ -167,4 +176,6 @@ class Endpoint:
         status = _CLIENT_LEFT if gone else client.status
         self._metric("requests_total", self._path, route, str(status)).inc()
         if client.lifetime.state is State.DONE:
+            if exchange.marked:
+                self._pin(exchange)
             self._observe("e2e_request_latency_seconds", route, time.perf_counter() - client.arrived)

@@ -24,7 +24,7 @@ RESPONSES: Final = "/v1/responses"
 MESSAGES: Final = "/v1/messages"  # Anthropic's
 SPLIT: Final = (COMPLETIONS, CHAT, RESPONSES, MESSAGES)  # the endpoints that a prefill and a decode leg can share
 CHOICES: Final = (COMPLETIONS, CHAT)  # those whose streams takeover.py can read
-PASSED_ON: Final = ("/v1/embeddings", "/tokenize", "/detokenize")
+PASSED_ON: Final = ("/v1/embeddings", "/v1/messages/count_tokens", "/tokenize", "/detokenize")
 FETCHED: Final = ("/v1/models", "/version")
 
 JSON: Final = b"application/json"

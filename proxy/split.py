@@ -60,6 +60,7 @@ class Exchange:
     key: Key = field(default_factory=lambda: Key(ANYBODY))
     leave: Pass | None = None  # its place at the gate, until its first token
     facts: Facts = field(default_factory=lambda: Facts(""))
+    marked: bytes = b""  # the client's body, if there are cache_control markers in it
     # For its record (history.py).
     trail: Trail = field(default_factory=Trail)
     model: str = ""

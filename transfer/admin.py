@@ -30,7 +30,12 @@ class KeysBody(BaseModel):
     keys: Keys
 
 
-class PinBody(KeysBody):
+class PinBody(BaseModel):
+    """Keys; or a request that engines told of, and how many of its prompt's tokens: the whole chunks within them."""
+
+    keys: Keys = []
+    request: Annotated[str, Field(max_length=800)] = ""
+    tokens: Annotated[int, Field(ge=0)] = 0
     ttl_s: Annotated[float, Field(gt=0, le=24 * 3600)] = 300.0
 
 
@@ -130,8 +135,15 @@ def _acting(app: FastAPI, daemon: Daemon) -> None:
 
     @app.post("/cache/pin")
     async def pin(body: PinBody) -> dict[str, Any]:
-        pinned, refused, why = daemon.pins.pin([bytes.fromhex(k) for k in body.keys], body.ttl_s, time.monotonic())
-        return {"pinned": pinned, "refused": refused, "why": why}
+        keys = [bytes.fromhex(k) for k in body.keys]
+        wanted = len(keys)
+        if body.request:
+            found = daemon.requests.keys(body.request, body.tokens)
+            if found is None:
+                return {"pinned": 0, "refused": 0, "why": "no engine here told of this request", "wanted": None}
+            keys, wanted = found[-1:], len(found)  # the last stands for all before it
+        pinned, refused, why = daemon.pins.pin(keys, body.ttl_s, time.monotonic())
+        return {"pinned": pinned, "refused": refused, "why": why, "wanted": wanted}
 
     @app.post("/cache/unpin")
     async def unpin(body: KeysBody) -> dict[str, int]:

@@ -172,6 +172,12 @@ class Requests:
                 shown[request] = legs
         return shown
 
+    def keys(self, request: str, tokens: int) -> list[bytes] | None:
+        """The keys of the whole chunks within a prompt's first `tokens` tokens; None if no leg of it is known."""
+        legs = [self._legs[name].told for name in self._by_request.get(request, ()) if name in self._legs]
+        told = next((leg for leg in reversed(legs) if leg is not None), None)
+        return None if told is None else told.keys[: min(tokens, told.tokens) // told.chunk_tokens]
+
     def _shown(self, leg: _Leg) -> dict[str, Any]:
         told, ended = leg.told, leg.ended
         loads = [span.ms for span in leg.spans if span.name == "load"]

@@ -238,3 +238,12 @@ def test_prompts_are_bounded_in_number_and_bytes() -> None:
     for n in range(100):
         prompts._remove(prompts._prompts.pop(f"leg{n}", None))
     assert (prompts.size, prompts._edges) == (0, {})
+
+
+def test_the_keys_of_a_prompts_beginning_are_those_of_its_whole_chunks(requests: Requests) -> None:
+    tokens = ids(3 * CHUNK + 10)
+    assert requests.keys("r", 100) is None
+    requests.take(telling.Facts([leg("r", tokens)]), "prefill-0")
+    assert requests.keys("r", CHUNK - 1) == []
+    assert requests.keys("r", 2 * CHUNK + 5) == keys(tokens)[:2]
+    assert requests.keys("r", 10**6) == keys(tokens)[:3]

@@ -38,6 +38,14 @@ def as_chat(path: str, body: dict[str, Any], request_id: str) -> AsChat:
     return AsChat("/v1/chat/completions", chat, request_id)
 
 
+def counted(body: dict[str, Any]) -> dict[str, Any]:
+    """The words of a chat, as both endpoints that count tokens tell them."""
+    contents = [body.get("system") or "", *(m.get("content") or "" for m in body["messages"])]
+    parts = [part for content in contents for part in ([{"text": content}] if isinstance(content, str) else content)]
+    words = sum(len(part.get("text", "").split()) for part in parts)
+    return {"count": words, "input_tokens": words}
+
+
 def usage(path: str, told: dict[str, Any]) -> dict[str, Any]:
     prompt, cached = told["prompt_tokens"], told["prompt_tokens_details"]["cached_tokens"]
     out = {"output_tokens": told["completion_tokens"]}

@@ -165,6 +165,8 @@ class FakeEngine:
             self._check_json(seen)
             if seen.path in ("/v1/completions", "/v1/chat/completions") or seen.path in (apis.RESPONSES, apis.MESSAGES):
                 await self._generate(seen, out, fault)
+            elif seen.path == "/v1/messages/count_tokens" or (seen.path == "/tokenize" and "messages" in seen.body):
+                out.whole(200, apis.counted(seen.body))
             elif seen.path in ("/v1/embeddings", "/tokenize", "/detokenize"):
                 await self._echo(seen, out)
             else:
