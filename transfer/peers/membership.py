@@ -30,6 +30,7 @@ _WEIGHT = 0.3
 class Member:
     url: str
     name: str = ""  # as listed, then as it says itself
+    aliases: tuple[str, ...] = ()  # what else it is called in requests to push to it
     epoch: str = ""
     ourselves: bool = False
     draining: bool = False
@@ -100,7 +101,7 @@ class Members:
         if target in self._members:
             found: Member | None = self._members[target]
         else:
-            found = next((m for m in self._members.values() if m.name == target), None)
+            found = next((m for m in self._members.values() if target == m.name or target in m.aliases), None)
             found = found or next((m for m in self._members.values() if urlsplit(m.url).hostname == target), None)
         return None if found is None or found.ourselves else found
 
@@ -109,11 +110,7 @@ class Members:
         left = [m for url, m in self._members.items() if url not in now_listed]
         for member in left:
             del self._members[member.url]
-        joined = [
-            Member(url, name, ourselves=url == self._own)
-            for url, name in now_listed.items()
-            if url not in self._members
-        ]
+        joined = [_member(url, names, self._own) for url, names in now_listed.items() if url not in self._members]
         self._members |= {member.url: member for member in joined}
         return [m for m in joined if not m.ourselves], [m for m in left if not m.ourselves]
 
@@ -123,3 +120,9 @@ class Members:
             member.ourselves = True
             return False
         return member.greeting(name, epoch)
+
+
+def _member(url: str, names: str, own: str) -> Member:
+    """`names`: its name and further ones, with commas."""
+    name, *aliases = names.split(",")
+    return Member(url, name, tuple(aliases), ourselves=url == own)

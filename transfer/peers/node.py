@@ -307,11 +307,11 @@ class Node:
 
     async def call(self, connection: Connection, payload: bytes) -> bytes:
         try:
-            return messages.encode(await self._answer(messages.decode_request(payload)))
+            return messages.encode(await self._answer(connection.peer, messages.decode_request(payload)))
         except ProtocolError as e:
             return messages.encode(messages.No(str(e)[:1000]))
 
-    async def _answer(self, request: messages.Request) -> messages.Reply:
+    async def _answer(self, peer: str, request: messages.Request) -> messages.Reply:
         match request:
             case messages.Greet():
                 if request.version != messages.VERSION:
@@ -323,7 +323,7 @@ class Node:
             case messages.Sync():
                 return self._events.answer(request, self._draining, self._chunk_bytes())
             case messages.Pull():
-                return messages.Pulling(self._give(request))
+                return messages.Pulling(self._give(peer, request))
             case messages.Bye():
                 if (member := self._members.get(request.url)) is not None and not member.ourselves:
                     member.gone = True
@@ -332,8 +332,10 @@ class Node:
             case messages.AskState():
                 return messages.State(await asyncio.to_thread(self.state))
 
-    def _give(self, request: messages.Pull) -> list[bool]:
-        link = self._links.get(request.url)
+    def _give(self, peer: str, request: messages.Pull) -> list[bool]:
+        # By its name where our list has it at another address than it knows of itself (a relay, another network).
+        member = self._members.get(request.url) or self._members.find(peer)
+        link = self._links.get(member.url) if member else None
         given = []
         for key in request.keys:
             chunk = self.store.peek(key)

@@ -24,6 +24,9 @@ def test_found_by_name_url_or_address_but_never_ourselves():
     assert members.find("a") is None
     assert members.find("10.0.0.1") is None
     assert members.find("nobody") is None
+    members.listed({"tcp://10.9.0.3:1": "c,10.0.0.3,third"})  # its engines are reached at another address
+    assert members.find("10.0.0.3") is members.find("third") is members.find("c") is members.find("10.9.0.3")
+    assert members.find("c").name == "c"
 
 
 def test_an_address_of_our_own_is_found_out_by_its_greeting():

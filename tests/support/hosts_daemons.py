@@ -1,0 +1,257 @@
+"""Cache daemons on hosts made of namespaces, with chunks that nobody computed: what the tests of transfers and faults share."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import netns
+import numpy as np
+
+from pdserve import kernels
+from pdserve.transfer import wire
+from pdserve.transfer.client import CacheClient
+
+PEER_PORT, ADMIN_PORT = 22501, 22502
+SECRET = "a secret that only tests know"
+MIB = 1 << 20
+CHUNK = MIB
+PATIENCE_S = 30.0
+
+
+def key(i: int) -> bytes:
+    return int(i).to_bytes(8, "little") + bytes(24)
+
+
+def content(i: int, size: int) -> np.ndarray:
+    return np.random.default_rng(i).integers(0, 256, size, dtype=np.uint8)
+
+
+def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE_S) -> Any:
+    deadline = time.monotonic() + patience
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {patience:g} s: {what}"
+        time.sleep(0.02)
+    return found
+
+
+class Daemon:
+    """`pdserve cache serve` on one host. `peers` are [NAME=]URL; by default every host of the net."""
+
+    def __init__(
+        self,
+        net: netns.Net,
+        name: str,
+        folder: Path,
+        peers: Iterable[str] = (),
+        size: str = "256MiB",
+        options: Iterable[str] = (),
+    ) -> None:
+        self.net, self.name, self.host = net, name, net[name]
+        self.socket = folder / f"{name}.sock"
+        self.log = folder / f"{name}.log"
+        self.label = f"t{os.getpid()}-{name}-{folder.name}"[:60]
+        words = [sys.executable, "-P", "-m", "pdserve", "cache", "serve", "--socket", str(self.socket), "--size", size]
+        words += ["--name", self.label, "--admin-port", str(ADMIN_PORT), "--host-name", name, "--scrub-rate", "0"]
+        words += ["--peer-listen", f"tcp://{self.host.address}:{PEER_PORT}"]
+        for peer in list(peers) or [f"{h.name}=tcp://{h.address}:{PEER_PORT}" for h in net.hosts.values()]:
+            words += ["--peer", peer]
+        self.words = [*words, *options]
+        self.process: subprocess.Popen[bytes] | None = None
+        self.client = CacheClient(self.socket, f"test-{name}")
+        self.began()
+
+    def began(self) -> None:
+        self.process = self.host.start(self.words, self.log, PDSERVE_PEER_SECRET=SECRET, PYTHONSAFEPATH="1")
+
+    def ready(self) -> None:
+        def there() -> bool:
+            assert self.process is not None
+            assert self.process.poll() is None, self.log.read_text()[-2000:]
+            return bool(self.socket.exists() and self.status())
+
+        until(there, f"daemon {self.name} is ready", 60)
+        self.client.connect(5.0)
+
+    def ask(self, path: str, method: str = "GET") -> Any:
+        request = urllib.request.Request(f"http://127.0.0.1:{ADMIN_PORT}{path}", method=method)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with self.host.inside(), opener.open(request, timeout=10) as answer:
+            return json.load(answer)
+
+    def status(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = self.ask("/status")
+        except OSError:
+            return {}
+        return found
+
+    def peer(self, name: str) -> dict[str, Any]:
+        return next((p for p in self.status()["peers"]["peers"] if p["name"] == name), {"state": "", "chunks": -1})
+
+    def sees(self, *names: str) -> None:
+        for name in names:
+            until(lambda name=name: self.peer(name)["state"] == "up", f"{self.name} sees {name}")
+
+    def knows(self, name: str, chunks: int) -> None:
+        until(lambda: self.peer(name)["chunks"] == chunks, f"{self.name} knows the {chunks} chunks of {name}")
+
+    # ---- as an engine would ----
+
+    def put(self, numbers: Iterable[int], size: int = CHUNK) -> None:
+        for i in numbers:
+            item = wire.ReserveItem(key(i), b"", 0, 1, size, 256)
+            (grant,) = self.client.reserve("engine", [item], 5.0)
+            assert grant.status == wire.GRANTED, grant
+            assert self.client.arena is not None
+            self.client.arena.bytes[grant.offset : grant.offset + size] = content(i, size)
+            digest = kernels.digest(self.client.arena.bytes[grant.offset : grant.offset + size])
+            assert self.client.commit([wire.CommitItem(grant.reservation, digest)], 5.0) == 1
+
+    def find(self, numbers: Iterable[int]) -> tuple[int, int]:
+        """(found and right, on their way): one lookup, its lease given back."""
+        keys = [key(i) for i in numbers]
+        reply = self.client.lookup(keys, 5.0, 1.0)  # an engine that is slow at computing
+        assert self.client.arena is not None
+        for k, found in zip(keys, reply.found, strict=False):
+            there = self.client.arena.bytes[found.offset : found.offset + found.shard_bytes]
+            assert (there == content(int.from_bytes(k[:8], "little"), found.shard_bytes)).all(), "wrong bytes were found"
+        if reply.lease:
+            self.client.release(reply.lease, 5.0)
+        return len(reply.found), reply.loading
+
+    def fetch(self, numbers: Iterable[int], patience: float = PATIENCE_S) -> int:
+        """Looks up as an engine does until nothing more is on its way; how many it has then. Fails when that has no end."""
+        numbers, deadline = list(numbers), time.monotonic() + patience
+        while True:
+            found, loading = self.find(numbers)
+            if not loading:
+                return found
+            assert time.monotonic() < deadline, f"{found} found, {loading} promised for ever"
+            time.sleep(0.02)
+
+    def has_all(self, numbers: Iterable[int]) -> bool:
+        numbers = list(numbers)
+        return self.find(numbers)[0] == len(numbers)
+
+    def released(self, fds: int | None = None) -> None:
+        """Nothing is held, reserved or on its way; no more open files than `fds`."""
+
+        def at_rest() -> bool:
+            s = self.status()
+            p = s["peers"]
+            moving = p["incoming"] + p["pulling"] + sum(x["outgoing"] for x in p["peers"])
+            return not (s["leases"] or s["reservations"] or moving)
+
+        until(at_rest, f"{self.name} holds nothing: {self.status()}")
+        if fds is not None:
+            until(lambda: self.fds() <= fds, f"{self.name} has {self.fds()} open files, {fds} before")
+
+    def fds(self) -> int:
+        assert self.process is not None
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        os.kill(self.process.pid, number)
+
+    def stop(self) -> None:
+        self.client.close()
+        if self.process is not None and self.process.poll() is None:
+            self.signal(signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(5)
+                raise AssertionError(f"{self.name} did not end: {self.log.read_text()[-2000:]}") from None
+        for path in Path("/dev/shm").glob(f"pdserve-{self.label}.*"):
+            path.unlink()
+
+    def __repr__(self) -> str:
+        return f"daemon {self.name}"
+
+
+class Relay:
+    """Carries TCP on with a delay each way, since this kernel may have no netem. Listens on `host`, goes on to `target`."""
+
+    def __init__(self, host: netns.Host, port: int, target: tuple[str, int], delay: float) -> None:
+        self.host, self.target, self.delay = host, target, delay
+        with host.inside():
+            self._listener = socket.create_server((host.address, port))
+        self.url = f"tcp://{host.address}:{port}"
+        self._closing = False
+        self._sockets: list[socket.socket] = [self._listener]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                one, _ = self._listener.accept()
+                with self.host.inside():
+                    other = socket.create_connection(self.target, 5)
+            except OSError:
+                if self._closing:
+                    return
+                continue
+            other.settimeout(None)
+            self._sockets += [one, other]
+            for source, sink in ((one, other), (other, one)):
+                self._carry(source, sink)
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        waiting: list[tuple[float, bytes]] = []
+        more = threading.Condition()
+
+        def read() -> None:
+            data = b"."
+            while data:
+                try:
+                    data = source.recv(1 << 16)
+                except OSError:
+                    data = b""
+                with more:
+                    more.wait_for(lambda: len(waiting) < 256, 60)  # not more under way than a long cable holds
+                    waiting.append((time.monotonic() + self.delay, data))
+                    more.notify_all()
+
+        def write() -> None:
+            while True:
+                with more:
+                    more.wait_for(lambda: bool(waiting), 3600)
+                    when, data = waiting.pop(0)
+                    more.notify_all()
+                time.sleep(max(0.0, when - time.monotonic()))
+                try:
+                    if not data:
+                        sink.shutdown(socket.SHUT_WR)
+                        return
+                    sink.sendall(data)
+                except OSError:
+                    return
+
+        threading.Thread(target=read, daemon=True).start()
+        threading.Thread(target=write, daemon=True).start()
+
+    def close(self) -> None:
+        self._closing = True
+        for s in self._sockets:
+            try:
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                s.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue
+            finally:
+                s.close()
