@@ -114,6 +114,14 @@ PROXY = {
         act="slo_cannot_be_met: more load than the target allows, add engines; rate_limit_exceeded and "
         "too_many_streams: a key's own limits; engine: an engine said 429.",
     ),
+    "slo_total": Metric(
+        Counter,
+        "Targets of requests' classes by outcome (met, missed; refused for the first token only)",
+        ("class", "target", "outcome"),
+        unit="requests",
+        act="missed: the class gets less than was promised, add engines or move others to a later class; refused: the "
+        "same, told to the clients at once.",
+    ),
     "prefix_pins_total": Metric(
         Counter,
         "Prefixes that cache_control markers asked to keep, by outcome (pinned, short, refused, failed)",
@@ -413,7 +421,7 @@ LOADING = frozenset(("faster", "unmeasured", "probe", "always", "handover"))
 #: the cache daemon of a deployment with several hosts; `peer` is a host's name in the topology
 PEERS = {
     "peer_up": Metric(
-        Gauge, "1 while the peer answers", ("peer",),
+        Gauge, "1 while the peer answers", ("peer",), unit="0 or 1",
         act="0: `pdserve status` says why; requests go on without what that host holds.",
     ),
     "peer_failures_total": Metric(
@@ -451,7 +459,8 @@ PEERS = {
     ),
 }
 
-_PREFIX = "pdserve_"
+PREFIX = "pdserve_"
+TABLES = (PROXY, CACHE, ENGINE, PEERS)
 
 
 def build(table: dict[str, Metric], registry: CollectorRegistry) -> dict[str, Any]:
@@ -459,10 +468,10 @@ def build(table: dict[str, Metric], registry: CollectorRegistry) -> dict[str, An
     made: dict[str, Any] = {}
     for name, m in table.items():
         if m.kind is Histogram:
-            made[name] = Histogram(_PREFIX + name, m.help, m.labels, registry=registry, buckets=m.buckets)
+            made[name] = Histogram(PREFIX + name, m.help, m.labels, registry=registry, buckets=m.buckets)
         elif m.kind is Gauge:  # the mode counts only where several worker processes are shown as one
             mode: Literal["livemax", "livesum"] = "livemax" if name.endswith("_up") else "livesum"
-            made[name] = Gauge(_PREFIX + name, m.help, m.labels, registry=registry, multiprocess_mode=mode)
+            made[name] = Gauge(PREFIX + name, m.help, m.labels, registry=registry, multiprocess_mode=mode)
         else:
-            made[name] = m.kind(_PREFIX + name, m.help, m.labels, registry=registry)
+            made[name] = m.kind(PREFIX + name, m.help, m.labels, registry=registry)
     return made
