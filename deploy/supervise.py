@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import httpx
 
-from pdserve.deploy import logtail, state
+from pdserve.deploy import logtail, remedies, state
 from pdserve.deploy.backends.base import Backend, Handle
 from pdserve.deploy.backends.local import created_at
 from pdserve.deploy.hosts import Elsewhere
@@ -208,10 +208,12 @@ class Supervisor:
 
     def _explain(self, entry: _Entry, problem: str) -> str:
         log = entry.process.log
-        why = logtail.cause(log)
-        lines = "".join(f"\n    {line}" for line in logtail.tail(log))
+        why, last = logtail.cause(log), logtail.tail(log)
+        fix = remedies.remedy(problem, why, last)
+        lines = "".join(f"\n    {line}" for line in last)
         ending = f"\n  the end of {log}:{lines}" if lines else f"; {log} is empty"
-        return f"{entry.process.name} {problem}" + (f": {why}" if why else "") + ending
+        told = f"{entry.process.name} {problem}" + (f": {why}" if why else "")
+        return told + (f"\n  fix: {fix}" if fix else "") + ending
 
     # --- stopping -------------------------------------------------------------------------------------------------
 

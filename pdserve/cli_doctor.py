@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   pdserve doctor                       this machine, and the deployment that runs, if one does
   pdserve doctor my.yaml               can this machine run it?
   pdserve doctor http://host:8000      a deployment anywhere: does the same prompt hit the second time?
+  pdserve doctor http://host:8080      a cache daemon by its admin address: tiers, peers, failures
   pdserve doctor my.yaml --json | jq '.findings[] | select(.status == "fail")'
   pdserve doctor --prompts sent.jsonl  what keeps these prompts from sharing a prefix
 

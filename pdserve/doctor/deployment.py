@@ -36,10 +36,10 @@ def judge_processes(deployment: state.Deployment) -> Finding:
 
 
 def cache(subject: Subject) -> Iterator[Finding]:
-    if subject.running is None or not subject.running.admin_url:
+    if not subject.admin_url:
         return
     try:
-        with Client(subject.running.admin_url) as admin:
+        with Client(subject.admin_url) as admin:
             status = admin.get("/status", timeout=_SECONDS)
             metrics = admin.metrics()
     except UpstreamError as error:
@@ -50,13 +50,15 @@ def cache(subject: Subject) -> Iterator[Finding]:
         return
     if status.status_code != 200:
         means = "The daemon runs, but it does not tell how it is."
-        yield warn(CACHE, f"HTTP {status.status_code} from {subject.running.admin_url}/status", means, _TOKEN_FIX)
+        yield warn(CACHE, f"HTTP {status.status_code} from {subject.admin_url}/status", means, _TOKEN_FIX)
         return
     facts = status.json()
     failures = total(metrics, "pdserve_cache_digest_failures_total")
-    yield judge_cache(facts, failures, expects_clients=not subject.is_fake)
+    yield judge_cache(facts, failures, expects_clients=not (subject.is_fake or subject.daemon))
     for name, tier in facts.get("tiers", {}).items():
         yield judge_tier(name, tier)
+    for peer in facts.get("peers", {}).get("peers", []):
+        yield judge_peer(peer)
 
 
 _TOKEN_FIX = "Set PDSERVE_ADMIN_TOKEN to the token that the daemon was started with."
@@ -87,3 +89,18 @@ def judge_tier(name: str, facts: dict[str, Any]) -> Finding:
         return ok(label, f"{facts.get('chunks', 0)} chunks, {used / 2**30:.2f}{of} GiB")
     means = "This tier is left alone for a while and tried again by itself; requests are served without it."
     return warn(label, condition, means, "Look at that server or disk; `pdserve cache status` shows when it is back.")
+
+
+def judge_peer(facts: dict[str, Any]) -> Finding:
+    name, error = facts.get("name") or facts["url"], facts.get("error", "")
+    label = f"peer {name}"
+    if facts["state"] == "up":
+        return ok(label, f"up at {facts['url']}, {facts['chunks']} chunks there")
+    text = f"{facts['state']}: {error}" if error else str(facts["state"])
+    if any(word in error.lower() for word in ("secret", "hmac", "challenge", "proof", "authentic")):
+        means = "The hosts do not prove the same secret to each other, so nothing is fetched from there or handed over to it."
+        fix = f"Give {name} and this host the same PDSERVE_PEER_SECRET (or --peer-secret-file), then restart the daemon that was wrong."
+        return fail(label, text, means, fix)
+    means = "What only that host holds is computed again; it is tried again by itself."
+    fix = f"Does its daemon run, and does the network let {facts['url']} through? On that host: pdserve doctor."
+    return warn(label, text, means, fix)

@@ -67,7 +67,9 @@ def clocks(subject: Subject) -> Iterator[Finding]:
 
 def _urls(subject: Subject) -> list[str]:
     """One address of each host that is not this one, and the proxy's own."""
-    found: dict[str, str] = {}
+    found: dict[str, str] = (
+        {urllib.parse.urlsplit(subject.daemon).hostname or "": subject.daemon} if subject.daemon else {}
+    )
     if subject.running is not None:
         found[urllib.parse.urlsplit(subject.running.url).hostname or ""] = subject.running.url
         for url in (*(u for urls in subject.running.engines.values() for u in urls), subject.running.admin_url or ""):

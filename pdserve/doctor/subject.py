@@ -10,7 +10,7 @@ from pdserve import env, target, topology
 from pdserve.deploy import plan as plans
 from pdserve.deploy import state
 from pdserve.deploy.plan import Plan
-from pdserve.errors import ConfigError, NotRunning
+from pdserve.errors import ConfigError, NotRunning, UpstreamError
 from pdserve.openai_client import Client
 from pdserve.target import Target
 from pdserve.topology import Topology
@@ -26,6 +26,8 @@ class Subject:
     #: the deployment that answers now
     running: Target | None = None
     deployment: state.Deployment | None = None
+    #: the admin address of a cache daemon, when that alone was named
+    daemon: str = ""
     prompts: Path | None = None
 
     @property
@@ -33,18 +35,24 @@ class Subject:
         return self.plan.topology if self.plan else None
 
     @property
+    def admin_url(self) -> str:
+        return self.daemon or (self.running.admin_url or "" if self.running is not None else "")
+
+    @property
     def is_fake(self) -> bool:
         """Engines without a model, and so without a connector."""
         return self.topology is not None and all(i.engine.kind == "fake" for i in self.topology.instances)
 
     def title(self) -> str:
+        if self.daemon:
+            return f"this machine and the cache daemon at {self.daemon}"
         if self.running is not None:
             return f"this machine and {self.running.name or self.running.url}, which runs"
         return f"this machine and {self.topology.name}, which does not run" if self.topology else "this machine"
 
 
 def find(name: str | None, prompts: Path | None = None) -> Subject:
-    """`name`: a topology, the name of a running deployment, a URL; None: the one deployment that runs, if any.
+    """`name`: a topology, the name of a running deployment, a URL (a cache daemon's too); None: the one deployment that runs, if any.
 
     Raises ConfigError for a name that is none of them, NotRunning for a URL at which nobody answers.
     """
@@ -68,8 +76,17 @@ def _at(url: str, up: list[Topology], prompts: Path | None) -> Subject:
         return _of(mine, True, prompts)
     with Client(url) as client:
         if not client.healthy(timeout=5.0):
+            if _is_daemon(client):
+                return Subject(daemon=url.rstrip("/"), prompts=prompts)
             raise NotRunning(f"nothing answers at {url}/health. Start it (pdserve launch), or look at the address.")
     return Subject(running=Target(url=url, plain_url=""), prompts=prompts)
+
+
+def _is_daemon(client: Client) -> bool:
+    try:
+        return client.get("/healthz", timeout=5.0).status_code == 200
+    except UpstreamError:
+        return False
 
 
 def _of(top: Topology, is_up: bool, prompts: Path | None) -> Subject:
