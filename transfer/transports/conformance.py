@@ -591,15 +591,15 @@ async def whatever_is_cancelled_when_the_rest_arrives(subject: Subject) -> None:
         for one in (pair.a, pair.b):
             one.service.on_reserved = lambda connection, slots: _cancel_some(rng, connection, slots)
         jobs = []
-        for i in range(30):
+        for i in range(40):
             source, connection = (pair.a, pair.there) if i % 2 else (pair.b, pair.back)
-            sizes = [rng.choice([10, 5000, 60_000, 400_000]) for _ in range(4)]
-            sent = pieces(source, sizes, at=(i // 2) * (1 << 20) % (20 << 20))
+            sizes = [rng.choice([10, 5000, 60_000, 300_000]) for _ in range(4)]
+            sent = pieces(source, sizes, at=i // 2 % 10 * 1_250_000)
             jobs.append((source, sent, asyncio.create_task(connection.push(sent, soon()))))
             if rng.random() < 0.3:
                 asyncio.get_running_loop().call_later(rng.random() * 0.01, jobs[-1][2].cancel)
             await asyncio.sleep(rng.random() * 0.01)
-            if len(jobs) == 15:  # beyond that, the sources' places are used again
+            if len(jobs) == 20:  # beyond that, the sources' places are used again
                 await _settle(pair, jobs)
         await _settle(pair, jobs)
         pair.check()

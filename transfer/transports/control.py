@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pdserve.errors import ProtocolError
 from pdserve.transfer.transports.base import TransportError
@@ -38,10 +38,9 @@ class Control(asyncio.Protocol):
         await asyncio.get_running_loop().create_connection(lambda: self, sock=sock)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own class is not one of asyncio's
         if self._early:
-            transport.write(bytes(self._early))
+            self._transport.write(bytes(self._early))
             self._early.clear()
         if self._pipe is not None:
             self._take(b"")  # what the handshake read too far

@@ -10,6 +10,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from pdserve.errors import ProtocolError
 from pdserve.transfer.transports import handshake as h
@@ -137,10 +138,7 @@ async def dial(
 
 async def _connected(host: str, port: int) -> socket.socket:
     loop = asyncio.get_running_loop()
-    try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as e:
-        raise PeerUnreachable(f"{host}:{port}: {e}") from e
+    found = await _resolved(host, port)
     problem: OSError | None = None
     for family, kind, protocol, _, address in found:
         sock = socket.socket(family, kind, protocol)
@@ -156,6 +154,17 @@ async def _connected(host: str, port: int) -> socket.socket:
         else:
             return sock
     raise PeerUnreachable(f"{host}:{port}: {problem}") from problem
+
+
+async def _resolved(host: str, port: int) -> list[Any]:
+    try:  # an address needs no resolver, and no thread for it
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        pass
+    try:
+        return await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as e:
+        raise PeerUnreachable(f"{host}:{port}: {e}") from e
 
 
 async def _prove(

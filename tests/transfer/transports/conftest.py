@@ -24,6 +24,7 @@ class NetSubject(conformance.Subject):
     scheme = "tcp"
     #: connections that carry small messages, which a stall leaves alone
     control_connections = 1
+    lasting_threads = ("relay",)
 
     def __init__(self, make):
         self._make = make
