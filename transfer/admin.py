@@ -97,7 +97,6 @@ def _looking(app: FastAPI, daemon: Daemon) -> None:
             raise HTTPException(404, f"no tier {tier!r} here that can be listed")
         return {"total": len(listed), "offset": offset, "objects": listed[offset : offset + limit]}
 
-
     @app.post("/requests")
     async def requests(body: RequestsBody) -> dict[str, Any]:
         """What engines told of these requests, and what is known of the chunks that they missed."""
@@ -118,15 +117,20 @@ def _acting(app: FastAPI, daemon: Daemon) -> None:
         if salt == "":
             raise HTTPException(422, "an empty salt is everybody who gives none: leave it out to clear everything")
         if salt is not None:
-            dropped = daemon.drop(daemon.catalog.keys_of_tag(tenant_tag(salt)))
+            dropped, outcome = daemon.drop(*daemon.catalog.of_tag(tenant_tag(salt)))
         elif prefix is not None:
-            dropped = daemon.drop(daemon.catalog.keys_below(bytes.fromhex(prefix)))
+            dropped, outcome = daemon.drop(*daemon.catalog.below(bytes.fromhex(prefix)))
         else:
-            dropped = daemon.clear()
+            dropped, outcome = daemon.clear()
         ends = time.monotonic() + DELETE_S
-        while daemon.tiering.deleting and time.monotonic() < ends:  # noqa: ASYNC110 - a few milliseconds, of threads
+        while outcome.pending and time.monotonic() < ends:  # noqa: ASYNC110 - a few milliseconds, of threads
             await asyncio.sleep(0.005)
-        return {"dropped": dropped, "finished": not daemon.tiering.deleting}
+        return {
+            "dropped": dropped,
+            "tiers": outcome.tiers,
+            "pending": sorted(outcome.pending),
+            "finished": not outcome.pending,
+        }
 
     @app.post("/cache/prefetch")
     async def prefetch(body: KeysBody) -> dict[str, int]:

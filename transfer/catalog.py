@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pdserve.transfer.store import Store
 from pdserve.transfer.tiering import Tiering
 from pdserve.transfer.tiers.base import ChunkRecord
+from pdserve.transfer.wipe import Choose
 
 
 class Catalog:
@@ -16,20 +17,18 @@ class Catalog:
     def __init__(self, store: Store, tiering: Tiering) -> None:
         self._store, self._tiering = store, tiering
 
-    def keys_of_tag(self, tag: bytes) -> list[bytes]:
-        return list({r.key for r in self._listed() if r.tag == tag})
+    def of_tag(self, tag: bytes) -> tuple[list[bytes], Choose]:
+        """The keys that this host knows of, and how to tell others in a tier that is not listed here."""
 
-    def keys_below(self, root: bytes) -> list[bytes]:
-        """`root` and every chunk that builds on it, in memory or where tiers can be listed."""
-        children: dict[bytes, list[bytes]] = {}
-        for record in self._listed():
-            children.setdefault(record.parent, []).append(record.key)
-        keys, rest = {root}, [root]
-        while rest:
-            fresh = [k for k in children.get(rest.pop(), ()) if k not in keys]
-            keys.update(fresh)
-            rest += fresh
-        return list(keys)
+        def choose(records: Iterable[ChunkRecord]) -> list[bytes]:
+            return list({r.key for r in records if r.tag == tag})
+
+        return choose(self._listed()), choose
+
+    def below(self, root: bytes) -> tuple[list[bytes], Choose]:
+        """`root` and every chunk that builds on it; as of_tag()."""
+        known = _closure({root}, self._listed())
+        return list(known), lambda records: list(_closure(known, records))
 
     def _listed(self) -> Iterator[ChunkRecord]:
         yield from (chunk.record() for chunk in self._store.chunks())
@@ -45,6 +44,19 @@ class Catalog:
             if lower.name == tier and hasattr(lower.tier, "records"):
                 return [{**_shown(record), "tier": tier} for record in lower.tier.records()]
         return None
+
+
+def _closure(roots: set[bytes], records: Iterable[ChunkRecord]) -> set[bytes]:
+    """`roots` and what builds on them."""
+    children: dict[bytes, list[bytes]] = {}
+    for record in records:
+        children.setdefault(record.parent, []).append(record.key)
+    keys, rest = set(roots), list(roots)
+    while rest:
+        fresh = [k for k in children.get(rest.pop(), ()) if k not in keys]
+        keys.update(fresh)
+        rest += fresh
+    return keys
 
 
 def _shown(r: ChunkRecord) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from pdserve.transfer.scrub import Scrubber
 from pdserve.transfer.store import Chunk, Store
 from pdserve.transfer.tiering import Tiering
 from pdserve.transfer.tiers.base import Tier, TierError
+from pdserve.transfer.wipe import Choose, Outcome
 
 EXPIRE_EVERY_S = COLLECT_EVERY_S = 1.0
 #: what is queued for a lower tier when the daemon is told to stop gets so long
@@ -129,7 +130,12 @@ class Daemon:
     def _evicted_below_now(self, keys: set[bytes]) -> None:
         """Called on a tier's thread."""
         now = time.time()
-        self._post(lambda: [self.gone.removed(key, "disk", "capacity", now) for key in keys])
+
+        def note() -> None:
+            for key in keys:
+                self.gone.removed(key, "disk", "capacity", now)
+
+        self._post(note)
 
     def _left_alone(self) -> list[str]:
         """Lower tiers that are not asked at present because they failed."""
@@ -236,18 +242,18 @@ class Daemon:
             self.store.drop(message.corrupt, "corrupt")
         return int(self.store.release(message.lease, client))
 
-    def drop(self, keys: list[bytes]) -> int:
-        """Out of every tier; returns how many were in memory."""
+    def drop(self, keys: list[bytes], choose: Choose | None = None) -> tuple[int, Outcome]:
+        """Out of every tier, see Tiering.delete(); returns how many were in memory, and what comes of the lower tiers."""
         count = self.store.drop(keys, "dropped")
-        self.tiering.delete(keys)
+        outcome = self.tiering.delete(keys, choose)
         self.journal.flush()
-        return count
+        return count, outcome
 
-    def clear(self) -> int:
+    def clear(self) -> tuple[int, Outcome]:
         count = self.store.clear()
-        self.tiering.clear()
+        outcome = self.tiering.clear()
         self.journal.flush()
-        return count
+        return count, outcome
 
     def config(self) -> dict[str, Any]:
         return {
@@ -389,7 +395,7 @@ def _only_one(path: Path) -> Any:
 def main(args: argparse.Namespace) -> int:
     """`pdserve cache serve`: args has socket, size (bytes), chunk_tokens, admin_host, admin_port, name; and disk (a folder),
     disk_size (bytes), disk_min_free, disk_write where there is a disk tier."""
-    log.setup()
+    log.setup("cache", args.name, getattr(args, "log_format", None))
     path = Path(args.socket)
     if len(str(path)) > 100:
         raise ConfigError(

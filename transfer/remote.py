@@ -52,6 +52,9 @@ class Remote:
     def forget(self, key: bytes) -> None:
         self._known.pop(key, None)
 
+    def forget_all(self) -> None:
+        self._known.clear()
+
     def tick(self, now: float) -> None:
         self._known = {k: v for k, v in self._known.items() if v.until > now or v.asking}
 

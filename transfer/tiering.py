@@ -22,6 +22,7 @@ from pdserve.transfer.lower import WRITE_POLICIES, InPlace, Lower, Rules
 from pdserve.transfer.remote import Remote
 from pdserve.transfer.store import Chunk, Store
 from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, Tier, TierError
+from pdserve.transfer.wipe import Choose, Outcome, Wipe
 
 #: a key that could not be brought up is not tried again for so long
 AGAIN_S = 1.0
@@ -77,6 +78,7 @@ class Tiering:
         self._loads: dict[bytes, _Load] = {}
         self._closing = False
         self._recovery: Lower | None = None
+        self.wipe = Wipe(self.lowers, self.post, self._failed)
         self.remote = Remote(self.store, self.lowers, self.metrics, self.post, self._failed)
         self.store.on_committed.append(self._committed)
 
@@ -316,19 +318,17 @@ class Tiering:
 
     # ---- forgetting, looking, ending ----
 
-    def delete(self, keys: list[bytes]) -> None:
-        """From every lower tier, on their threads, after what is being written; what is on its way up is dropped."""
-        self._unwanted(keys)
-        for lower in self.lowers:
-            self._delete(lower, lambda tier=lower.tier: tier.delete(keys))  # type: ignore[misc]
+    def delete(self, keys: list[bytes], choose: Choose | None = None) -> Outcome:
+        """From every lower tier, and there also what `choose` picks of what a remote one lists; what is on its way up is
+        dropped."""
+        self._unwanted(keys if choose is None else [*keys, *self._loads])
+        if choose is not None:  # what remote tiers said before may be about to go
+            self.remote.forget_all()
+        return self.wipe.keys(keys, choose)
 
-    def clear(self) -> None:
-        """All of every tier that can tell what it has; a remote one that others share keeps its chunks."""
+    def clear(self) -> Outcome:
         self._unwanted(list(self._loads))
-        for lower in self.lowers:
-            clear = getattr(lower.tier, "clear", None)
-            if clear is not None:
-                self._delete(lower, clear)
+        return self.wipe.everything()
 
     def _unwanted(self, keys: list[bytes]) -> None:
         for key in keys:
@@ -336,27 +336,10 @@ class Tiering:
             if key in self._loads:
                 self._loads[key].unwanted = True
 
-    def _delete(self, lower: Lower, call: Callable[[], object]) -> None:
-        lower.deleting += 1
-        lower.call_down(lambda: self._delete_on_thread(lower, call))
-
-    def _delete_on_thread(self, lower: Lower, call: Callable[[], object]) -> None:
-        why = ""
-        try:
-            call()
-        except Exception as e:  # noqa: BLE001 - as in _read_on_thread
-            why = f"{type(e).__name__}: {e}"
-        self.post(lambda: self._deleted(lower, why))
-
-    def _deleted(self, lower: Lower, why: str) -> None:
-        lower.deleting -= 1
-        if why:
-            self._failed(lower.name, "delete", "error", why)
-
     @property
     def deleting(self) -> bool:
         """Whether a tier has not yet carried out what delete() or clear() asked for."""
-        return any(lower.deleting for lower in self.lowers)
+        return self.wipe.busy
 
     def tick(self, now: float) -> None:
         """About once a second: forgets what is out of date."""

@@ -19,7 +19,12 @@ from pdserve.chunk import tenant_tag
 from pdserve.errors import ConfigError, StartError
 from pdserve.transfer import admin, arena, daemon, fsck, wire
 from pdserve.transfer.client import CacheClient
+from pdserve.transfer.lower import Lower, Rules
+from pdserve.transfer.tiers.base import ChunkRecord
+from pdserve.transfer.tiers.breaker import Guarded
 from pdserve.transfer.tiers.disk import DiskTier
+from pdserve.transfer.tiers.memory import MemoryTier
+from pdserve.transfer.wipe import CANNOT_LIST, Wipe
 
 SIZE = 1 << 20
 
@@ -107,6 +112,10 @@ def hits(client, *ids):
         time.sleep(0.005)
 
 
+def deleted(here, on_disk):
+    return {"dropped": here, "tiers": {"disk": {"deleted": on_disk}}, "pending": [], "finished": True}
+
+
 def test_what_is_deleted_is_gone_from_every_tier(serving):
     a, b = tenant_tag("tenant-a"), tenant_tag("tenant-b")
     for i in (1, 2, 3):
@@ -115,12 +124,12 @@ def test_what_is_deleted_is_gone_from_every_tier(serving):
     for i in (11, 12, 13):
         put(serving.client, i, i - 1 if i > 11 else 0, b)
     _until(lambda: serving.ask("GET", "/cache/stats")["disk"]["chunks"] == 6)
-    assert serving.ask("DELETE", "/cache?salt=tenant-a") == {"dropped": 3, "finished": True}
+    assert serving.ask("DELETE", "/cache?salt=tenant-a") == deleted(3, 3)
     assert hits(serving.client, 1) == 0
-    assert serving.ask("DELETE", "/cache?prefix=" + key(12).hex()) == {"dropped": 2, "finished": True}
+    assert serving.ask("DELETE", "/cache?prefix=" + key(12).hex()) == deleted(2, 2)
     assert hits(serving.client, 11, 12, 13) == 1
     assert [o["key"] for o in serving.ask("GET", "/cache/objects?tier=disk")["objects"]] == [key(11).hex()]
-    assert serving.ask("DELETE", "/cache") == {"dropped": 1, "finished": True}
+    assert serving.ask("DELETE", "/cache") == deleted(1, 1)
     assert hits(serving.client, 11) == 0
     for wrong in ("/cache?salt=", "/cache?prefix=xyz"):
         with pytest.raises(urllib.error.HTTPError, match="422"):
@@ -245,3 +254,65 @@ def test_bound_off_loopback_without_a_token_nothing_starts(tmp_path, monkeypatch
     with pytest.raises(ConfigError, match="PDSERVE_ADMIN_TOKEN"):
         daemon.main(args)
     assert not Path("/dev/shm/pdserve-x.arena").exists()
+
+
+@pytest.fixture
+def two_hosts(tmp_path, start_cache):
+    """Two daemons over one shared directory, as on two hosts, and a client of each."""
+    (tmp_path / "shared").mkdir()
+    caches = []
+    for n in "ab":
+        (tmp_path / n).mkdir()
+        words = ("--tier", f"file://{tmp_path / 'shared'}")
+        caches.append(start_cache(tmp_path / n, f"test-{os.getpid()}-{time.monotonic_ns()}-{n}", 32 << 20, *words))
+    clients = [CacheClient(cache.socket, "t") for cache in caches]
+    yield caches, clients
+    for client in clients:
+        client.close()
+
+
+def test_a_tenants_chunks_go_from_a_shared_tier_also_where_another_host_stored_them(two_hosts):
+    (a, b), (client_a, client_b) = two_hosts
+    mine, other = tenant_tag("mine"), tenant_tag("other")
+    def below(count):
+        line = f'pdserve_cache_tier_chunks_total{{direction="down",tier="fs"}} {count}.0'
+        _until(lambda: line in a.get("/metrics"))  # the queue holds an eighth of the arena
+
+    for i in (1, 2, 3):
+        put(client_a, i, i - 1, mine)
+    below(3)
+    for i in (11, 12, 13):
+        put(client_a, i, i - 1 if i > 11 else 0, other)
+    below(6)
+
+    def delete(path):
+        request = urllib.request.Request(f"http://127.0.0.1:{b.port}{path}", method="DELETE")
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
+    # The second host has none of them in memory.
+    gone = {"dropped": 0, "tiers": {"fs": {"deleted": 3}}, "pending": [], "finished": True}
+    assert delete("/cache?salt=mine") == gone
+    assert hits(client_b, 1) == 0
+    assert delete(f"/cache?prefix={key(12).hex()}")["tiers"] == {"fs": {"deleted": 2}}
+    _until(lambda: hits(client_b, 11, 12, 13) == 1)
+    everything = delete("/cache")
+    assert everything["tiers"]["fs"]["deleted"] == 0
+    assert "shared with other hosts" in everything["tiers"]["fs"]["left"]
+
+
+def test_a_tier_that_cannot_list_says_what_is_left():
+    class NoListing(MemoryTier):
+        listing = None
+
+    done = []
+    tier = NoListing()
+    lower = Lower(Guarded(tier), Rules())
+    record = ChunkRecord(1, key(1), b"", 256, 8, [1], b"t")
+    tier.put(record, [np.zeros(8, np.uint8)], time.monotonic() + 5)
+    outcome = Wipe([lower], done.append, lambda *_: None).keys([key(1), key(2)], lambda records: [])
+    _until(lambda: done)
+    done[0]()
+    lower.close(time.monotonic() + 5)
+    assert outcome.pending == set()
+    assert outcome.tiers == {"memory": {"deleted": 1, "left": CANNOT_LIST}}

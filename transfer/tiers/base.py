@@ -69,5 +69,10 @@ class Tier(Protocol):
     def stats(self) -> dict[str, int | float | str]:
         """At least: chunks, used_bytes, capacity_bytes (0 where unknown), state ("ok", or what is wrong)."""
 
+    # A tier that can list what it holds also has
+    #     def listing(self, deadline: float) -> Iterator[ChunkRecord]
+    # every chunk, whoever stored it, a few at a time; raises TierError when `deadline` passes. It is for deleting by tenant or
+    # by prefix, may take minutes, and is asked on a thread of the tier's.
+
     def close(self) -> None:
         """Ends its threads and connections, within seconds."""

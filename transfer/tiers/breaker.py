@@ -146,6 +146,12 @@ class Guarded:
         with self._guard():
             return self.tier.delete(keys)
 
+    def listing(self, deadline: float) -> Iterator[ChunkRecord] | None:
+        """See base.Tier; None where the tier cannot list. Not counted: it is no part of serving."""
+        listing = getattr(self.tier, "listing", None)
+        found: Iterator[ChunkRecord] | None = None if listing is None else listing(deadline)
+        return found
+
     def stats(self) -> dict[str, int | float | str]:
         """Those of the tier; `circuit` is the breaker's state, and while it is not closed `state` is the last error."""
         stats = dict(self.tier.stats())

@@ -185,6 +185,24 @@ def deleted_is_gone(subject: Subject) -> None:
         assert read(tier, one) is not None
 
 
+def what_it_lists_is_what_it_has(subject: Subject) -> None:
+    """Of tiers that can list: every chunk, also another process's, and none that was deleted."""
+    with opened(subject) as tier:
+        if not hasattr(tier, "listing") or tier.listing(soon()) is None:
+            return
+        chunks = [make_chunk(512, 1 + i % 2) for i in range(4)]
+        for record, payload in chunks:
+            assert tier.put(record, payload, soon())
+        assert eventually(lambda: tier.delete([chunks[0][0].key]) == 1, subject.settles_s)
+        listed = {record.key: record for record in tier.listing(soon())}
+        assert [listed.get(record.key) for record, _ in chunks] == [None, *(record for record, _ in chunks[1:])]
+        try:
+            list(tier.listing(time.monotonic() - 1.0))
+        except TierError:
+            return
+        raise AssertionError("a listing after its deadline did not raise TierError")
+
+
 def the_same_again_is_fine(subject: Subject) -> None:
     with opened(subject) as tier:
         record, payload = make_chunk(subject.shard_sizes[0], 2)
@@ -405,6 +423,7 @@ RULES: tuple[Callable[[Subject], None], ...] = (
     what_was_never_stored_is_absent,
     contains_answers_in_order,
     deleted_is_gone,
+    what_it_lists_is_what_it_has,
     the_same_again_is_fine,
     of_two_writers_of_a_key_one_is_whole,
     half_a_chunk_is_never_seen,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import threading
 import time
@@ -98,6 +99,18 @@ class FsTier:
                 return sum(_unlink(self.path(key)) for key in keys)
 
         return self._io.call(job, self._soon())
+
+    def listing(self, deadline: float) -> Iterator[ChunkRecord]:
+        def job(folder: Path, _: Operation) -> list[ChunkRecord]:
+            with _mapped():
+                names = [f.name for f in folder.iterdir() if f.name.endswith(_SUFFIX)] if folder.is_dir() else []
+                keys = [
+                    bytes.fromhex(stem) for n in names if re.fullmatch("[0-9a-f]{64}", stem := n.removesuffix(_SUFFIX))
+                ]
+                return [record for key in keys if (record := self._read_record(key)) is not None]
+
+        for number in range(FOLDERS):
+            yield from self._io.call(partial(job, self._root / f"{number:02x}"), deadline)
 
     def stats(self) -> dict[str, int | float | str]:
         # How many files there are is not known without walking a directory that others write to as well.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -83,6 +84,11 @@ class MemoryTier:
         self.faults.suffer(time.monotonic() + self._timeout)
         with self._lock:
             return sum(self._chunks.pop(key, None) is not None for key in keys)
+
+    def listing(self, deadline: float) -> Iterator[ChunkRecord]:
+        self.faults.suffer(deadline)
+        with self._lock:
+            return iter([record for record, _ in self._chunks.values()])
 
     def stats(self) -> dict[str, int | float | str]:
         with self._lock:

@@ -16,6 +16,8 @@ import importlib
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,6 +147,26 @@ class RedisTier:
 
         return self._io.call(job, self._soon()) if keys else 0
 
+    def listing(self, deadline: float) -> Iterator[ChunkRecord]:
+        """With SCAN, which holds nobody up; what is stored meanwhile may be missed."""
+        pattern = f"{self._options.prefix}:{{*}}:record"
+
+        def job(cursor: bytes, operation: Operation) -> tuple[bytes, list[tuple[bytes, Any]]]:
+            ((after, names),) = self._ask([("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)], operation)
+            values = self._ask([("MGET", *names)], operation)[0] if names else []
+            return after, list(zip(names, values, strict=True))
+
+        cursor = b"0"
+        while True:
+            cursor, found = self._io.call(partial(job, cursor), deadline)
+            for name, value in found:
+                key = _key_of(name)
+                record = envelope.read_header(value, key, pad=1) if key and value else None
+                if record is not None:
+                    yield record
+            if int(cursor) == 0:
+                return
+
     def stats(self) -> dict[str, int | float | str]:
         # Other hosts use the server too: what of it is ours is not known without scanning it.
         address = f"{self._options.host}:{self._options.port}/{self._options.db}"
@@ -238,6 +260,14 @@ class RedisTier:
 
 class _Full(TierError):
     """The server has reached maxmemory and may not evict."""
+
+
+def _key_of(name: bytes) -> bytes:
+    """The chunk's key, from the name of its record; empty when that is none of ours."""
+    try:
+        return bytes.fromhex(name[name.rindex(b"{") + 1 : name.rindex(b"}")].decode())
+    except ValueError:  # a text that is not ASCII is one, too
+        return b""
 
 
 class _Line:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -133,6 +134,27 @@ class S3Tier:
 
         return sum(self._spread(keys, job, deadline))
 
+    def listing(self, deadline: float) -> Iterator[ChunkRecord]:
+        """Lists the prefix, then asks for the beginning of each object: a request for each chunk."""
+        start = f"{self._options.prefix}/" if self._options.prefix else ""
+
+        def page(after: str, operation: Operation) -> tuple[str, list[bytes]]:
+            words = {"Prefix": start} | ({"ContinuationToken": after} if after else {})
+            answer = self._again(lambda: self._ask("list_objects_v2", "", **words), operation, deadline)
+            names = [item["Key"].rpartition("/")[2] for item in answer.get("Contents", ())]
+            keys = [bytes.fromhex(n) for n in names if re.fullmatch("[0-9a-f]{64}", n)]
+            return answer.get("NextContinuationToken", ""), keys
+
+        def look(mine: list[bytes], operation: Operation) -> list[ChunkRecord | None]:
+            return [self._again(partial(self._read_record, key), operation, deadline) for key in mine]
+
+        after = ""
+        while True:
+            after, keys = self._io.call(partial(page, after), deadline)
+            yield from (record for record in self._spread(keys, look, deadline) if record is not None)
+            if not after:
+                return
+
     def stats(self) -> dict[str, int | float | str]:
         # How many objects there are is not known without listing a bucket that others write to as well.
         where = f"{self._options.bucket}/{self._options.prefix}"
@@ -246,7 +268,8 @@ class S3Tier:
 
     def _ask(self, method: str, name: str, **words: Any) -> dict[str, Any]:
         with self._mapped(name):
-            answer: dict[str, Any] = getattr(self._client, method)(Bucket=self._options.bucket, Key=name, **words)
+            key = {"Key": name} if name else {}
+            answer: dict[str, Any] = getattr(self._client, method)(Bucket=self._options.bucket, **key, **words)
             return answer
 
     def _again(self, request: Callable[[], T], operation: Operation, deadline: float) -> T:
