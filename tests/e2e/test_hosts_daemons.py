@@ -68,13 +68,19 @@ def test_what_another_host_has_is_fetched(trio):
 def test_a_run_is_fetched_from_two_hosts_at_once(trio):
     a, b, c = trio
     for daemon in (b, c):
+        daemon.host.limit("400mbit")
+    for daemon, own in ((b, 100), (c, 200)):  # how fast each is gets known
+        daemon.put(range(own, own + 8))
+        a.knows(daemon.name, 8)
+        assert a.fetch(range(own, own + 8)) == 8
+    for daemon in (b, c):
         daemon.put(range(16))
-        a.knows(daemon.name, 16)
+        a.knows(daemon.name, 24)
+    before = [_out(daemon, "a") for daemon in (b, c)]
     assert a.fetch(range(16)) == 16
-    sent = [d.ask("/status")["peers"]["peers"] for d in (b, c)]
-    assert sent  # both answered; the shares are in the metrics, below
-    metrics = {name: _out(d, "a") for name, d in (("b", b), ("c", c))}
-    assert all(count > 0 for count in metrics.values()), metrics
+    parts = [_out(daemon, "a") - count for daemon, count in zip((b, c), before, strict=True)]
+    assert sum(parts) == 16
+    assert all(parts), parts
 
 
 def _out(daemon, peer):

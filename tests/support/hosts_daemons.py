@@ -192,7 +192,6 @@ class Relay:
         with host.inside():
             self._listener = socket.create_server((host.address, port))
         self.url = f"tcp://{host.address}:{port}"
-        self._closing = False
         self._sockets: list[socket.socket] = [self._listener]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -200,11 +199,13 @@ class Relay:
         while True:
             try:
                 one, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            try:
                 with self.host.inside():
                     other = socket.create_connection(self.target, 5)
             except OSError:
-                if self._closing:
-                    return
+                one.close()
                 continue
             other.settimeout(None)
             self._sockets += [one, other]
@@ -246,7 +247,6 @@ class Relay:
         threading.Thread(target=write, daemon=True).start()
 
     def close(self) -> None:
-        self._closing = True
         for s in self._sockets:
             try:
                 s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -61,9 +61,13 @@ class Member:
         return self.state(now) in ("up", "joining")
 
     def observed(self, nbytes: int, seconds: float) -> None:
-        """So much came from it in that time."""
+        """So much came from it in that time. What is averaged is the time for a byte: that is what predictions need."""
         if nbytes > 0:
-            self.speed = (1 - _WEIGHT) * self.speed + _WEIGHT * nbytes / max(seconds, 1e-4)
+            self.speed = 1 / ((1 - _WEIGHT) / self.speed + _WEIGHT * max(seconds, 1e-4) / nbytes)
+
+    def too_slow(self) -> None:
+        """What was asked of it did not come in time."""
+        self.speed = max(1e4, self.speed / 2)
 
     def failed(self, ticket: int | None, now: float, why: str) -> None:
         self.last_error = why

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ OUT_SHARE = 8
 PULL_S = 5.0
 #: a key that could not be pulled is not asked for again for so long
 AGAIN_S = 1.0
+#: over how long a speed is measured, where more is on its way
+METER_S = 0.1
 #: how long `pdserve status` waits for the other hosts
 STATE_S = 2.0
 
@@ -44,8 +47,15 @@ class _Pull:
     """A chunk that a peer was asked for."""
 
     url: str
-    asked: float
     deadline: float
+
+
+@dataclass
+class _Meter:
+    """What has come from a peer since `since`, while something was always asked of it."""
+
+    since: float
+    nbytes: int = 0
 
 
 class Node:
@@ -80,8 +90,9 @@ class Node:
         self._members = Members(epoch=epoch)
         self._links: dict[str, Link] = {}
         self._pulls: dict[bytes, _Pull] = {}
+        self._asked_of: Counter[str] = Counter()  # how many of them are of each peer
         self._not_before: dict[bytes, float] = {}
-        self._last_in: dict[str, float] = {}
+        self._meters: dict[str, _Meter] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._source: Source | None = None
         #: tokens per second that the engines of this host compute, as they say themselves; 0: not said yet
@@ -214,7 +225,9 @@ class Node:
         for url, indices in plan.parts.items():
             keys = [wanted[i] for i in indices]
             for key in keys:
-                self._pulls[key] = _Pull(url, now, now + min(PULL_S, 1.0 + 3 * plan.seconds))
+                self._pulls[key] = _Pull(url, now + min(PULL_S, 1.0 + 3 * plan.seconds))
+            self._asked_of[url] += len(keys)
+            self._meters.setdefault(url, _Meter(now))
             self._spawn(self._pull(url, keys))
 
     def coming(self, key: bytes, now: float) -> bool:
@@ -223,8 +236,7 @@ class Node:
         return self.inbox.coming(key) if asked is None else now < asked.deadline
 
     def _holder(self, member: Member, chunk_bytes: int) -> pull.Holder:
-        queued = sum(1 for p in self._pulls.values() if p.url == member.url)
-        return pull.Holder(member.url, member.speed, queued * chunk_bytes)
+        return pull.Holder(member.url, member.speed, self._asked_of[member.url] * chunk_bytes)
 
     def _chunk_bytes(self) -> int:
         stats = self.store.stats()
@@ -246,13 +258,14 @@ class Node:
                 self._unpull(key, "missing")
 
     def _unpull(self, key: bytes, why: str) -> None:
-        if self._pulls.pop(key, None) is not None:
+        if (asked := self._answered(key)) is not None:
+            if asked.url not in self._asked_of:
+                self._meters.pop(asked.url, None)
             self._not_before[key] = time.monotonic() + AGAIN_S
             self.metrics["peer_pull_decisions_total"].labels(why).inc()
 
     def _arrived(self, key: bytes, incoming: Incoming, reason: str) -> None:
         """The inbox has published a chunk, or given it up."""
-        asked = self._pulls.get(key)
         member = next((link.member for link in self._links.values() if link.member.name == incoming.peer), None)
         now = time.monotonic()
         if reason:
@@ -261,14 +274,33 @@ class Node:
             if member is not None:
                 self.count(member, "in", "failed")
             return
+        nbytes = incoming.chunk.payload_bytes
         if member is not None:
-            nbytes = incoming.chunk.payload_bytes
-            since = max(asked.asked if asked else incoming.began, self._last_in.get(member.url, 0.0))
-            member.observed(nbytes, now - since)
-            self._last_in[member.url] = now
             self.count(member, "in", "arrived")
             self.metrics["peer_bytes_total"].labels(member.name, "in").inc(nbytes)
-        self._pulls.pop(key, None)
+        asked = self._answered(key)
+        if asked is not None and (link := self._links.get(asked.url)) is not None:
+            self._measure(link.member, nbytes, now)
+
+    def _answered(self, key: bytes) -> _Pull | None:
+        """A pull has ended, one way or the other."""
+        asked = self._pulls.pop(key, None)
+        if asked is not None:
+            self._asked_of[asked.url] -= 1
+            if self._asked_of[asked.url] <= 0:
+                del self._asked_of[asked.url]
+        return asked
+
+    def _measure(self, member: Member, nbytes: int, now: float) -> None:
+        """The speed is told by what comes while something is asked for, over long enough a time to be more than chance."""
+        meter = self._meters.setdefault(member.url, _Meter(now))
+        meter.nbytes += nbytes
+        idle = member.url not in self._asked_of
+        if idle or now - meter.since >= METER_S:
+            member.observed(meter.nbytes, now - meter.since)
+            self._meters[member.url] = _Meter(now)
+        if idle:
+            del self._meters[member.url]
 
     # ---- what engines ask ----
 
@@ -354,6 +386,8 @@ class Node:
         """About once a second."""
         self._not_before = {k: t for k, t in self._not_before.items() if t > now}
         for key in [k for k, p in self._pulls.items() if now > p.deadline and not self.inbox.coming(k)]:
+            if (link := self._links.get(self._pulls[key].url)) is not None:
+                link.member.too_slow()
             self._unpull(key, "late")
         self._wanted.expire(now)
         self.inbox.tick(now)

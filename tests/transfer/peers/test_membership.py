@@ -71,7 +71,7 @@ def test_speed_follows_what_is_seen():
     members = Members(own=A)
     members.listed({B: "b"})
     b = members.get(B)
-    for _ in range(40):
+    for _ in range(20):
         b.observed(5_000_000, 1.0)
     assert 4.9e6 < b.speed < 5.2e6
     b.observed(0, 1.0)
