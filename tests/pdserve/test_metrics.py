@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ALL = {name: metric for table in metrics.TABLES for name, metric in table.items()}
 # What a label may be called: each of these takes its values from a closed set, never from a client.
 LABELS = {
-    "endpoint", "route", "status", "instance", "role", "leg", "reason", "decision", "how", "tier", "result", "kind",
-    "direction", "op", "outcome", "peer", "transport",
+    "class", "endpoint", "route", "status", "instance", "role", "leg", "reason", "decision", "how", "tier", "result", "kind",
+    "direction", "op", "outcome", "peer", "target", "transport",
 }  # fmt: skip
 
 
@@ -76,4 +76,3 @@ def test_the_page_has_a_row_for_each() -> None:
     page = metrics_reference.page()
     for name in ALL:
         assert page.count(f"| `pdserve_{name}` |") == 1
-
