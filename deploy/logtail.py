@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 from pdserve.deploy.backends.local import LOG_HEAD
 
 _TAIL_BYTES = 64 * 1024
-# "(EngineCore pid=123) INFO 11-22 01:15:52 [cpu_worker.py:97] " and pdserve's own "01:15:52 INFO pdserve.proxy ".
+# "(EngineCore pid=123) INFO 11-22 01:15:52 [cpu_worker.py:97] " and pdserve's own (pdserve/log.py).
 _VLLM_HEAD = re.compile(
     r"^(\(\S+ pid=\d+\)\s+)?((DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+\d\d-\d\d \d\d:\d\d:\d\d\s+)?(\[[\w./]+:\d+\]\s*)?"
 )
@@ -27,7 +28,7 @@ _STAGES = (
     ("Initializing a V1 LLM engine", "starting workers"),
     ("Resolved architecture", "starting the engine"),
 )
-_OUR_HEAD = re.compile(r"^\d\d:\d\d:\d\d [A-Z]+ pdserve\.")
+_OUR_HEAD = re.compile(r"^(?:[\d-]{10} )?\d\d:\d\d:\d\d(?:\.\d+)? [A-Z]+ (?:\S+\[\d+\] )?pdserve\.")
 _ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b:? ?\S?")
 # Says only that something else failed; the cause stands above it.
 _CONSEQUENCE = ("Engine core initialization failed", "See root cause above", "Engine process failed to start")
@@ -67,7 +68,18 @@ def cause(log: Path) -> str:
 
 
 def _strip(line: str) -> str:
+    if line.startswith('{"time"'):
+        line = _message(line)
     return _OUR_HEAD.sub("", _VLLM_HEAD.sub("", line.rstrip())).strip()
+
+
+def _message(line: str) -> str:
+    """What a JSON line says."""
+    try:
+        told = json.loads(line)
+        return f"{told['part'].removeprefix('pdserve.')} {told['message']}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return line
 
 
 def _this_start(log: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from pdserve import env, output
+from pdserve import env, log, output
 from pdserve.errors import ConfigError, NotRunning, PdserveError
 from pdserve.topology import parse_size
 
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--name", default="cache", help="names the arena /dev/shm/pdserve-NAME.arena (default %(default)s)"
     )
     serve.add_argument("--policy", default="lru", help="what is evicted first, by name (default %(default)s)")
+    log.add_argument(serve)
     _tiers(serve)
     _peers(serve)
     _admin(serve)

@@ -23,6 +23,11 @@ def admin_token() -> str:
     return os.environ.get("PDSERVE_ADMIN_TOKEN", "")
 
 
+def api_keys() -> str:
+    """PDSERVE_API_KEYS: the proxy's own API keys, hashed, as in the file of --api-keys; several with ";" in between."""
+    return os.environ.get("PDSERVE_API_KEYS", "")
+
+
 def peer_secret() -> str:
     """PDSERVE_PEER_SECRET: what the cache daemons of several hosts prove to each other; the same on all of them."""
     return os.environ.get("PDSERVE_PEER_SECRET", "")
@@ -33,4 +38,12 @@ def log_level() -> str:
     value = os.environ.get("PDSERVE_LOG_LEVEL", "info").lower()
     if value not in ("debug", "info", "warning", "error"):
         raise ConfigError("PDSERVE_LOG_LEVEL", f"{value!r} is not a log level", "Use debug, info, warning or error.")
+    return value
+
+
+def log_format() -> str:
+    """PDSERVE_LOG_FORMAT: text or json (default text)."""
+    value = os.environ.get("PDSERVE_LOG_FORMAT", "text").lower()
+    if value not in ("text", "json"):
+        raise ConfigError("PDSERVE_LOG_FORMAT", f"{value!r} is no form of log lines", "Use text or json.")
     return value

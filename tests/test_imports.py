@@ -20,6 +20,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve": (CORE, "msgspec", "yaml", "prometheus_client", "blake3"),
     # Tools that drive a running deployment from outside, over HTTP and by the command.
     "pdserve.bench": (CORE, "pdserve.bench", "httpx", "httptools", "msgspec", "yaml", "psutil", "rich", "numpy"),
+    "pdserve.bench.size": (CORE, "pdserve.bench", "pdserve.transfer.eviction", "msgspec", "numpy"),
+    "pdserve.cli_size": (CORE, "pdserve.bench", "msgspec"),
     "pdserve.verify": (CORE, "rich", "yaml", "httpx"),
     "pdserve.demo": (CORE, "rich", "yaml", "httpx"),
     "pdserve.target": (CORE, "yaml", "httpx"),
@@ -41,6 +43,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.__main__": (CORE, "pdserve.cli_tree"),
     "pdserve.cli_status": (CORE, "pdserve.deploy", "msgspec", "rich"),
     "pdserve.cli_stop": (CORE, "pdserve.cli_status", "pdserve.deploy"),
+    "pdserve.cli_logs": (CORE, "pdserve.deploy"),
     "pdserve.cli_explain": (CORE, "pdserve.deploy", "httpx"),
     "pdserve.marks": (CORE, "blake3", "numpy"),
     "pdserve.engines.vllm.facts": (CORE, "pdserve.transfer.telling", "pdserve.transfer.wire"),

@@ -46,9 +46,8 @@ class Span(_Told, frozen=True, tag=1):
 class Leg(_Told, frozen=True, tag=2):
     """What was decided about a prompt, told once its own tokens begin to be computed."""
 
-    #: the engine's id of it, and the client's
+    #: the engine's id of it, which has the client's in it
     leg: LegId
-    request: LegId
     traceparent: Text
     #: when the cache was asked, unix time
     at: Seconds

@@ -32,6 +32,8 @@ def log(tmp_path: Path) -> Path:
         ),
         (INFO + "  ▄▄ ▄█ █\n" + INFO + "\n" + INFO + "Something of its own\n", "Something of its own"),
         ("01:15:52 INFO pdserve.cache touching the arena\n", "cache touching the arena"),
+        ("2026-01-01 01:15:52.003 INFO cache[7] pdserve.cache touching the arena\n", "cache touching the arena"),
+        ('{"time": "x", "part": "pdserve.cache", "message": "touching the arena"}\n', "cache touching the arena"),
     ],
 )
 def test_doing(log: Path, text: str, doing: str) -> None:

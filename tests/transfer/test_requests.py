@@ -32,7 +32,7 @@ def keys(tokens: list[int], salt: str = "") -> list[bytes]:
 def leg(request: str, tokens: list[int], salt: str = "", at: float = 1000.0, **changes: Any) -> telling.Leg:
     made, edges = marks.make(tokens, CHUNK, SEED)
     told: dict[str, Any] = {
-        "leg": f"cmpl-{request}-0-0123abcd", "request": request, "traceparent": "", "at": at, "tokens": len(tokens),
+        "leg": f"cmpl-{request}-0-0123abcd", "traceparent": "", "at": at, "tokens": len(tokens),
         "chunk_tokens": CHUNK, "base": BASE, "lora": "", "tag": tenant_tag(salt), "keys": keys(tokens, salt), "local": 0,
         "covered": 0, "first_chunk": 0, "tiers": [], "found": 0, "why": "", "marks": made, "edges": edges,
     }  # fmt: skip

@@ -38,7 +38,7 @@ class PdserveConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        log.setup()
+        log.setup("engine", vllm_config.kv_transfer_config.get_from_extra_config("pdserve.instance", ""))
         versions.check(vllm_version)
         layout.check_supported(vllm_config, kv_cache_config)
         self._log = log.get("connector")

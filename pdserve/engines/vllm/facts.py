@@ -59,6 +59,7 @@ class Teller:
         self._seed = 0
         self._socket: socket.socket | None = None
         self._not_before = 0.0
+        self._warned = False
         self._log = log.get("facts")
         self._thread = threading.Thread(target=self._run, name="pdserve-facts", daemon=True)
         self._thread.start()
@@ -112,7 +113,9 @@ class Teller:
             return make(self._seed)
         except Exception:  # noqa: BLE001 - a fact that cannot be made is lost
             self._lost += 1
-            self._log.debug("a fact could not be made", exc_info=True)
+            if not self._warned:
+                self._warned = True
+                self._log.exception("a fact could not be made; more of its kind may be missing")
             return None
 
     def _connected(self) -> socket.socket:
@@ -167,9 +170,11 @@ class LegFacts:
     @_harmless
     def decided(self, tracked: Any, hit: Any, external: int) -> None:
         """The engine has given the request its blocks, `external` of its tokens are to be loaded."""
+        request, now = tracked.request, time.time()
+        if "local" in self._decided.get(request.request_id, {}):
+            return  # asked once more when its load has ended: what was decided is decided
         if len(self._decided) > MOST_WAITING:
             self._decided.clear()
-        request, now = tracked.request, time.time()
         known = self._decided[request.request_id] = {
             "at": now, "first": hit.first_chunk if hit else 0, "found": len(hit.found) if hit else 0,
             "why": _why(tracked, hit, external), "tiers": [], "covered": 0, "saved": None, "spans": [],
