@@ -26,6 +26,7 @@ class Instance:
     name: str
     role: str
     upstream: Upstream
+    place: str = ""  # the name of its host, where there are several
     up: bool = False
     draining: bool = False
     trial: bool = False

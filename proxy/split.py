@@ -1,6 +1,7 @@
 """The story of one request over two engines: prefill here, hand over, decode there, and what happens when either fails.
 
     producers up, and the request can be split?   no -> route "local": a consumer does all of it
+      decode leg, where it is sent early: waits on its consumer for the chunks; dropped if there will be none
       prefill leg on a producer   200 -> its handover goes to the decode leg                        route "pd"
                                   4xx -> the client's mistake: returned as it is, not tried again
                                   5xx, no connection, broken off, late -> another producer, then route "local"
@@ -26,6 +27,7 @@ from pdserve.errors import RequestError, UpstreamError
 from pdserve.proxy import openai, relay
 from pdserve.proxy.admission import Pass
 from pdserve.proxy.budget import Budget
+from pdserve.proxy.early import EarlyLeg
 from pdserve.proxy.fleet import Fleet
 from pdserve.proxy.instance import Instance
 from pdserve.proxy.keys import ANYBODY, Key
@@ -79,9 +81,11 @@ class Exchange:
 class Splitter:
     """Runs requests. Holds what they share and no state of any one of them."""
 
-    def __init__(self, fleet: Fleet, dialect: Dialect, routing: Routing, deadlines: Deadlines) -> None:
+    def __init__(
+        self, fleet: Fleet, dialect: Dialect, routing: Routing, deadlines: Deadlines, early: bool = False
+    ) -> None:
         self._fleet, self._dialect, self._deadlines, self._metrics = fleet, dialect, deadlines, fleet.metrics
-        self._routing, self._budget = routing, Budget()
+        self._routing, self._budget, self._early = routing, Budget(), early
 
     @property
     def models(self) -> frozenset[str]:
@@ -95,20 +99,47 @@ class Splitter:
         exchange.facts = self._routing.facts(exchange.endpoint, exchange.headers, ask.body)
         why = self._why_local(exchange, ask)
         self._metrics["split_decisions_total"].labels(why or "pd").inc()
-        handover = None
+        keep = ask.stream and exchange.endpoint in openai.CHOICES and len(self._fleet.consumers()) > 1
+        takeover = Takeover(self._dialect, exchange.endpoint, ask.body, exchange.endpoint == openai.CHAT, keep)
+        handover, consumer, leg = None, None, None
         if not why:
             exchange.client.lifetime.on(Event.SPLIT)
-            handover, why = await self._prefill(exchange, ask)
+            consumer = self._plan_consumer(exchange)
+            leg = self._send_early(consumer, exchange, ask, takeover.ask_ids)
+            try:
+                handover, why = await self._prefill(exchange, ask, consumer)
+            except BaseException:
+                if leg is not None:
+                    await leg.drop()
+                raise
+        if leg is not None and why:
+            await leg.drop()  # it waits for what nobody computes
+            leg = None
         exchange.route = "local" if why else "pd"
         exchange.client.lifetime.on(Event.DECODE)
-        keep = ask.stream and exchange.endpoint in openai.CHOICES and len(self._fleet.consumers()) > 1
-        chat = exchange.endpoint == openai.CHAT
-        takeover = Takeover(self._dialect, exchange.endpoint, ask.body, chat, keep)
         if handover is not None:
             takeover.cached = self._dialect.cached_tokens(handover)
         body = self._dialect.decode_body(exchange.endpoint, ask.body, handover, takeover.ask_ids)
         takeover.sent = body
-        await self._decode(exchange, body, why, takeover)
+        await self._decode(exchange, body, why, takeover, consumer, leg)
+
+    def _plan_consumer(self, exchange: Exchange) -> Instance | None:
+        """Who is to decode, where that must be known before the prefill; else it is chosen after it, by newer facts."""
+        consumers = self._fleet.consumers()
+        if not self._early and not any(i.place for i in consumers):
+            return None
+        return self._fleet.choose(self._routing.decode, exchange.facts, consumers)
+
+    def _send_early(
+        self, consumer: Instance | None, exchange: Exchange, ask: openai.Ask, ids: bool
+    ) -> EarlyLeg | None:
+        """The decode leg, sent before the prefill is done, if that is wished and the engine can wait."""
+        handover = self._dialect.early_handover(self._deadlines.prefill) if self._early and consumer is not None else None
+        if consumer is None or handover is None:
+            return None
+        body = self._dialect.decode_body(exchange.endpoint, ask.body, handover, ids)
+        until = asyncio.get_running_loop().time() + self._deadlines.prefill + self._deadlines.answer
+        return EarlyLeg(consumer, self._open(consumer, exchange, body, until))
 
     async def pass_on(self, exchange: Exchange, body: bytes) -> None:
         """A request that one engine answers alone, in whatever form."""
@@ -126,9 +157,10 @@ class Splitter:
 
     # The prefill leg.
 
-    async def _prefill(self, exchange: Exchange, ask: openai.Ask) -> tuple[bytes | None, str]:
+    async def _prefill(
+        self, exchange: Exchange, ask: openai.Ask, consumer: Instance | None
+    ) -> tuple[bytes | None, str]:
         """The handover and "", or None and why there is none. Raises UpstreamError for the client's mistake."""
-        body = self._dialect.prefill_body(exchange.endpoint, ask.body)
         deadline = asyncio.get_running_loop().time() + self._deadlines.prefill
         tried: list[Instance] = []
         while len(tried) < ATTEMPTS:
@@ -137,6 +169,9 @@ class Splitter:
                 break
             tried.append(instance)
             exchange.trail.leg("prefill", instance.name)
+            # On another host than the consumer the chunks are sent there while they are computed.
+            place = consumer.place if consumer is not None and consumer.place != instance.place else ""
+            body = self._dialect.prefill_body(exchange.endpoint, ask.body, place)
             try:
                 handover = await self._prefill_on(instance, exchange, body, deadline)
             except LegFailure as failure:
@@ -183,19 +218,32 @@ class Splitter:
 
     # The decode leg.
 
-    async def _decode(self, exchange: Exchange, body: bytes, why: str, takeover: Takeover | None) -> None:
+    async def _decode(
+        self,
+        exchange: Exchange,
+        body: bytes,
+        why: str,
+        takeover: Takeover | None,
+        planned: Instance | None = None,
+        leg: EarlyLeg | None = None,
+    ) -> None:
         tried: list[Instance] = []
         last: LegFailure | None = None
         path = exchange.path
         while len(tried) < ATTEMPTS:
-            instance = self._fleet.choose(self._routing.decode, exchange.facts, self._fleet.consumers(), tried)
+            instance, planned = planned, None
+            if instance is None or (leg is None and not instance.usable):
+                instance = self._fleet.choose(self._routing.decode, exchange.facts, self._fleet.consumers(), tried)
             if instance is None:
                 break
             tried.append(instance)
             exchange.decode = instance.name
             exchange.tell_route(why)
             exchange.trail.leg("decode", instance.name)
+            early, leg = leg, None
             try:
+                if early is not None:
+                    return await self._decode_on(instance, exchange, path, body, takeover, early)
                 with instance.serving():
                     return await self._decode_on(instance, exchange, path, body, takeover)
             except LegFailure as failure:
@@ -223,12 +271,19 @@ class Splitter:
         exchange.client.lifetime.on(Event.END)
 
     async def _decode_on(
-        self, instance: Instance, exchange: Exchange, path: bytes, body: bytes, takeover: Takeover | None
+        self,
+        instance: Instance,
+        exchange: Exchange,
+        path: bytes,
+        body: bytes,
+        takeover: Takeover | None,
+        early: EarlyLeg | None = None,
     ) -> None:
         client = exchange.client
         wait = self._deadlines.resume if client.started else self._deadlines.answer
         until = asyncio.get_running_loop().time() + wait
-        async with self._open(instance, exchange, body, until, path) as answer:
+        opened = early.taken() if early is not None else self._open(instance, exchange, body, until, path)
+        async with opened as answer:
             if not answer.header(b"content-type").startswith(openai.EVENTS):
                 whole = await answer.read(ANSWER_LIMIT, until)
                 if client.started:

@@ -22,16 +22,17 @@ class Dialect(Protocol):
     its fields may still have any type, and a wrong type must not raise: the engine itself tells the client.
     """
 
-    @property
-    def together(self) -> bool:
-        """True if both legs are sent at once and meet in the engines; False if decode waits for prefill's reply."""
+    def early_handover(self, seconds: float) -> bytes | None:
+        """What a decode leg carries that is sent while its prefill is still under way, for `seconds` at most; None if such a
+        leg would not wait in the engine."""
 
     def why_local(self, endpoint: str, body: Body) -> str | None:
         """A reason why this request cannot be split (a word for logs and headers), or None if it can."""
 
-    def prefill_body(self, endpoint: str, body: Body) -> bytes:
+    def prefill_body(self, endpoint: str, body: Body, push_to: str = "") -> bytes:
         """The client's body changed so that the engine computes the prompt, hands its KV over and produces one token.
-        Nothing the client asked of the *answer* may make this leg fail."""
+        Nothing the client asked of the *answer* may make this leg fail. `push_to` names the host that the KV is for, where
+        it is another one."""
 
     def read_handover(self, reply: bytes) -> bytes | None:
         """The JSON that the decode leg must carry, byte for byte as the prefill reply has it; None if there is none.

@@ -15,12 +15,15 @@ pytestmark = pytest.mark.anyio
 KINDS = ("status", "plain", "reset", "cut", "early", "torn", "garbage", "rubbish", "stall", "mute")
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-async def test_whatever_goes_wrong_every_request_ends_once_and_in_order(rig: Any, quick: Any, seed: int) -> None:
+async def test_whatever_goes_wrong_every_request_ends_once_and_in_order(
+    rig: Any, quick: Any, seed: int, early: bool
+) -> None:
     """Engines fail in every way at random, clients leave at random; the rest get a well-formed answer each."""
     chance = random.Random(seed)
     deadlines = quick(prefill=0.5, answer=1, event=0.5, resume=0.5)
-    async with rig(producers=2, consumers=2, engine={"gap": 0.001}, deadlines=deadlines) as r:
+    async with rig(producers=2, consumers=2, engine={"gap": 0.001}, deadlines=deadlines, early_decode=early) as r:
         for engine in r.producers + r.consumers:
             picks = [chance.choice(KINDS) if chance.random() < 0.3 else "" for _ in range(400)]
             made = (Fault(k, status=chance.choice([500, 503, 429, 400]), after=chance.randint(0, 3)) for k in picks)

@@ -27,17 +27,22 @@ from pdserve.engines.vllm.resume import (
 )
 
 __all__ = [
-    "RESUME_PATH", "cached_tokens", "counts_apart", "decode_body", "greedy", "handed", "held_back", "hide_ids", "prefill_body",
-    "prompt_tokens", "read_handover", "repeatable", "resumable", "resume_body", "tell_cached", "together", "why_local",
+    "RESUME_PATH", "cached_tokens", "counts_apart", "decode_body", "early_handover", "greedy", "handed", "held_back",
+    "hide_ids", "prefill_body", "prompt_tokens", "read_handover", "repeatable", "resumable", "resume_body", "tell_cached",
+    "why_local",
 ]  # fmt: skip
 
-together: Final = False
 CHAT: Final = "/v1/chat/completions"
 PARAMS: Final = "kv_transfer_params"
 # vLLM's connectors read these names from the request; null says "the other side is not known yet".
 ASK_HANDOVER: Final = (
     b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
     b'"remote_block_ids":null,"remote_host":null,"remote_port":null}'
+)
+# The consumer waits for chunks of the same prompt instead of for a number of them.
+_EARLY: Final = (
+    b'{"do_remote_prefill":true,"do_remote_decode":false,"pdserve.expect_s":%g,"remote_engine_id":null,'
+    b'"remote_block_ids":[],"remote_host":null,"remote_port":null}'
 )
 _ANSWER_ONLY: Final = frozenset(
     (
@@ -105,10 +110,15 @@ def why_local(endpoint: str, body: Body) -> str | None:
     return None
 
 
-def prefill_body(endpoint: str, body: Body) -> bytes:
+def early_handover(seconds: float) -> bytes:
+    return _EARLY % seconds
+
+
+def prefill_body(endpoint: str, body: Body, push_to: str = "") -> bytes:
+    ask = b'%b,"pdserve.push_to":%b}' % (ASK_HANDOVER[:-1], msgspec.json.encode(push_to)) if push_to else ASK_HANDOVER
     if endpoint in _OTHERS:
-        return apis.prefill_body(endpoint, body, {PARAMS: ASK_HANDOVER})
-    changes = {"stream": b"false", PARAMS: ASK_HANDOVER}
+        return apis.prefill_body(endpoint, body, {PARAMS: ask})
+    changes = {"stream": b"false", PARAMS: ask}
     limits = ("max_completion_tokens", "max_tokens") if endpoint == CHAT else ("max_tokens",)
     given = [name for name in limits if body.get(name) is not None]
     changes |= dict.fromkeys(given or ["max_tokens"], b"1")
