@@ -24,7 +24,7 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     (r"[Oo]ut of memory|OutOfMemory|can't allocate memory|[Cc]annot allocate memory|MemoryError", _TOO_LITTLE_MEMORY),
     (
-        r"[Aa]vailable (node )?memory .* (less|smaller) than desired|Invalid KV cache space|exceeds? .*(available|total) memory",
+        r"[Aa]vailable (node )?memory .* less than (desired|requested)|Invalid KV cache space|exceeds? .*(available|total) memory",
         _TOO_LITTLE_MEMORY,
     ),
     (r"outside the supported range", "Install a vLLM in that range; pdserve doctor says which is there."),

@@ -14,6 +14,9 @@ SEEN = [
     ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", "It does not fit into memory"),
     ("RuntimeError: [enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.",
      "It does not fit into memory"),
+    ("RuntimeError: Worker failed with error 'Available memory on node 0 (16.57/21.09 GiB) on kv cache allocation is less than "
+     "requested memory for kv (4000.0 GiB). Decrease --kv-cache-memory-bytes, VLLM_CPU_KVCACHE_SPACE, or reduce CPU memory used.'",
+     "It does not fit into memory"),
     ("pdserve.errors.UnsupportedError: vLLM 0.25.1 is outside the supported range >=0.26,<0.33", "Install a vLLM in that range"),
     ("RuntimeError: Failed to infer device type", "pdserve doctor says what the driver lacks"),
     ("OSError: ./m is not a local folder and is not a valid model identifier listed on the hub", "correct `model`"),
