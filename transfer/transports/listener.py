@@ -67,7 +67,7 @@ class Listener:
         self._log = log.get("transport")
         self._socket: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
-        self._greeting: set[asyncio.Task[None]] = set()
+        self._greeting: dict[asyncio.Task[None], socket.socket] = {}
         self.turned_away = 0
 
     def start(self, host: str, port: int) -> int:
@@ -93,27 +93,36 @@ class Listener:
                 continue
             sock.setblocking(False)
             task = loop.create_task(self._greet(sock, f"{address[0]}:{address[1]}"))
-            self._greeting.add(task)
-            task.add_done_callback(self._greeting.discard)
+            self._greeting[task] = sock
+            task.add_done_callback(self._greeted)
             pushed_out = self._gate.enter(task, str(address[0]))
             if isinstance(pushed_out, asyncio.Task):
                 pushed_out.cancel()
 
     async def _greet(self, sock: socket.socket, address: str) -> None:
         me = asyncio.current_task()
+        assert me is not None
         admitted: door.Admitted | None = None
         try:
             async with asyncio.timeout(door.GREET_S):
                 admitted = await door.answer(sock, self._name, self._window, self._security, self._context, self._judge)
+                if admitted is None:
+                    await _show_out(sock)
         except (TransportError, ProtocolError, TimeoutError, OSError) as e:
             self._log.debug("%s was turned away: %s", address, e or "too slow")
-        finally:
-            self._gate.leave(me)
-            if admitted is None:
-                self.turned_away += 1
-                sock.close()
         if admitted is not None:
+            del self._greeting[me]  # the socket is not ours any more
+            self._gate.leave(me)
             await self._hand_over(admitted, sock, address)
+        else:
+            self.turned_away += 1
+
+    def _greeted(self, task: asyncio.Task[None]) -> None:
+        """The task is over; it may have been cancelled before its first step, so it is here that the socket is closed."""
+        self._gate.leave(task)
+        sock = self._greeting.pop(task, None)
+        if sock is not None:
+            sock.close()
 
     async def _hand_over(self, admitted: door.Admitted, sock: socket.socket, address: str) -> None:
         try:
@@ -133,3 +142,13 @@ class Listener:
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.close()
+
+
+async def _show_out(sock: socket.socket) -> None:
+    """Closes so that the peer can still read what it was told: a socket closed over unread bytes takes that away from it."""
+    sock.shutdown(socket.SHUT_WR)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.5):
+            for _ in range(16):
+                if not await asyncio.get_running_loop().sock_recv(sock, 4096):
+                    return
