@@ -25,7 +25,8 @@ class Prompt:
     instance: str
     at: float
     root: tuple[bytes, str, bytes]  # model and layout, adapter, salt's tag
-    tokens: int
+    asked: int  # tokens of the prompt alone
+    tokens: int  # and of the answer, as far as it is known
     marks: bytes
     edges: bytes
 

@@ -96,7 +96,7 @@ class Requests:
     def _take_leg(self, leg: _Leg, told: telling.Leg) -> None:
         prompt = Prompt(
             told.leg, client_id(told.leg), leg.instance, told.at, (told.base, told.lora, told.tag), told.tokens,
-            told.marks, told.edges,
+            told.tokens, told.marks, told.edges,
         )  # fmt: skip
         leg.runs = self._judged(told, prompt)
         # The keys stay, the marks live with the prompts only.
@@ -110,7 +110,7 @@ class Requests:
         if prompt is not None and ended.marks and ended.tokens > prompt.tokens:
             self.prompts.add(
                 Prompt(
-                    prompt.leg, prompt.request, prompt.instance, prompt.at, prompt.root, ended.tokens, ended.marks,
+                    prompt.leg, prompt.request, prompt.instance, prompt.at, prompt.root, prompt.asked, ended.tokens, ended.marks,
                     ended.edges,
                 )
             )  # fmt: skip

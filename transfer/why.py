@@ -88,10 +88,14 @@ def _by_prompts(chunk: Missed, known: Known) -> str:
     who = f"request {known.same.prompt.request}"
     if same >= chunk.end:
         if not chunk.full:
-            return f"{who} had the same tokens up to here and went on: its chunk was longer, and only whole chunks match"
+            return (
+                f"{who} had the same tokens up to here and went on: its chunk was longer, and only whole chunks match"
+            )
         return f"{who} had the same tokens, but the chunk was not in the cache yet or could not be stored"
-    if same >= known.same.prompt.tokens:
-        return f"{who} was the same and ended at token {same}: its last chunk was not full, and matches no longer prompt"
+    if same in (known.same.prompt.asked, known.same.prompt.tokens):
+        return (
+            f"{who} was the same and ended at token {same}: its last chunk was not full, and matches no longer prompt"
+        )
     where = "here" if same >= chunk.start else "before this chunk"
     return f"the prompt differs from that of {who} at token {same}, {where}"
 

@@ -46,7 +46,7 @@ def tracked(name: str, tokens: list[int], **more: Any) -> Any:
     request = SimpleNamespace(
         request_id=f"cmpl-{name}-0-0123abcd", prompt_token_ids=tokens, all_token_ids=tokens, num_tokens=len(tokens),
         num_prompt_tokens=len(tokens), lora_request=None, cache_salt=None, arrival_time=time.time() - 0.5,
-        trace_headers=None, status=SimpleNamespace(name="FINISHED_STOPPED"),
+        trace_headers=None, kv_transfer_params=None, status=SimpleNamespace(name="FINISHED_STOPPED"),
     )  # fmt: skip
     plain = {
         "choice": None,

@@ -163,6 +163,16 @@ def test_the_last_chunk_was_not_full(requests: Requests) -> None:
     assert whys(few)[1] == "the prompt's last 5 tokens do not fill a chunk and are too few to be kept"
 
 
+def test_a_prompt_that_goes_on_otherwise_than_the_answer_did(requests: Requests) -> None:
+    tokens, answered = ids(2 * CHUNK), ids(CHUNK + 50)
+    answered[CHUNK + 40] += 1
+    made, edges = marks.make(answered, CHUNK, SEED)
+    first = leg("first", answered[: CHUNK + 40])
+    told(requests, first, telling.Ended(first.leg, 10, "stop", CHUNK + 50, made, edges))
+    shown = told(requests, leg("b", tokens, found=1, tiers=["dram"], covered=CHUNK))
+    assert f"ended at token {CHUNK + 40}: its last chunk was not full" in whys(shown)[0]
+
+
 def test_an_answer_belongs_to_what_a_later_prompt_is_compared_with(requests: Requests) -> None:
     tokens = ids(3 * CHUNK)
     made, edges = marks.make(tokens[: 2 * CHUNK], CHUNK, SEED)
@@ -223,7 +233,7 @@ def test_memory_is_bounded(requests: Requests, gone: Gone, monkeypatch: pytest.M
 def test_prompts_are_bounded_in_number_and_bytes() -> None:
     def prompt(n: int, tokens: list[int]) -> Prompt:
         made, edges = marks.make(tokens, CHUNK, SEED)
-        return Prompt(f"leg{n}", f"r{n}", "p", float(n), (BASE, "", b""), len(tokens), made, edges)
+        return Prompt(f"leg{n}", f"r{n}", "p", float(n), (BASE, "", b""), len(tokens), len(tokens), made, edges)
 
     prompts = Prompts(most=20, most_bytes=1 << 20)
     for n in range(100):

@@ -194,9 +194,10 @@ class LegFacts:
         known["local"] = tracked.loading_from
         if result.error:
             known["why"] = f"the load failed ({result.error})"[:300]
-        saved = None if hit.promised else self._saved(tokens, seconds)
+        handed = hit.promised or (tracked.request.kv_transfer_params or {}).get("do_remote_prefill")
+        saved = None if handed else self._saved(tokens, seconds)
         known["saved"] = None if saved is None else round(saved * 1000, 3)
-        name, detail = ("transfer", "from the producer") if hit.promised else ("load", "")
+        name, detail = ("transfer", "from the producer") if handed else ("load", "")
         if name == "load":
             known["load_ms"] += seconds * 1000
         known["spans"].append(
