@@ -233,6 +233,9 @@ def _proxy(
             words += [f"--{role}", f"{instance.name}={instance.url}"]
     for name, url in caches.items():
         words += ["--cache", f"{name}={url}"]
+    for instance in topology.instances:
+        if instance.on and topology.uses_cache(instance):
+            words += ["--place", f"{instance.name}={instance.on}"]
     words += ["--state-file", str(context.run_dir / "state.json")]
     words += ["--model", context.served_model_name, "--policy", proxy.policy]
     words += ["--engine", next(i.engine.kind for i in topology.instances if i.role != "plain")]
@@ -242,6 +245,8 @@ def _proxy(
         ("--workers", proxy.workers if proxy.workers > 1 else None),
         ("--pd-min-tokens", proxy.pd_min_tokens or None),
         ("--slo-ttft", proxy.slo_ttft),
+        ("--slo-itl", proxy.slo_itl),
+        *(("--slo-class", targets.words(name)) for name, targets in proxy.slo_classes.items()),
         ("--api-keys", proxy.api_keys),
     ):
         words += [flag, f"{value:g}" if isinstance(value, float) else str(value)] if value is not None else []

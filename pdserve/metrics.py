@@ -136,6 +136,12 @@ PROXY = {
         unit="requests",
         act="Falls: first tokens came too late for the target. It rises by itself when they are in time.",
     ),
+    "admission_streams_limit": Metric(
+        Gauge,
+        "Requests that may run at once under a target for the time between tokens; 4096 as long as none was missed",
+        unit="requests",
+        act="Falls: engines decode more slowly than the target with this many streams; add consumers.",
+    ),
     "admission_waiting": Metric(
         Gauge,
         "Requests that wait for their turn",

@@ -99,6 +99,19 @@ class Cache(msgspec.Struct, frozen=True, kw_only=True):
         return f"http://{host}:{self.admin_port}"
 
 
+class SloTargets(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds to the first token and between tokens; the place in line (lower is earlier)."""
+
+    ttft: Seconds | None = None
+    itl: Seconds | None = None
+    priority: int = 0
+
+    def words(self, name: str) -> str:
+        """As the proxy's command line has it."""
+        given = {"ttft": self.ttft, "itl": self.itl, "priority": self.priority or None}
+        return f"{name}:" + ",".join(f"{key}={value:g}" for key, value in given.items() if value is not None)
+
+
 class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: Port = 8000
@@ -107,7 +120,10 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     decode_policy: Policy | None = None
     workers: Positive = 1  # processes that share the port
     pd_min_tokens: Annotated[int, Meta(ge=0)] = 0  # prompts with fewer uncached tokens are not split; 0: all are
+    early_decode: bool = False  # send the decode leg while the prefill still runs
     slo_ttft: Seconds | None = None  # target for the first token; None: nobody waits or is refused for it
+    slo_itl: Seconds | None = None  # target for the time between tokens
+    slo_classes: dict[str, SloTargets] = {}  # classes of requests with targets of their own
     api_keys: str | None = None  # a file of hashed keys
     prefill_timeout: Seconds | None = None
     extra_args: tuple[str, ...] = ()

@@ -177,6 +177,15 @@ KEYS: dict[str, Key] = {
         "Target in seconds for the first token. Set: requests queue, and are refused (429) when it cannot be met.",
         "2.5",
     ),
+    "proxy.slo_itl": Key(
+        "Target in seconds for the time between tokens. Set: the number of running streams is limited so that it is met.",
+        "0.05",
+    ),
+    "proxy.slo_classes": Key(
+        "Classes of requests with targets of their own, by name: `ttft`, `itl` (seconds) and `priority` (lower is earlier); "
+        "see [proxy](proxy.md).",
+        "{interactive: {ttft: 0.5, itl: 0.05}, batch: {priority: 10}}",
+    ),
     "proxy.api_keys": Key(
         "A file of hashed keys; see [security](security.md). Default: anybody may ask.", "/etc/pdserve/keys"
     ),

@@ -1,12 +1,16 @@
-"""Who may start now, who waits, and who is told to come back later: the line before the prefills.
+"""Who may start now, who waits, and who is told to come back later: the line before the engines.
 
-The gate lets `limit` requests be between arrival and first token at once. The limit follows what is measured: a first
-token later than its target makes it smaller (by a fifth, at most once per target), one in time while the gate is full
-makes it larger (by one for every `limit` of them). Waiting is in order of priority, then deadline within a tenant; in
-between tenants the one goes first that has been given least, by its weight. A request that cannot have its first token
-in time by what is known, or finds the line full, is refused at once with the time after which to try again.
+Two limits follow what is measured; both grow by one for every full round that went well, and shrink by a fifth, at most
+once per target, when a target is missed:
 
-Without a target there is no gate: everything passes, and nothing is measured.
+    first token    how many requests may be between arrival and first token at once
+    between tokens how many may be running at all; without a limit until some class's target was missed
+
+Waiting is in order of priority, then deadline within a tenant; in between tenants the one goes first that has been given
+least, by its weight. A request that cannot have its first token in time, by the line before it and by what prompts of
+its size took lately, or finds the line full, is refused at once with the time after which to try again.
+
+A request whose class (slo.py) has no target passes, and nothing is measured.
 """
 
 from __future__ import annotations
@@ -18,11 +22,17 @@ import itertools
 import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from pdserve.errors import RequestError
 from pdserve.proxy.keys import Key
+from pdserve.proxy.pace import Pace
+from pdserve.proxy.slo import Classes, SloClass
 
 SMALLER, START, MOST = 0.8, 8.0, 4096.0
+WAIT_SHARE = 0.5  # of the target for the first token that a request may wait for
+PATIENCE = 5.0  # seconds of waiting where there is no such target
+GAPS = 32  # gaps between tokens that are judged together
 
 
 class Refused(RequestError):
@@ -42,72 +52,98 @@ class Tenant:
     line: list[tuple[int, float, int, asyncio.Future[None]]] = field(default_factory=list)
 
 
+class Limit:
+    """How many at once: additive increase, multiplicative decrease."""
+
+    def __init__(self, most: float) -> None:
+        self.most = most
+        self.inside = 0
+        self._lowered = -math.inf
+
+    @property
+    def full(self) -> bool:
+        return self.inside >= int(self.most)
+
+    def judged(self, missed: bool, target: float, now: float) -> None:
+        if not missed:
+            if self.full:
+                self.most = min(MOST, self.most + 1 / self.most)
+        elif now - self._lowered >= target:
+            self.most, self._lowered = max(1.0, SMALLER * min(self.most, max(self.inside, 1))), now
+
+
 class Pass:
-    """Leave to start; `first_token` gives the place at the gate free."""
+    """Leave to start; `first_token` gives the first place free, the end of the `async with` all of it."""
 
-    __slots__ = ("_admission", "_began", "_open", "_target")
+    __slots__ = ("_admission", "_began", "_gaps", "_open", "_size", "_sum", "slo")
 
-    def __init__(self, admission: Admission, began: float, target: float) -> None:
-        self._admission, self._began, self._target, self._open = admission, began, target, True
+    def __init__(self, admission: Admission, began: float, slo: SloClass, size: int) -> None:
+        self._admission, self._began, self.slo, self._size, self._open = admission, began, slo, size, True
+        self._gaps, self._sum = 0, 0.0
 
     def first_token(self) -> None:
         """The first token is there, or it never will be."""
         if self._open:
             self._open = False
-            self._admission.left(self._began, self._target)
+            self._admission.answered(self._began, self.slo, self._size)
+
+    def gap(self, seconds: float) -> None:
+        """The time between two arrivals of tokens."""
+        self._gaps += 1
+        self._sum += seconds
+        if self._gaps >= GAPS:
+            self._admission.paced(self._sum / self._gaps, self.slo)
+            self._gaps, self._sum = 0, 0.0
 
     def drop(self) -> None:
         if self._open:
             self._open = False
-            self._admission.free()
+            self._admission.first.inside -= 1
+        self._admission.running.inside -= 1
+        self._admission.let_in()
 
 
 class Admission:
-    def __init__(self, target: float = 0.0, line_limit: int = 256, wait_share: float = 0.5) -> None:
-        """`target` in seconds from arrival to first token; a request waits for `wait_share` of it at the most."""
-        self._target, self._line_limit, self._wait_share = target, line_limit, wait_share
-        self.limit = START
-        self.inside = 0
+    def __init__(self, classes: Classes | None = None, line_limit: int = 256, counted: Any = None) -> None:
+        """`counted` is the metric slo_total."""
+        self.classes = classes or Classes()
+        self._line_limit, self._counted = line_limit, counted
+        self.first, self.running = Limit(START), Limit(MOST)
         self.waiting = 0
+        self.gates = False  # some request has had a target
         self._tenants: dict[str, Tenant] = {}
         self._order = itertools.count()
-        self._turned_down = 0.0
-        self._time = 0.0  # from the gate to the first token, smoothed
+        self.pace = Pace()
         self._virtual = 0.0
-        self.gates = False  # some request has had a target
 
-    def predicted(self, ahead: int) -> float:
-        """Seconds until a request with so many before it has its first token, by what was measured."""
-        return self._time * (1 + ahead / max(1.0, self.limit))
-
-    def gated(self, key: Key) -> bool:
-        gated = bool(key.ttft or self._target)
-        self.gates = self.gates or gated
-        return gated
+    def predicted(self, ahead: int, size: int) -> float:
+        """Seconds until a request of this size with so many before it has its first token, by what was measured."""
+        return self.pace.mean * ahead / max(1.0, self.first.most) + self.pace.seconds(size)
 
     @contextlib.asynccontextmanager
-    async def entered(self, key: Key, priority: int) -> AsyncIterator[Pass]:
-        """Waits for leave. Raises Refused."""
-        target = key.ttft or self._target
+    async def entered(self, key: Key, slo: SloClass, size: int, priority: int = 0) -> AsyncIterator[Pass]:
+        """Waits for leave. Raises Refused. `size` is the prompt's, in bytes."""
+        self.gates = True
         loop = asyncio.get_running_loop()
         began = loop.time()
-        if self.inside >= int(self.limit) or self.waiting:
-            await self._wait(key, priority + key.priority, began, target)
+        if self.first.full or self.running.full or self.waiting:
+            await self._wait(key, slo, size, priority + key.priority + slo.priority, began)
         else:
             self._account(self._tenant(key))
-            self.inside += 1
-        leave = Pass(self, loop.time(), target)
+            self._take()
+        leave = Pass(self, loop.time(), slo, size)
         try:
             yield leave
         finally:
             leave.drop()
 
-    async def _wait(self, key: Key, priority: int, began: float, target: float) -> None:
-        expected = self.predicted(self.waiting + 1)
-        if self.waiting >= self._line_limit or expected > target:
+    async def _wait(self, key: Key, slo: SloClass, size: int, priority: int, began: float) -> None:
+        expected = self.predicted(self.waiting + 1, size)
+        if self.waiting >= self._line_limit or (slo.ttft and expected > slo.ttft):
+            self._count(slo, "ttft", "refused")
             raise Refused("The first token would come too late for its target; try again later.", expected)
         tenant, future = self._tenant(key), asyncio.get_running_loop().create_future()
-        deadline = began + self._wait_share * target
+        deadline = began + (WAIT_SHARE * slo.ttft or PATIENCE)
         heapq.heappush(tenant.line, (priority, deadline, next(self._order), future))
         self.waiting += 1
         try:
@@ -115,12 +151,16 @@ class Admission:
                 await future
         except BaseException as exc:
             if future.done() and not future.cancelled():
-                self.free()  # leave was given in the very moment of leaving
+                self.first.inside -= 1  # leave was given in the very moment of leaving
+                self.running.inside -= 1
+                self.let_in()
             else:
                 future.cancel()
                 self.waiting -= 1
             if isinstance(exc, TimeoutError):
-                raise Refused("No place became free in time; try again later.", self.predicted(self.waiting)) from exc
+                self._count(slo, "ttft", "refused")
+                wait = self.predicted(self.waiting, size)
+                raise Refused("No place became free in time; try again later.", wait) from exc
             raise
 
     def _tenant(self, key: Key) -> Tenant:
@@ -133,22 +173,36 @@ class Admission:
         """One more for this tenant. One that was away does not come back with a claim on the past."""
         tenant.given = max(tenant.given, self._virtual) + 1 / tenant.key.weight
 
-    def left(self, began: float, target: float) -> None:
+    def answered(self, began: float, slo: SloClass, size: int) -> None:
+        """A first token came, for leave given at `began`."""
         now = asyncio.get_running_loop().time()
         took = now - began
-        self._time += 0.2 * (took - self._time) if self._time else took
-        if took > target:
-            if now - self._turned_down >= target:
-                self.limit, self._turned_down = max(1.0, self.limit * SMALLER), now
-        elif self.inside >= int(self.limit):
-            self.limit = min(MOST, self.limit + 1 / self.limit)
-        self.free()
+        self.pace.add(size, took)
+        if slo.ttft:
+            self.first.judged(took > slo.ttft, slo.ttft, now)
+            self._count(slo, "ttft", "missed" if took > slo.ttft else "met")
+        self.first.inside -= 1
+        self.let_in()
 
-    def free(self) -> None:
-        self.inside -= 1
-        while self.inside < int(self.limit) and (future := self._next()) is not None:
-            self.inside += 1
+    def paced(self, gap: float, slo: SloClass) -> None:
+        """A stream of that class has lately had a token every `gap` seconds."""
+        if slo.itl:
+            self.running.judged(gap > slo.itl, GAPS * slo.itl, asyncio.get_running_loop().time())
+            self._count(slo, "itl", "missed" if gap > slo.itl else "met")
+            self.let_in()
+
+    def let_in(self) -> None:
+        while not (self.first.full or self.running.full) and (future := self._next()) is not None:
+            self._take()
             future.set_result(None)
+
+    def _take(self) -> None:
+        self.first.inside += 1
+        self.running.inside += 1
+
+    def _count(self, slo: SloClass, target: str, outcome: str) -> None:
+        if self._counted is not None:
+            self._counted.labels(slo.name, target, outcome).inc()
 
     def _next(self) -> asyncio.Future[None] | None:
         """The next in line: the best priority, then the tenant that has had least, then the earliest deadline."""

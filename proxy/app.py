@@ -12,6 +12,7 @@ other.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import gc
 import os
@@ -23,7 +24,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, multiprocess
 
-from pdserve import engines, log, metrics
+from pdserve import engines, log, metrics, trace
 from pdserve.errors import ConfigError
 from pdserve.proxy import keys, openai, options, workers
 from pdserve.proxy.access import Access
@@ -43,6 +44,7 @@ from pdserve.proxy.pinning import Pinning
 from pdserve.proxy.routing import Routing
 from pdserve.proxy.shared import Alone, Shared, Together
 from pdserve.proxy.siblings import Siblings
+from pdserve.proxy.slo import Classes
 from pdserve.proxy.split import Splitter
 from pdserve.proxy.told import Caches
 from pdserve.proxy.upstream import Upstream
@@ -58,16 +60,19 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
     shared = shared or Alone()
     registry = CollectorRegistry()
     made = metrics.build(metrics.PROXY, registry)
-    instances = [Instance(name, role, Upstream(name, url)) for name, role, url in settings.instances]
+    places = dict(settings.places)
+    instances = [Instance(name, role, Upstream(name, url), places.get(name, "")) for name, role, url in settings.instances]
     fleet = Fleet(instances, settings.deadlines, made, settings.models, settings.probe_every, shared)
     dialect = engines.dialect(settings.engine)
     worth = Worth(settings.pd_min_tokens, settings.pd_max_queue)
     routing = Routing(settings.prefill_policy, settings.decode_policy, worth)
-    splitter = Splitter(fleet, dialect, routing, settings.deadlines)
-    admission = Admission(settings.slo_ttft, settings.max_waiting)
-    known = keys.read(settings.api_keys) if settings.api_keys else Keys()
+    splitter = Splitter(fleet, dialect, routing, settings.deadlines, settings.early_decode)
+    admission = Admission(settings.classes, settings.max_waiting, counted=made["slo_total"])
+    known = keys.read(settings.api_keys, settings.api_keys_env)
+    _check_classes(known, settings.classes)
     known.shared = shared
-    history = History()
+    tracing = trace.start("proxy", settings.otlp_endpoint, settings.trace_sample) if settings.otlp_endpoint else None
+    history = History(tracing=tracing)
     pinning = Pinning(fleet, settings.caches, settings.admin_token, made)
     doors = Doors(known, admission, history, pinning)
     siblings = Siblings(history, shared.folder, shared.row)
@@ -90,6 +95,8 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
             await pinning.stop()
             await admin.stop()
             await fleet.stop()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.stop)
 
     front: dict[tuple[bytes, bytes], Endpoint] = {}
     app = FastAPI(title="pdserve proxy", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -106,6 +113,13 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
     requests.add_to(app)
     _add_own_pages(app, fleet, registry, methods)
     return app
+
+
+def _check_classes(known: Keys, classes: Classes) -> None:
+    for key in known.by_hash.values():
+        if key.slo and key.slo not in classes.by_name:
+            fix = f"Known: {', '.join(classes.by_name)}; --slo-class makes one."
+            raise ConfigError(f"the class of key {key.name!r}", f"there is no class {key.slo!r}", fix)
 
 
 def exposed(registry: CollectorRegistry) -> bytes:
@@ -159,7 +173,7 @@ def serve_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the proxy until it is asked to stop. 0 after an orderly end."""
-    log.setup()
+    log.setup("proxy", form=args.log_format)
     settings = options.settings(args)
     role = workers.role()
     if role is None and settings.workers > 1:

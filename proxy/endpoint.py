@@ -51,7 +51,7 @@ class Endpoint:
         exchange = Exchange(method, self._path, call.target, [], rid, client)
         client.on_first = lambda seconds: self._first_token(exchange, seconds)
         self._running.inc()
-        self._doors.history.begin(exchange)
+        self._doors.history.begin(exchange, call.headers)
         try:
             await self._live(exchange, call)
         finally:
@@ -112,10 +112,12 @@ class Endpoint:
         exchange.model = ask.body.get("model") or ""
         if ask.body.raw is not body:
             exchange.marked = body
-        if not self._doors.admission.gated(exchange.key):
+        given = openai.priority(ask.body)
+        slo = self._doors.admission.classes.of(exchange.key, exchange.headers, given)
+        if not slo.targets:
             return await self._splitter.generate(exchange, ask)
         exchange.client.lifetime.on(Event.QUEUE)
-        async with self._doors.admission.entered(exchange.key, openai.priority(ask.body)) as leave:
+        async with self._doors.admission.entered(exchange.key, slo, len(body), given or 0) as leave:
             exchange.leave = leave
             await self._splitter.generate(exchange, ask)
 
@@ -149,7 +151,15 @@ class Endpoint:
         self._observe("time_to_first_token_seconds", exchange.route, seconds)
         if exchange.marked:
             self._pin(exchange)
-        exchange.client.on_gap = self._metric("inter_token_latency_seconds", exchange.route).observe
+        observe = self._metric("inter_token_latency_seconds", exchange.route).observe
+        exchange.client.on_gap = observe
+        if (leave := exchange.leave) is not None and leave.slo.itl:
+
+            def judged(gap: float) -> None:
+                observe(gap)
+                leave.gap(gap)
+
+            exchange.client.on_gap = judged
 
     def _pin(self, exchange: Exchange) -> None:
         self._doors.pinning.begin(self._path, exchange.request_id, exchange.headers, exchange.marked)
@@ -167,7 +177,8 @@ class Endpoint:
 
     def _count(self, exchange: Exchange) -> None:
         if self._doors.admission.gates:
-            self._metrics["admission_limit"].set(self._doors.admission.limit)
+            self._metrics["admission_limit"].set(self._doors.admission.first.most)
+            self._metrics["admission_streams_limit"].set(self._doors.admission.running.most)
             self._metrics["admission_waiting"].set(self._doors.admission.waiting)
         client, route = exchange.client, exchange.route
         gone = client.lifetime.state is State.ABORTED

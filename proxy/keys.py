@@ -4,7 +4,10 @@ A file has one key a line: a name, the SHA-256 of the key in hex, and what diffe
 
     # printf %s "$KEY" | sha256sum
     alice  9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08  streams=8 per_minute=600 weight=2
-    batch  60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752  priority=10
+    batch  60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752  priority=10 class=batch
+
+The same lines, or several with ";" in between, may be in the environment (PDSERVE_API_KEYS): hashes there too, so that
+whoever reads the environment of a process does not hold keys. File and environment add up.
 
 A client sends its key as `X-Pdserve-Key`, or as a bearer token where the engines want none of their own. A bearer token
 that is one of ours is not passed on; any other Authorization is.
@@ -29,7 +32,8 @@ Headers = list[tuple[bytes, bytes]]
 @dataclass(slots=True)
 class Key:
     """`streams` requests at once, `per_minute` in a minute (0: no limit); `weight` is its share when others wait too,
-    `priority` its place in line (lower is earlier, as in vLLM), `ttft` its own target for the first token."""
+    `priority` its place in line (lower is earlier, as in vLLM), `ttft` its own target for the first token, `slo` the
+    class that its requests belong to (slo.py)."""
 
     name: str
     streams: int = 0
@@ -37,6 +41,7 @@ class Key:
     weight: float = 1.0
     priority: int = 0
     ttft: float = 0.0
+    slo: str = ""
     running: int = 0
     tokens: float = 0.0
     filled: float = 0.0
@@ -100,17 +105,23 @@ def hashed(key: bytes) -> str:
     return sha256(key).hexdigest()
 
 
-def read(path: str) -> Keys:
-    """Raises ConfigError with file and line."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError("--api-keys", f"cannot read {path} ({exc})", "Give a file with one key a line.") from exc
-    return parsed(lines, path)
-
-
-def parsed(lines: Iterable[str], source: str) -> Keys:
+def read(path: str, environment: str = "") -> Keys:
+    """The keys of a file, those of the environment, or both. Raises ConfigError with file and line."""
     keys = Keys()
+    if path:
+        try:
+            lines = Path(path).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ConfigError("--api-keys", f"cannot read {path} ({exc})", "Give a file with one key a line.") from exc
+        parsed(lines, path, keys)
+    parsed(environment.replace(";", "\n").splitlines(), "PDSERVE_API_KEYS", keys)
+    if (path or environment.strip()) and not keys.by_hash:
+        raise ConfigError(path or "PDSERVE_API_KEYS", "there is no key in it", "Write a name and a hash on a line.")
+    return keys
+
+
+def parsed(lines: Iterable[str], source: str, keys: Keys | None = None) -> Keys:
+    keys = keys or Keys()
     for number, line in enumerate(lines, 1):
         words = line.split("#", 1)[0].split()
         if not words:
@@ -130,9 +141,12 @@ def parsed(lines: Iterable[str], source: str) -> Keys:
 
 def _set(key: Key, word: str, where: str) -> None:
     name, _, value = word.partition("=")
+    if name == "class" and value:
+        key.slo = value
+        return
     kinds = {"streams": int, "per_minute": int, "weight": float, "priority": int, "ttft": float}
     if name not in kinds:
-        raise ConfigError(where, f"{name!r} is not known", f"Known: {', '.join(kinds)}.")
+        raise ConfigError(where, f"{name!r} is not known", f"Known: {', '.join(kinds)}, class.")
     try:
         number = kinds[name](value)
     except ValueError as exc:

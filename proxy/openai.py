@@ -92,10 +92,10 @@ def without_markers(raw: bytes) -> bytes:
     return _MARKER_ALONE.sub(b"", _MARKER.sub(b"", raw))
 
 
-def priority(body: Body) -> int:
-    """vLLM's field: lower is earlier. Anything that is not a number is the engine's to refuse."""
-    value = body.get("priority")
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+def priority(body: Body) -> int | None:
+    """vLLM's field: lower is earlier; None where it is not given. Anything but a number is the engine's to refuse."""
+    value = body.get("priority") if "priority" in body else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _shown(body: Body, name: str) -> str:

@@ -146,3 +146,14 @@ def test_a_password_goes_through_the_environment_and_is_shown_nowhere() -> None:
     ]
     assert not any("p@ss" in text or "p%40ss" in text for text in shown)
     assert "PDSERVE_TIER_0_PASSWORD=..." in cache.shell()
+
+
+def test_targets_and_classes_reach_the_proxy() -> None:
+    from pdserve.proxy import options
+
+    wanted = "slo_ttft: 2, slo_itl: 0.1, slo_classes: {fast: {ttft: 0.5, priority: -5}, slow: {itl: 1}}}"
+    plan = planned(PD.replace("prefill_timeout: 30}", wanted))
+    classes = options.parse(of(plan, "proxy").argv[5:]).classes.by_name
+    assert [(c.name, c.ttft, c.itl, c.priority) for c in classes.values()] == [
+        ("default", 2.0, 0.1, 0), ("fast", 0.5, 0.0, -5), ("slow", 0.0, 1.0, 0),
+    ]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pdserve.errors import ConfigError, RequestError
-from pdserve.proxy.keys import Key, parsed
+from pdserve.proxy.keys import Key, hashed, parsed, read
 
 HASH = {name: sha256(name.encode()).hexdigest() for name in ("k-alice", "k-bob")}
 
@@ -83,3 +83,29 @@ async def _streams(rig: Any, tmp_path: Path, until: Any) -> None:
 @pytest.mark.anyio
 async def test_streams_at_once_and_keys_that_stay_here(rig: Any, tmp_path: Path, until: Any) -> None:
     await _streams(rig, tmp_path, until)
+
+
+def test_keys_of_the_environment_and_the_file_add_up(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"alice {hashed(b'a')}\n")
+    found = read(str(path), f"bob {hashed(b'b')} streams=2 class=batch; carol {hashed(b'c')}")
+    assert {key.name for key in found.by_hash.values()} == {"alice", "bob", "carol"}
+    bob = found.by_hash[hashed(b"b")]
+    assert (bob.streams, bob.slo) == (2, "batch")
+    assert not read("", "").by_hash
+    with pytest.raises(ConfigError, match="no key"):
+        read("", " ; # nothing")
+    with pytest.raises(ConfigError, match="PDSERVE_API_KEYS:1"):
+        read("", "bob plain-text-key")
+    with pytest.raises(ConfigError, match="twice"):
+        read(str(path), f"again {hashed(b'a')}")
+
+
+@pytest.mark.anyio
+async def test_a_key_of_the_environment_is_asked_for(rig: Any) -> None:
+    async with rig(api_keys_env=f"bob {hashed(b'b')}") as r:
+        assert (await r.complete()).status == 401
+        reply = await r.post("/v1/completions", {"prompt": "a"}, X_Pdserve_Key="b", Authorization="Bearer engines")
+        assert reply.status == 200
+        assert r.d.seen[0].headers["authorization"] == "Bearer engines"
+        assert "x-pdserve-key" not in r.d.seen[0].headers
