@@ -138,7 +138,8 @@ class LeafFirstCost(LeafFirst):
     beginnings of prompts sooner than the dear ends of long ones.
 
     How often a chunk was used is left out on purpose. GDSF multiplies with it, and each turn of a conversation uses all
-    before it: finished conversations then outlive running ones (tests/bench/bench_eviction.py: a third fewer hits).
+    before it: finished conversations then outlive running ones. On the agentic traces with a cache of 5 % of their chunks it
+    saved 41 % of the work against 54 % (tests/bench/bench_eviction.py); with other sizes the difference is smaller.
     """
 
     def __init__(self) -> None:

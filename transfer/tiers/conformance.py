@@ -251,6 +251,15 @@ def half_a_chunk_is_never_seen(subject: Subject) -> None:
             assert is_whole(record, back)
 
 
+def nobody_there_is_an_error(tier: Tier) -> str:
+    """For a tier whose server does not exist; not one of RULES, since their subjects have one. Returns the tier's state."""
+    try:
+        _raises_in_time("contains", lambda: tier.contains([bytes(KEY_BYTES)]))
+        return str(tier.stats()["state"])
+    finally:
+        tier.close()
+
+
 def _read_or_miss(tier: Tier, record: ChunkRecord) -> list[np.ndarray] | None:
     """None: nothing is there, or what is there is known to be damaged."""
     try:

@@ -86,7 +86,7 @@ class MooncakeTier:
         self._connecting = threading.Lock()
         self._registered: list[np.ndarray] = []
         self._staging = threading.local()
-        self._running = 0
+        self._running = self._direct_bytes = 0
         self._count = threading.Lock()
         self._closed = False
         self._io = Offload(self.name, options.threads)
@@ -102,6 +102,7 @@ class MooncakeTier:
     def get(self, record: ChunkRecord, into: list[np.ndarray], deadline: float) -> bool:
         if self._direct(into):
             got = self._unhurried(deadline, lambda store: self._fetch(store, record, into))
+            self._moved(max(0, got))
         else:
 
             def job(operation: Operation) -> int:
@@ -126,7 +127,9 @@ class MooncakeTier:
 
     def put(self, record: ChunkRecord, payload: list[np.ndarray], deadline: float) -> bool:
         if self._direct(payload):
-            return self._unhurried(deadline, lambda store: self._store_chunk(store, record, payload))
+            stored = self._unhurried(deadline, lambda store: self._store_chunk(store, record, payload))
+            self._moved(record.payload_bytes if stored else 0)
+            return stored
 
         def job(operation: Operation) -> bool:
             def send(store: Any) -> bool:
@@ -159,6 +162,7 @@ class MooncakeTier:
             "used_bytes": 0,
             "capacity_bytes": 0,
             "state": self._state,
+            "zero_copy_bytes": self._direct_bytes,
             "master": self._options.master,
         }
 
@@ -305,6 +309,10 @@ class MooncakeTier:
         """All of it lies in memory that the store may use itself."""
         spans = [(m.ctypes.data, m.ctypes.data + m.nbytes) for m in self._registered]
         return all(any(a <= p.ctypes.data and p.ctypes.data + p.nbytes <= b for a, b in spans) for p in parts)
+
+    def _moved(self, nbytes: int) -> None:
+        with self._count:
+            self._direct_bytes += nbytes
 
     def _unhurried(self, deadline: float, call: Callable[[Any], T]) -> T:
         """On the caller's own thread, to the end: the arrays are the library's until then."""

@@ -125,10 +125,7 @@ def test_a_wrong_password_is_named_and_not_shown(redis_server):
 
 
 def test_nobody_there():
-    with opened(port=1) as tier:
-        with pytest.raises(TierError, match=r"127\.0\.0\.1:1"):
-            tier.contains([bytes(32)])
-        assert "refused" in tier.stats()["state"]
+    assert "refused" in conformance.nobody_there_is_an_error(RedisTier(RedisOptions(port=1)))
 
 
 def test_everything_has_a_time_to_live_and_the_record_ends_first(subject, tier):
