@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", nargs="?", metavar="TOPOLOGY|URL|NAME", help=what)
     parser.add_argument("--json", action="store_true", help="all findings with their facts, for programs")
     parser.add_argument("--quiet", action="store_true", help="only what is to be fixed")
+    parser.add_argument("--host", default="", metavar="NAME", help="which part of a topology over several hosts")
     parser.add_argument("--only", action="append", default=[], metavar="CHECK", help="this check alone (repeatable)")
     parser.add_argument(
         "--prompts",
@@ -46,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("--only", f"{unknown[0]!r} is no check", f"Known: {known}.")
     if args.prompts is not None and not args.prompts.is_file():
         raise ConfigError("--prompts", f"{args.prompts} is not a file", "Give a file with one request body a line.")
-    examined = subject.find(args.target, args.prompts)
+    examined = subject.find(args.target, args.prompts, args.host)
     with output.steps(total=len(checks), stream=sys.stderr) as progress:
         findings = runner.run(checks, examined, lambda doing, done: progress.step(doing[:40], done))
     if args.json:

@@ -221,4 +221,4 @@ _NEVER_FIX = (
 
 
 def _rate(fit: Line) -> str:
-    return f"{1 / fit.slope:.0f} tokens/s" if fit.slope > 0 else "any number of tokens at once"
+    return f"{1 / fit.slope:.0f} tokens/s" if fit.slope > 0 else "the same at every length"

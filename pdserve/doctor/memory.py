@@ -27,7 +27,7 @@ def shared_memory(subject: Subject) -> Iterator[Finding]:
         return
     top = subject.topology
     size = top.cache.size if top and top.cache else None
-    old = plans.arena_file(top.name) if top else None
+    old = plans.arena_file(subject.plan.label) if subject.plan else None
     ours = old.stat().st_blocks * 512 if old and old.exists() else 0
     yield judge_shared_memory(free, size, ours)
 

@@ -10,11 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pdserve.deploy import preflight
+from pdserve.deploy.hosts import Elsewhere
 from pdserve.deploy.preflight import Wanted
 from pdserve.doctor.finding import Finding, fail, ok, skip, warn
 from pdserve.doctor.subject import Subject
+from pdserve.errors import UpstreamError
+from pdserve.openai_client import Client
 
-PORTS, CLOCK = "ports", "clocks"
+PORTS, CLOCK, HOSTS = "ports", "clocks", "host"
 #: HTTP dates are whole seconds; more than this apart is not rounding
 SKEW_SECONDS = 2.0
 WRONG_SECONDS = 30.0
@@ -75,7 +78,40 @@ def _urls(subject: Subject) -> list[str]:
         for url in (*(u for urls in subject.running.engines.values() for u in urls), subject.running.admin_url or ""):
             if url:
                 found.setdefault(urllib.parse.urlsplit(url).hostname or "", url)
+    for other in subject.plan.elsewhere if subject.plan is not None else ():
+        if other.url:
+            found.setdefault(urllib.parse.urlsplit(other.url).hostname or "", other.url)
     return list(found.values())
+
+
+# --- other hosts --------------------------------------------------------------------------------------------------
+
+
+def hosts(subject: Subject) -> Iterator[Finding]:
+    if subject.plan is None:
+        return
+    for other in subject.plan.elsewhere:
+        if other.ready_url:
+            yield judge_other(other, answers(other.ready_url))
+
+
+def answers(url: str) -> str:
+    """ "" when it answers with 200, else why it does not count."""
+    try:
+        with Client(url.rpartition("/")[0]) as client:
+            status = client.get(f"/{url.rpartition('/')[2]}", timeout=_ASK_SECONDS).status_code
+    except UpstreamError as error:
+        return str(error)
+    return "" if status == 200 else f"HTTP {status}"
+
+
+def judge_other(other: Elsewhere, problem: str) -> Finding:
+    label = f"{HOSTS} {other.host}"
+    if not problem:
+        return ok(label, f"{other.name} answers at {other.url}")
+    means = f"From here {other.name} on {other.host} cannot be reached: not started yet, or the network does not let it through."
+    fix = f"On {other.host}: pdserve launch ... --host {other.host}, then pdserve doctor ... --host {other.host}. Else the firewall."
+    return warn(label, problem, means, fix)
 
 
 def read_clock(url: str) -> Clock:

@@ -20,6 +20,7 @@ CHECKS: tuple[Check, ...] = (
     Check("numa", memory.numa),
     Check("ucx", transport.check),
     Check("ports", network.ports),
+    Check("hosts", network.hosts, 30.0),
     Check("clocks", network.clocks, 20.0),
     Check("tiers", storage.tiers, storage.TIER_DEADLINE),
     Check("processes", deployment.processes),

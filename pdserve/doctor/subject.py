@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdserve import env, target, topology
+from pdserve import target, topology
+from pdserve.deploy import hosts, state
 from pdserve.deploy import plan as plans
-from pdserve.deploy import state
 from pdserve.deploy.plan import Plan
 from pdserve.errors import ConfigError, NotRunning, UpstreamError
 from pdserve.openai_client import Client
@@ -51,29 +51,30 @@ class Subject:
         return f"this machine and {self.topology.name}, which does not run" if self.topology else "this machine"
 
 
-def find(name: str | None, prompts: Path | None = None) -> Subject:
-    """`name`: a topology, the name of a running deployment, a URL (a cache daemon's too); None: the one deployment that runs, if any.
+def find(name: str | None, prompts: Path | None = None, host: str = "") -> Subject:
+    """`name`: a topology, the name of a running deployment, a URL (a cache daemon's too); None: the one deployment that runs, if
+    any. `host`: which part of a topology over several hosts.
 
     Raises ConfigError for a name that is none of them, NotRunning for a URL at which nobody answers.
     """
     up = target.running()
     if name is None:
-        return _of(up[0], True, prompts) if len(up) == 1 else Subject(prompts=prompts)
+        return _of(up[0], True, prompts, host) if len(up) == 1 else Subject(prompts=prompts)
     if "://" in name:
-        return _at(name, up, prompts)
+        return _at(name, up, prompts, host)
     same = [top for top in up if top.name == name]
     if same and not Path(name).exists():
-        return _of(same[0], True, prompts)
+        return _of(same[0], True, prompts, host)
     top = topology.load(name)
     running = next((other for other in up if other.name == top.name), None)
-    return _of(running or top, running is not None, prompts)
+    return _of(running or top, running is not None, prompts, host)
 
 
-def _at(url: str, up: list[Topology], prompts: Path | None) -> Subject:
+def _at(url: str, up: list[Topology], prompts: Path | None, host: str) -> Subject:
     wanted = url.rstrip("/").removesuffix("/v1").replace("localhost", "127.0.0.1")
     mine = next((top for top in up if top.proxy and top.proxy.url == wanted), None)
     if mine is not None:
-        return _of(mine, True, prompts)
+        return _of(mine, True, prompts, host)
     with Client(url) as client:
         if not client.healthy(timeout=5.0):
             if _is_daemon(client):
@@ -89,11 +90,12 @@ def _is_daemon(client: Client) -> bool:
         return False
 
 
-def _of(top: Topology, is_up: bool, prompts: Path | None) -> Subject:
-    record = state.read(env.run_root() / top.name) if is_up else None
+def _of(top: Topology, is_up: bool, prompts: Path | None, host: str) -> Subject:
+    hosts.chosen(top, host)  # a wrong or missing --host is the command's error, not a finding
     try:
-        plan = plans.make(top, sorted(os.sched_getaffinity(0)))
+        plan = plans.make(top, sorted(os.sched_getaffinity(0)), host=host)
     except ConfigError as error:
         return Subject(problem=error, prompts=prompts)
+    record = state.read(plan.run_dir) if is_up else None
     running = Target.of(top) if is_up else None
     return Subject(plan, running=running, deployment=record, prompts=prompts)

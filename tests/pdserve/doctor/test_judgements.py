@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pdserve.deploy import state
+from pdserve.deploy.hosts import Elsewhere
 from pdserve.deploy.preflight import Wanted
 from pdserve.doctor import deployment, engine, fit, gpu, kernel, live, memory, network, storage, transport
 from pdserve.doctor.engine import Installed
@@ -180,6 +181,19 @@ def test_processes() -> None:
         judged(record("a", "ready"), record("b", "failed", detail="exited")), "fail", "b failed (exited)", "/logs/b.log"
     )
     is_told(judged(record("a", "ready", restarts=2)), "warn", "a restarted 2 times", "/logs/a.log")
+
+
+def test_peers_and_other_hosts() -> None:
+    facts = {"name": "b", "url": "tcp://10.0.0.2:7900", "state": "up", "chunks": 7, "error": ""}
+    is_told(deployment.judge_peer(facts), "ok", "7 chunks")
+    is_told(
+        deployment.judge_peer({**facts, "state": "down", "error": "refused"}), "warn", "refused", "tcp://10.0.0.2:7900"
+    )
+    wrong = {**facts, "state": "down", "error": "b does not know the shared secret"}
+    is_told(deployment.judge_peer(wrong), "fail", "PDSERVE_PEER_SECRET")
+    other = Elsewhere("decode-0", "decode", "b", "http://10.0.0.2:8200", "http://10.0.0.2:8200/health")
+    is_told(network.judge_other(other, ""), "ok", "decode-0 answers")
+    is_told(network.judge_other(other, "refused"), "warn", "--host b", "firewall")
 
 
 def test_cache_and_its_tiers() -> None:

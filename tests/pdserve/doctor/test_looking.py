@@ -174,6 +174,33 @@ def test_prompts_that_never_share(tmp_path: Path) -> None:
     assert runner.run([check], Subject()) == []
 
 
+HOSTS = """
+name: two
+model: Qwen/Qwen3-8B
+hosts: [{name: a, address: 127.0.0.1}, {name: b, address: 127.0.0.1}]
+engine: {kind: fake, device: cpu}
+prefill: [{port: 24091, host: a}]
+decode: [{port: 24092, host: b}]
+cache: {size: 64MiB, admin_port: 24093}
+proxy: {port: 24094}
+"""
+
+
+def test_one_part_of_several_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDSERVE_RUN_DIR", str(tmp_path))
+    file = tmp_path / "two.yaml"
+    file.write_text(HOSTS)
+    with pytest.raises(ConfigError, match="--host"):
+        subject.find(str(file))
+    examined = subject.find(str(file), host="a")
+    checks = [check for check in registry.CHECKS if check.name in ("hosts", "ports")]
+    found = {f.check: f for f in runner.run(checks, examined)}
+    assert "24091" in found["ports"].found
+    assert "24092" not in found["ports"].found
+    assert found["host b"].status == "warn"
+    assert "pdserve launch ... --host b" in found["host b"].fix
+
+
 FINDINGS = [
     ok("gpu", "no GPU"),
     warn("disk", "x" * 200, "It is slow. " * 12, "Buy another one."),
