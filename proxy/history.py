@@ -12,7 +12,8 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from pdserve.proxy import openai, trail
+from pdserve import trace
+from pdserve.proxy import openai, tracing, trail
 from pdserve.proxy.lifetime import State
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ Record = dict[str, Any]
 class History:
     """The one owner of all records of this process."""
 
-    def __init__(self, capacity: int = CAPACITY) -> None:
-        self._capacity = capacity
+    def __init__(self, capacity: int = CAPACITY, tracing: trace.Tracing | None = None) -> None:
+        self._capacity, self._tracing = capacity, tracing
         self._running: dict[int, Exchange] = {}
         self._ended: OrderedDict[int, Record] = OrderedDict()
         self._next = 0
@@ -41,14 +42,19 @@ class History:
     def __len__(self) -> int:
         return len(self._running) + len(self._ended)
 
-    def begin(self, exchange: Exchange) -> None:
+    def begin(self, exchange: Exchange, headers: list[tuple[bytes, bytes]] = []) -> None:  # noqa: B006 - read only
+        """`headers` are the client's."""
         if exchange.endpoint not in openai.FETCHED:
             self._running[id(exchange)] = exchange
+            if self._tracing is not None:
+                tracing.begin(self._tracing, exchange, headers)
 
     def end(self, exchange: Exchange) -> None:
         """Once, when the request is over, whatever its end."""
         if self._running.pop(id(exchange), None) is None:
             return
+        if exchange.trail.traced is not None:
+            exchange.trail.traced.end(exchange)
         self._next += 1
         self._ended[self._next] = self._record(exchange)
         while len(self._ended) > self._capacity:

@@ -324,5 +324,8 @@ class Splitter:
     def _open(
         self, instance: Instance, exchange: Exchange, body: bytes, until: float, path: bytes | None = None
     ) -> AbstractAsyncContextManager[Answer]:
-        ask = (exchange.method, path or exchange.path, exchange.headers, body)
+        sent, traced = exchange.headers, exchange.trail.traced
+        if traced is not None:
+            sent = traced.headers(sent, instance.name)
+        ask = (exchange.method, path or exchange.path, sent, body)
         return instance.upstream.request(*ask, self._deadlines.connect, until)

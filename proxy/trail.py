@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pdserve.proxy.lifetime import State
+
+if TYPE_CHECKING:
+    from pdserve.proxy.tracing import Traced
 
 MOST_LEGS = 16  # more than one request can have; a bound all the same
 Times = Sequence[tuple[State, float]]
@@ -31,26 +34,33 @@ class Leg:
 class Trail:
     """The legs of one request, in order."""
 
-    __slots__ = ("handed", "legs")
+    __slots__ = ("handed", "legs", "traced")
 
     def __init__(self) -> None:
         self.legs: list[Leg] = []
         self.handed: dict[str, Any] | None = None  # what the producer's reply told of its own cache hits
+        self.traced: Traced | None = None  # its spans, where it is one of those that are traced
 
     def leg(self, kind: str, instance: str) -> None:
         """A leg begins: "prefill" or "decode"."""
         if len(self.legs) < MOST_LEGS:
             self.legs.append(Leg(kind, instance))
+            if self.traced is not None:
+                self.traced.leg(kind, instance, self.legs[-1].began)
 
     def lost(self, why: str) -> None:
         """The leg that runs has failed."""
         if self.legs and not self.legs[-1].failure:
             self.legs[-1].failure, self.legs[-1].ended = why[:200] or "failed", time.perf_counter()
+            if self.traced is not None:
+                self.traced.leg_ended(self.legs[-1].ended, self.legs[-1].failure)
 
     def done(self) -> None:
         """The leg that runs has given what it was asked for."""
         if self.legs:
             self.legs[-1].ended = time.perf_counter()
+            if self.traced is not None:
+                self.traced.leg_ended(self.legs[-1].ended)
 
     @property
     def recoveries(self) -> int:
