@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 from pdserve.bench import workloads
@@ -21,22 +22,49 @@ EXAMPLES = """examples:
 """
 
 
+#: what `pdserve bench WORKLOAD --help` shows; the rest of the line after `pdserve bench WORKLOAD`
+SHOWN = {
+    "long-doc-qa": "--num-documents 20 --document-length 10000 --output-len 300",
+    "multi-round-qa": "--num-users 20 --qps 0.5 --slo-ttft 2 --out res",
+    "sharegpt": "--dataset-path conversations.json --rate 2 --duration 120",
+    "cache-rate": "--rates 0,50,100 --arms gpu-cache,cache --topology local-cpu-both --scale 0.3",
+    "working-set": "--working-sets 20000,200000 --arms gpu-cache,cache --out res",
+    "pd-interference": "--arms gpu-cache,pd --topology local-cpu --scale 0.1 --out res",
+    "trace-replay": "--trace-directory traces --scale 0.02 --duration 120",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     words = parser.add_subparsers(dest="word", metavar="WORD")
+    shown = "examples:\n  pdserve bench quick\n  pdserve bench quick http://127.0.0.1:8000 --requests 4 --json"
     _add_quick(
-        words.add_parser("quick", help="time to first token cold and warm, and throughput, of what runs (the default)")
+        words.add_parser(
+            "quick", help="first tokens cold and warm, and throughput, of what runs (the default)", epilog=shown
+        )
     )
     for name in workloads.NAMES:
         module = workloads.module(name)
-        one = words.add_parser(
-            name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        one = words.add_parser(name, help=module.HELP, description=_folded(module.__doc__ or ""), epilog=_shown(name))
         module.add_arguments(one.add_argument_group("workload"))
         add_common(one)
-    compare = words.add_parser("compare", help="two results beside each other, with intervals and verdicts")
+    compare = words.add_parser(
+        "compare",
+        help="two results beside each other, with intervals and verdicts",
+        epilog="examples:\n  pdserve bench compare before/random.json after/random.json",
+    )
     compare.add_argument("a", metavar="A.json", type=Path, help="the baseline")
     compare.add_argument("b", metavar="B.json", type=Path, help="what is compared with it")
     compare.add_argument("--json", action="store_true", help="as data")
+
+
+def _folded(text: str) -> str:
+    """A docstring's paragraphs in lines that fit a terminal."""
+    return "\n\n".join(textwrap.fill(" ".join(p.split()), 78) for p in text.split("\n\n"))
+
+
+def _shown(name: str) -> str:
+    more = SHOWN.get(name, "--scale 0.1 --seed 7 --out res")
+    return f"examples:\n  pdserve bench {name} http://127.0.0.1:8000\n  pdserve bench {name} {more}"
 
 
 def default_words(words: list[str]) -> list[str]:

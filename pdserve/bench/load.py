@@ -319,7 +319,7 @@ def _note(record: Record, reply: Reply, begin: float) -> None:
         value = headers.get(f"x-pdserve-{name.replace('_', '-')}", "")
         with contextlib.suppress(ValueError):
             setattr(record, name, float(value) if value else None)
-    record.tiers = _tiers(headers.get("x-pdserve-cached", ""))
+    record.tiers = _tiers(headers.get("x-pdserve-cached-tokens", ""))
 
 
 def _tiers(text: str) -> dict[str, int]:

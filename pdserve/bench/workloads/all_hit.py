@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-requests", type=int, default=60, help="how many requests (default %(default)s)")
     parser.add_argument("--prompt-len", type=int, default=20000, help="tokens of a prompt (default %(default)s)")
     parser.add_argument("--output-len", type=int, default=64, help="tokens of an answer (default %(default)s)")
-    parser.add_argument("--max-inflight-requests", type=int, default=4, help="requests at a time (default %(default)s)")
+    parser.add_argument(
+        "--max-inflight-requests", metavar="N", type=int, default=4, help="requests at a time (default %(default)s)"
+    )
 
 
 def make(args: argparse.Namespace) -> Plan:

@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="different beginnings: the working set is this times the prompt (default %(default)s)",
     )
     parser.add_argument("--output-len", type=int, default=16, help="tokens of an answer (default %(default)s)")
-    parser.add_argument("--max-inflight-requests", type=int, default=1, help="requests at a time (default %(default)s)")
+    parser.add_argument(
+        "--max-inflight-requests", metavar="N", type=int, default=1, help="requests at a time (default %(default)s)"
+    )
 
 
 def rates(text: str) -> list[int]:

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds between an answer and the next question (default %(default)s)",
     )
-    parser.add_argument("--max-inflight-requests", type=int, default=4, help="requests at a time (default %(default)s)")
+    parser.add_argument(
+        "--max-inflight-requests", metavar="N", type=int, default=4, help="requests at a time (default %(default)s)"
+    )
 
 
 def make(args: argparse.Namespace) -> Plan:

@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--instruction-len", type=int, default=60, help="tokens that all requests share (default %(default)s)"
     )
     parser.add_argument("--output-len", type=int, default=50, help="tokens of an answer (default %(default)s)")
-    parser.add_argument("--max-inflight-requests", type=int, default=8, help="requests at a time (default %(default)s)")
+    parser.add_argument(
+        "--max-inflight-requests", metavar="N", type=int, default=8, help="requests at a time (default %(default)s)"
+    )
 
 
 def make(args: argparse.Namespace) -> Plan:

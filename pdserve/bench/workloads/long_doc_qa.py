@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="order of the repeats (default %(default)s)",
     )
     parser.add_argument("--shuffle-seed", type=int, default=0, help="of the random order (default %(default)s)")
-    parser.add_argument("--max-inflight-requests", type=int, default=2, help="requests at a time (default %(default)s)")
+    parser.add_argument(
+        "--max-inflight-requests", metavar="N", type=int, default=2, help="requests at a time (default %(default)s)"
+    )
     parser.add_argument(
         "--hit-miss-ratio", metavar="H:M", help="mix misses into the query round, e.g. 3:1 (default: hits only)"
     )

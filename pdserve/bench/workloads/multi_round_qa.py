@@ -24,10 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--qps", type=float, default=0.5, help="rounds a second, of all users together (default %(default)s)"
     )
     parser.add_argument(
-        "--shared-system-prompt", type=int, default=1000, help="tokens that all users share (default %(default)s)"
+        "--shared-system-prompt",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="tokens that all users share (default %(default)s)",
     )
     parser.add_argument(
-        "--user-history-prompt", type=int, default=2000, help="tokens of each user's own history (default %(default)s)"
+        "--user-history-prompt",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="tokens of each user's own history (default %(default)s)",
     )
     parser.add_argument("--answer-len", type=int, default=100, help="tokens of an answer (default %(default)s)")
     parser.add_argument(

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--question-len", type=int, default=30, help="tokens of a question (default %(default)s)")
     parser.add_argument("--output-len", type=int, default=100, help="tokens of an answer (default %(default)s)")
-    parser.add_argument("--max-inflight-requests", type=int, default=4, help="requests at a time (default %(default)s)")
+    parser.add_argument(
+        "--max-inflight-requests", metavar="N", type=int, default=4, help="requests at a time (default %(default)s)"
+    )
 
 
 def make(args: argparse.Namespace) -> Plan:
