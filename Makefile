@@ -6,7 +6,7 @@ ENGINE ?= cpu
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format typecheck unit e2e bench-quick soak clean docs docs-generate
+.PHONY: help setup demo test lint format typecheck unit e2e bench-quick soak clean docs docs-generate newcomer
 
 help:
 	@echo "make demo [KEEP=1]   install what is missing, start, show, stop (KEEP=1 leaves it running)"
@@ -47,6 +47,10 @@ docs-generate:
 docs: docs-generate
 	@$(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html is ready; $(BIN)/mkdocs serve shows it while you write"
+
+# From a fresh clone to the second prompt's hit, each step with its seconds; three to six minutes.
+newcomer:
+	@$(PYTHON) scripts/newcomer.py
 
 unit: setup
 	@$(BIN)/pytest -m "not e2e and not gpu"
