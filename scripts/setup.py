@@ -120,6 +120,8 @@ def test_servers() -> list[tuple[str, bool, bool, str]]:
         ("chromium", shutil.which("chromium") is not None, False, "to test the dashboard in a browser"),
         ("fonts-dejavu-core", Path("/usr/share/fonts/truetype/dejavu").exists(), False, "for the browser to have letters"),
         ("prometheus", shutil.which("promtool") is not None, False, "to test metrics and alert rules with promtool"),
+        ("zsh", shutil.which("zsh") is not None, False, "to test its completion"),
+        ("fish", shutil.which("fish") is not None, False, "to test its completion"),
         ("libibverbs1", has_library("libibverbs.so.1"), False, "to test the Mooncake tier"),
         ("hipcc", shutil.which("hipcc") is not None, False, "to see that the kernels compile for AMD GPUs"),
         ("libamdhip64-dev", Path("/usr/include/hip/hip_runtime.h").exists(), False, "to compile for AMD GPUs"),

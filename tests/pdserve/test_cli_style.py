@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pdserve import cli_completion, cli_reference, cli_tree, errors, output
+from pdserve import cli_completion, cli_reference, cli_status, cli_tree, errors, output
 
 ROOT = Path(__file__).resolve().parents[2]
 PARSERS = {parser.prog: parser for parser in cli_tree.walk(cli_tree.whole())}
@@ -112,6 +112,23 @@ def test_tables_fit_and_lose_nothing(capsys: pytest.CaptureFixture[str]) -> None
     assert out.count("x") == 90
     output.table(("", ""), [("a", 1)])
     assert capsys.readouterr().out.split() == ["a", "1"]
+
+
+def test_status_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    record = {
+        "name": "prefill-10",
+        "pid": 4_194_304,
+        "url": "http://192.168.100.200:65535",
+        "state": "restarting",
+        "restarts": 12,
+        "since": time.time() - 7000,
+        "detail": "was killed by SIGKILL; again in 30 s",
+    }
+    cli_status._print_processes([record] * 3, time.time())
+    out = capsys.readouterr().out
+    assert all(len(line) <= WIDTH for line in out.splitlines()), out
+    assert "192.168.100.200:65535" in out
+    assert out.count("was killed by SIGKILL") == 3
 
 
 PROGRESS = """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pdserve import __main__ as command
-from pdserve.doctor import child, network, probe_cuda, registry, report, runner, storage, subject
+from pdserve.doctor import child, gpu, network, probe_cuda, registry, report, runner, storage, subject
 from pdserve.doctor.finding import Finding, fail, ok, warn
 from pdserve.doctor.runner import Check
 from pdserve.doctor.subject import Subject
@@ -71,6 +73,41 @@ def test_checks_of_this_machine_say_something_true() -> None:
 
 def test_the_driver_is_asked_in_a_child() -> None:
     assert child.ask("pdserve.doctor.probe_cuda", seconds=60) == probe_cuda.look()
+
+
+DRIVER = """
+#include <string.h>
+int cuInit(unsigned flags) { return FAIL; }
+int cuGetErrorName(int code, const char **name) { *name = "CUDA_ERROR_NO_DEVICE"; return 0; }
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGet(int *device, int number) { *device = number; return 0; }
+int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "Pretended GPU", size); return 0; }
+int cuDeviceTotalMem_v2(size_t *size, int device) { *size = 80ull << 30; return 0; }
+int cuDeviceGetAttribute(int *value, int which, int device) { *value = which == 75 ? 9 : which == 76 ? 0 : -1; return 0; }
+"""
+
+
+@pytest.mark.parametrize("fail", [0, 100])
+def test_a_driver_is_read_through_its_library(fail: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver of our own making: the calls, the types and the units are those of the real one."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler to make a driver with")
+    source = tmp_path / "cuda.c"
+    source.write_text(DRIVER.replace("FAIL", str(fail)))
+    made = tmp_path / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(made), str(source)], check=True, timeout=60)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    facts = gpu.look()
+    if fail:
+        assert facts.cuda["error"] == "CUDA_ERROR_NO_DEVICE"
+        assert facts.cuda["devices"] == []
+        return
+    assert facts.cuda["driver"] == "13.0"
+    assert facts.cuda["devices"] == [{"name": "Pretended GPU", "bytes": 80 << 30, "arch": "sm_90"}] * 2
+    assert "2 x Pretended GPU (80 GiB, sm_90)" in gpu.judge(facts, 2).found
+    assert gpu.judge(facts, 3).status == "fail"
 
 
 def test_a_child_that_hangs_or_fails_is_an_answer() -> None:
