@@ -31,7 +31,7 @@ _OWN = frozenset(
     for name in (
         "requests_total", "requests_running", "request_aborted_total", "requests_refused_total", "admission_limit",
         "admission_waiting", "split_decisions_total", "takeovers_total", "leg_failures_total",
-        "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket",
+        "slo_total", "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket",
     )
 )  # fmt: skip
 _LATENCIES = {"ttft": "pdserve_time_to_first_token_seconds_bucket", "itl": "pdserve_inter_token_latency_seconds_bucket"}
@@ -134,6 +134,7 @@ class Collector:
             "statuses": own.by("pdserve_requests_total", "status"),
             "running": own.total("pdserve_requests_running") or 0.0,
             "aborted": own.total("pdserve_request_aborted_total") or 0.0,
+            "slo": own.by("pdserve_slo_total", "outcome"),
             "refused": own.by("pdserve_requests_refused_total", "reason"),
             "decisions": own.by("pdserve_split_decisions_total", "decision"),
             "takeovers": own.by("pdserve_takeovers_total", "how"),

@@ -33,6 +33,8 @@ class Engine:
         self._at = now
         self._samples = Samples()
         self._rates: dict[str, Any] = {}
+        self._loaded_before: dict[str, float] = {}
+        self._seconds_before = dict.fromkeys((_LOADING, _SAVED), 0.0)
         self.loaded: dict[str, float] = {}  # tokens a second, by tier
         self.loading: float | None = None  # seconds of loading a second
         self.saved: float | None = None
@@ -45,13 +47,14 @@ class Engine:
             if state == "down":
                 self.version, self.asked = "", False
         page = self.instance.exposed
-        if page is self._page:
+        if page is self._page or not page:
             return
         before, self._samples = self._samples, read(page, _NAMES)
         seconds, self._at, self._page = now - self._at, now, page
         born = self._samples.total(_BORN)
         if born is not None and self._born is not None and born != self._born:
             self._came_back += 1
+            self._keep(before)
             before = Samples()
         self._born = born if born is not None else self._born
         self._measure(before, seconds)
@@ -65,13 +68,23 @@ class Engine:
         self.loaded = rates(self._samples.by(_LOADED, "tier"), had, seconds)
         self.loading, self.saved = a_second(_LOADING), a_second(_SAVED)
 
+    def _keep(self, ended: Samples) -> None:
+        """The counts of a process that is gone: what it saved stays saved."""
+        for tier, tokens in ended.by(_LOADED, "tier").items():
+            self._loaded_before[tier] = self._loaded_before.get(tier, 0.0) + tokens
+        for name in (_LOADING, _SAVED):
+            self._seconds_before[name] += ended.total(name) or 0.0
+
     def totals(self) -> dict[str, Any]:
-        """Since the engine began: tokens loaded by tier, seconds it took, seconds it saved."""
-        return {
-            "loaded": self._samples.by(_LOADED, "tier"),
-            "load_s": self._samples.total(_LOADING),
-            "saved_s": self._samples.total(_SAVED),
-        }
+        """Of the engine and of its earlier lives that were seen: tokens loaded by tier, seconds it took and saved."""
+        loaded = dict(self._loaded_before)
+        for tier, tokens in self._samples.by(_LOADED, "tier").items():
+            loaded[tier] = loaded.get(tier, 0.0) + tokens
+        load, saved = (
+            None if (now := self._samples.total(name)) is None else now + self._seconds_before[name]
+            for name in (_LOADING, _SAVED)
+        )
+        return {"loaded": loaded, "load_s": load, "saved_s": saved}
 
     @property
     def waiting(self) -> float:

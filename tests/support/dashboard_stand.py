@@ -232,32 +232,34 @@ class Shadow:
             client.release(found.lease, 5.0, loaded_chunks=count)
         return count
 
-    def tell(self, request: str, keys: list[bytes], hit: int, tier: str = "dram") -> None:
+    def tell(
+        self, request: str, keys: list[bytes], hit: int, tier: str = "dram", by: tuple[str, str] | None = None
+    ) -> None:
         """As the connectors tell of a request: the producer had `hit` chunks of its prompt and computed the rest."""
-        now, tokens = time.time(), len(keys) * CHUNK
+        now, tokens, names = time.time(), len(keys) * CHUNK, by or self._names
         producer = telling.Leg(
-            leg=f"cmpl-{request}-0-0a1b2c3d", request=request, traceparent="", at=now, tokens=tokens, chunk_tokens=CHUNK,
+            leg=f"cmpl-{request}-0-0a1b2c3d", traceparent="", at=now, tokens=tokens, chunk_tokens=CHUNK,
             base=b"m", lora="", tag=b"", keys=keys, local=0, covered=hit * CHUNK, first_chunk=0, tiers=[tier] * hit, found=hit,
             why="", saved_ms=hit * 9.5,
         )  # fmt: skip
         load = telling.Span(producer.leg, "load", now, 3.25, hit * SHARD, hit * CHUNK, tier, "")
         store = telling.Span(producer.leg, "store", now + 0.02, 4.5, (len(keys) - hit) * SHARD, tokens - hit * CHUNK)
         ended = telling.Ended(producer.leg, 1, "length", tokens)
-        self._say(0, [producer, load, store, ended])
+        self._say(names[0], [producer, load, store, ended])
         decode = telling.Leg(
             *(
-                getattr(producer, name) if name != "leg" else f"cmpl-{request}-0-99887766"
+                getattr(producer, name) if name != "leg" else f"cmpl-{request}-0-9f8e7d6c"
                 for name in producer.__struct_fields__
             )
         )
-        self._say(1, [decode, telling.Ended(decode.leg, 8, "length", tokens + 8)])
+        self._say(names[1], [decode, telling.Ended(decode.leg, 8, "length", tokens + 8)])
 
-    def _say(self, which: int, items: list[Any]) -> None:
+    def _say(self, name: str, items: list[Any]) -> None:
         """As engines do it: a greeting on a line of its own, then what is to be told, which nobody answers."""
         with socket.socket(socket.AF_UNIX) as line:
             line.settimeout(5)
             line.connect(str(self._socket))
-            line.sendall(wire.encode(wire.Hello(wire.VERSION, f"{self._names[which]}/shadow", os.getpid())))
+            line.sendall(wire.encode(wire.Hello(wire.VERSION, f"{name}/shadow", os.getpid())))
             line.recv(65536)
             line.sendall(wire.encode(wire.Facts(items)))
             line.shutdown(socket.SHUT_WR)
@@ -265,14 +267,16 @@ class Shadow:
 
 
 @contextlib.contextmanager
-def traffic(stand: Stand, shadow: Shadow, every: float = 0.15, told: bool = True) -> Iterator[threading.Event]:
+def traffic(
+    stand: Stand, shadow: Shadow, every: float = 0.15, told: bool = True, at_once: int = 1
+) -> Iterator[threading.Event]:
     """Requests and what their engines would store and load, until the block is left."""
     over = threading.Event()
 
     def one(number: int) -> None:
         rng = random.Random(number)
         name = f"req-{number:05d}"
-        stand.ask(
+        _, answered = stand.ask(
             rng.randint(20, 400),
             max_tokens=rng.randint(6, 60),
             headers={"x-request-id": name, "x-session-id": f"chat-{number % 5}"},
@@ -282,17 +286,20 @@ def traffic(stand: Stand, shadow: Shadow, every: float = 0.15, told: bool = True
             shadow.load(old)
             new = shadow.store(rng.randint(4, 24))
             if told:
-                shadow.tell(name, [*old, *new][:40], len(old), rng.choice(("dram", "dram", "disk")))
-        except CacheUnavailable:
+                by = (answered.get("x-pdserve-prefill", ""), answered.get("x-pdserve-decode", ""))
+                shadow.tell(
+                    name, [*old, *new][:40], len(old), rng.choice(("dram", "dram", "disk")), by if all(by) else None
+                )
+        except (CacheUnavailable, OSError):
             return  # it may have been stopped on purpose
 
-    def run() -> None:
-        number = 0
+    def run(first: int) -> None:
+        number = first
         while not over.wait(every):
-            number += 1
+            number += at_once
             one(number)
 
-    threads = [threading.Thread(target=run, daemon=True)]
+    threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(at_once)]
     for thread in threads:
         thread.start()
     try:

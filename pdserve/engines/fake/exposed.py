@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pdserve.engines.fake.server import FakeEngine
 
+# Of each token that a producer handed over: what loading it would have taken, and what computing it.
+_LOAD_SECONDS, _SAVED_SECONDS = 2e-5, 4e-4
 _BLOCKS = 64  # requests that would fill its cache, if it had one
 
 
@@ -20,6 +22,8 @@ def page(engine: FakeEngine) -> str:
         ("vllm:prompt_tokens_total", "counter", "", tokens["prompt"]),
         ("vllm:generation_tokens_total", "counter", "", tokens["generated"]),
         ("pdserve_engine_loaded_tokens_total", "counter", 'tier="dram",', tokens["loaded"]),
+        ("pdserve_engine_load_seconds_total", "counter", "", tokens["loaded"] * _LOAD_SECONDS),
+        ("pdserve_engine_saved_seconds_total", "counter", "", tokens["loaded"] * _SAVED_SECONDS),
         ("process_start_time_seconds", "gauge", None, engine.born),
     )
     lines = []

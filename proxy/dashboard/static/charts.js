@@ -26,7 +26,7 @@ const CHARTS = [
     top: 1,
     names: { pd: "prefill + decode", local: "consumer alone", cache: "cache hit", passthrough: "passed on", recovered: "recovered" },
   },
-  { id: "hits", title: "Tokens loaded by tier", prefix: "hit_", shown: perSecond, empty: "No engine tells what it loaded." },
+  { id: "hits", title: "Tokens loaded by tier", prefix: "hit_", shown: perSecond, top: 1, empty: "No engine tells what it loaded." },
   {
     id: "saved",
     title: "Loading against computing saved",
@@ -43,6 +43,7 @@ const CHARTS = [
     shown: count,
     bars: true,
     top: 1,
+    empty: "None.",
   },
   {
     id: "queue",
@@ -97,7 +98,7 @@ class Chart {
     const options = {
       width: Math.max(200, this.plot.clientWidth),
       height: 132,
-      padding: [6, 6, 0, 0],
+      padding: [6, 14, 0, 0],
       legend: { show: false },
       cursor: { sync: { key: "time" }, drag: { x: false, y: false }, points: { size: 6 } },
       scales: {
@@ -106,7 +107,7 @@ class Chart {
       },
       axes: [
         { ...axis, size: 24, space: 70, values: (u, at) => at.map((t) => clockTick(t, u.scales.x.max - u.scales.x.min)) },
-        { ...axis, size: 52, space: 32, values: (u, at) => at.map((value) => (value === 0 ? "0" : shown(value))) },
+        { ...axis, size: 62, space: 32, values: (u, at) => at.map((value) => (value === 0 ? "0" : shown(value))) },
       ],
       series: [{}, ...series],
       hooks: { setCursor: [(u) => this.values(u.cursor.idx)] },
@@ -126,13 +127,13 @@ class Chart {
   values(index) {
     const last = this.data[0].length - 1;
     const at = known(index) ? index : last;
-    this.items?.forEach(({ value }, i) => text(value, at >= 0 ? this.spec.shown(this.data[i + 1]?.[at]) : NONE));
+    this.items?.forEach(({ value }, i) => text(value, at >= 0 ? this.spec.shown(this.data[i + 1]?.[at] ?? (this.spec.bars ? 0 : null)) : NONE));
   }
 
   show(samples, from, to) {
     const changed = this.findLines(samples);
     const drawn = this.drawn(samples);
-    this.data = [drawn.map((s) => s.t), ...this.lines.map((line) => drawn.map((s) => (known(s[line.key]) ? s[line.key] : null)))];
+    this.data = [drawn.map((s) => s.t), ...this.lines.map((line) => drawn.map((s) => this.value(s[line.key])))];
     const nothing = !this.lines.length || !this.data.slice(1).some((values) => values.some(known));
     this.note.hidden = !nothing;
     this.box.classList.toggle("nothing", nothing);
@@ -140,6 +141,11 @@ class Chart {
     else this.uplot.setData(this.data, false);
     this.uplot.setScale("x", { min: from, max: to });
     this.values(this.uplot.cursor.idx);
+  }
+
+  // What did not happen has no bar.
+  value(number) {
+    return known(number) && !(this.spec.bars && number === 0) ? number : null;
   }
 
   // A time without samples breaks the lines: an empty sample stands there.

@@ -140,7 +140,7 @@ function facts(record) {
     ["Status", record.status],
     ["Prompt", known(record.prompt_tokens) ? `${exact(record.prompt_tokens)} tokens` : null],
     ["From cache", record.cached_tokens ? cached.map(([tier, tokens]) => `${exact(tokens)} ${tier}`).join(", ") || "none" : null],
-    ["Answer", known(record.output_tokens) ? `${exact(record.output_tokens)} tokens${record.finish_reason ? `, ended by ${record.finish_reason}` : ""}` : null],
+    ["Answer", known(record.output_tokens) ? `${exact(record.output_tokens)} ${record.output_tokens === 1 ? "token" : "tokens"}${record.finish_reason ? `, ended by ${record.finish_reason}` : ""}` : null],
     ["First token", known(record.ttft_ms) ? ms(record.ttft_ms) : null],
     ["Total", ms(record.duration_ms)],
     ["Loading", known(record.load_ms) ? ms(record.load_ms) : null],

@@ -1,6 +1,6 @@
 // The row of figures at the top.
 
-import { $, count, exact, h, known, NONE, seconds, text } from "./dom.js";
+import { $, count, exact, h, known, NONE, percent, seconds, text } from "./dom.js";
 
 const sum = (values) => Object.values(values || {}).reduce((all, value) => all + value, 0);
 
@@ -46,7 +46,7 @@ const TILES = [
     name: "Computing saved",
     figure: (p) => p.totals.saved_s,
     shown: seconds,
-    under: (p) => (known(p.totals.load_s) ? `for ${seconds(p.totals.load_s)} of loading` : "not told by these engines"),
+    under: (p) => (known(p.totals.load_s) ? `for ${seconds(p.totals.load_s)} of loading` : "no engine tells"),
   },
   {
     id: "failures",
@@ -65,15 +65,18 @@ const TILES = [
     shown: (value) => (known(value) ? seconds(value) : "none set"),
     under: (p) =>
       p.slo_ttft
-        ? `${exact(p.totals.waiting)} wait · ${exact(Math.floor(p.totals.limit))} at once · ${exact(sum(p.totals.refused))} refused`
+        ? `${met(p.totals.slo)} met · ${exact(p.totals.waiting)} wait · ${exact(sum(p.totals.refused))} refused`
         : `${exact(sum(p.totals.refused))} refused`,
   },
 ];
 
+// Lines break between phrases, not within them.
+const unbroken = (line) => (line.includes(" · ") ? line.split(" · ").map((part) => part.replaceAll(" ", "\u00a0")).join(" · ") : line);
 const rps = (s) => {
   const rates = Object.entries(s).filter(([name, value]) => name.startsWith("req_") && name !== "req_recovered" && known(value));
   return rates.length ? count(rates.reduce((all, [, value]) => all + value, 0)) : NONE;
 };
+const met = (slo) => (slo?.met || slo?.missed ? percent((slo.met || 0) / ((slo.met || 0) + (slo.missed || 0))) : NONE);
 const failed = (p) =>
   Object.entries(p.totals.statuses).reduce((all, [status, n]) => all + (Number(status) >= 400 && status !== "499" ? n : 0), 0);
 const byTier = (tiers) =>
@@ -97,7 +100,7 @@ export class Tiles {
       text(figure, tile.shown(value));
       figure.dataset.raw = known(value) ? value : "";
       figure.classList.toggle("bad-text", Boolean(tile.bad?.(picture)));
-      text(under, tile.under(picture, sample));
+      text(under, unbroken(tile.under(picture, sample)));
     }
   }
 }

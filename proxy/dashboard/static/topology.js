@@ -39,7 +39,7 @@ function engineCard(engine, now) {
       {},
       h("span", {}, engine.version ? `v${engine.version.replace(/^v/, "")}` : "version unknown"),
       h("span", {}, `${exact(engine.restarts)} ${restarts}`),
-      h("span", { title: "since it came into this state" }, `${up ? "for" : "since"} ${duration(now - engine.since)}`),
+      h("span", { title: "since it came into this state" }, `for ${duration(now - engine.since)}`),
     ),
     engine.state === "down" && engine.process?.detail ? h("p", { class: "detail" }, engine.process.detail) : null,
   );
