@@ -3,6 +3,7 @@
 import time
 
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,8 @@ from pdserve.transfer import wire
 from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.tiers import segments
 from pdserve.transfer.tiers.base import ChunkRecord
+
+from . import fuzz
 
 KEY = bytes(range(32))
 SEEDS = [
@@ -170,3 +173,19 @@ def test_flips_in_the_arena_are_never_answered(tmp_path):
         arena.path_for(name).unlink(missing_ok=True)
         journal.path_for(arena.path_for(name)).unlink(missing_ok=True)
     assert missed
+
+
+INPUTS = [(target, seed) for target in fuzz.TARGETS for seed in sorted((fuzz.SEEDS / target).iterdir())]
+
+
+@pytest.mark.parametrize(("target", "seed"), INPUTS, ids=[f"{t}-{s.name}" for t, s in INPUTS])
+def test_the_fuzzers_seeds_and_past_findings(target, seed):
+    fuzz.TARGETS[target](seed.read_bytes())
+
+
+def test_the_seeds_are_of_the_present_version():
+    """`python tests/transfer/fuzz.py seeds` writes them anew."""
+    kept = {t: {s.read_bytes() for s in (fuzz.SEEDS / t).iterdir()} for t in fuzz.TARGETS}
+    assert {t: set(inputs) - kept[t] for t, inputs in fuzz.make_seeds().items()} == {t: set() for t in fuzz.TARGETS}
+    accepted = [wire.decode_request(data[5:]) for data in fuzz.make_seeds()["wire"][:9]]
+    assert len({type(m) for m in accepted}) == 9
