@@ -36,8 +36,10 @@ def stop(deployment: state.Deployment, grace: float = GRACE_SECONDS) -> list[str
 
 def sweep(deployment: state.Deployment, grace: float = GRACE_SECONDS) -> list[str]:
     """What a supervisor that was killed left behind: processes, in the order of a normal stop, then files."""
-    done = []
+    done: list[str] = []
     fresh = state.read(Path(deployment.run_dir)) or deployment
+    if fresh.backend != "local":  # its pids are other machines', and what runs there ends with its launcher
+        return done
     for roles in STOP_ORDER:
         group = [record for record in fresh.processes if record.role in roles and record.pid]
         leaders = {record.pid: record.created for record in group if record.pid}

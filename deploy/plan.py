@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from pdserve import env, model, secret, topology_hosts
+from pdserve import env, model, secret, topology_hosts, trace
 from pdserve.deploy import hosts
 from pdserve.deploy.hosts import Elsewhere
 from pdserve.engines import command
@@ -98,11 +98,13 @@ def make(
         cache_socket=run_dir / "cache.sock" if topology.cache else None,
         cache_load=topology.cache.load if topology.cache else "adaptive",
         has_proxy=whole.proxy is not None,
+        otlp_traces=trace.endpoint(whole.tracing.endpoint) if whole.tracing else "",
     )
     topology = msgspec.structs.replace(topology, instances=_assign(topology.instances, cores))
     processes = []
     if topology.cache:
         peers = hosts.peer_words(whole, host, str(run_dir / "state.json"))
+        peers += whole.tracing.words if whole.tracing else []
         processes.append(_cache(label, hosts.cache_name(host), topology.cache, context, peers))
     after_cache = tuple(process.name for process in processes)
     elsewhere = hosts.elsewhere(whole, host)
@@ -115,6 +117,21 @@ def make(
         processes.append(_proxy(whole, topology.proxy, context, (*after_cache, *behind), caches, awaits))
     processes = [replace(process, host=host) for process in processes] if host else processes
     return Plan(topology, context, run_dir, tuple(processes), whole, host, elsewhere)
+
+
+def make_all(
+    topology: Topology, cores: dict[str, list[int]], python: str = sys.executable, run_root: Path | None = None
+) -> Plan:
+    """The processes of every host in one plan, for a backend that reaches them all. `cores` by host."""
+    parts = [make(topology, cores[h.name], python, run_root, h.name) for h in topology.hosts]
+    engines = tuple(p.name for part in parts for p in part.processes if p.role not in ("cache", "proxy", "plain"))
+    found = []
+    for process in (p for part in parts for p in part.processes):
+        if process.role == "proxy":  # it need not look for them over the network: the same supervisor starts them
+            process = replace(process, awaits=(), depends=tuple(dict.fromkeys((*process.depends, *engines))))
+        found.append(process)
+    run_dir = (run_root or env.run_root()) / topology.name
+    return Plan(topology, parts[0].context, run_dir, tuple(found), topology)
 
 
 def arena_file(name: str) -> Path:
@@ -256,7 +273,7 @@ def _proxy(
     return Process(
         name="proxy",
         role="proxy",
-        argv=_pdserve(context, *words, *proxy.extra_args),
+        argv=_pdserve(context, *words, *(topology.tracing.words if topology.tracing else ()), *proxy.extra_args),
         env={"PYTHONSAFEPATH": "1"},
         url=proxy.url,
         ready_url=f"{proxy.url}/health",

@@ -34,6 +34,7 @@ class ProcessRecord(msgspec.Struct):
     exit_code: int | None = None
     since: float = 0.0  # when it came into this state
     leftovers: list[str] = []
+    host: str = ""  # where there are several
 
 
 class Deployment(msgspec.Struct):
@@ -50,6 +51,7 @@ class Deployment(msgspec.Struct):
     processes: list[ProcessRecord] = []
     host: str = ""  # where there are several
     elsewhere: list[Elsewhere] = []  # what runs on the others
+    backend: str = "local"  # pids are this machine's only then
 
     def supervisor_alive(self) -> bool:
         return is_running(self.pid, self.created)

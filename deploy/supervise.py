@@ -64,6 +64,7 @@ class Supervisor:
             name=plan.label,
             host=plan.host,
             elsewhere=list(plan.elsewhere),
+            backend=getattr(backend, "name", "local"),
             run_dir=str(plan.run_dir),
             topology=plan.topology.source,
             model=plan.context.served_model_name,
@@ -169,7 +170,7 @@ class Supervisor:
             if problem := self._death(entry, handle):
                 return problem
             # Asked twice: what answers could be a stranger on the port that our process just died of.
-            if await self._answers(entry.process.ready_url) and not self._death(entry, handle):
+            if await self._is_ready(entry.process) and not self._death(entry, handle):
                 return ""
             await asyncio.sleep(self.settings.probe_every)
         return f"not ready within its {entry.process.start_timeout:g} s"
@@ -180,7 +181,7 @@ class Supervisor:
             if problem := self._death(entry, handle):
                 return problem
             if time.monotonic() >= next_probe:
-                missed = 0 if await self._answers(entry.process.ready_url) else missed + 1
+                missed = 0 if await self._is_ready(entry.process) else missed + 1
                 next_probe = time.monotonic() + self.settings.watch_every
                 # Only said, never killed for it: an engine deep in a long step answers late and is still right.
                 if missed == self.settings.unhealthy_after:
@@ -193,6 +194,11 @@ class Supervisor:
         code = self.backend.exit_code(handle)
         entry.record.exit_code = code
         return "" if code is None else _exit_words(code)
+
+    async def _is_ready(self, process: Process) -> bool:
+        """Asked from here, or by the backend where the process may listen on another machine's loopback."""
+        ask = getattr(self.backend, "answers", None)
+        return await asyncio.to_thread(ask, process) if ask else await self._answers(process.ready_url)
 
     async def _answers(self, url: str) -> bool:
         try:
@@ -247,6 +253,10 @@ class Supervisor:
 
     def _sweep(self, entry: _Entry) -> None:
         """A process that died by force leaves its socket and its shared memory behind."""
+        remove = getattr(self.backend, "remove", None)
+        if remove is not None:
+            remove(entry.process)
+            return
         for path in entry.process.leftovers:
             path.unlink(missing_ok=True)
 
@@ -278,6 +288,7 @@ def _record(process: Process) -> state.ProcessRecord:
     return state.ProcessRecord(
         name=process.name,
         role=process.role,
+        host=process.host,
         url=process.url,
         ready_url=process.ready_url,
         log=str(process.log),

@@ -21,8 +21,9 @@ import yaml
 
 from pdserve import topology
 from pdserve.deploy import cleanup, preflight, state
+from pdserve.deploy.backends.base import Backend
 from pdserve.deploy.backends.local import LocalBackend
-from pdserve.deploy.plan import Plan, make
+from pdserve.deploy.plan import Plan, make, make_all
 from pdserve.deploy.supervise import Supervisor
 from pdserve.deploy.watch import Watch
 from pdserve.errors import ConfigError, StartError
@@ -31,6 +32,7 @@ EXAMPLES = """examples:
   pdserve launch local-cpu               a topology shipped with pdserve; Ctrl-C stops everything
   pdserve launch my.yaml --dry-run       what would be started, word for word
   pdserve launch my.yaml --host a        only what runs on host a; the same on every host of the topology
+  pdserve launch my.yaml --backend ray   every host of the topology, as nodes of a Ray cluster
   pdserve launch my.yaml --detach        returns when it is ready; then: pdserve status, pdserve stop
 """
 _TICK = 0.5
@@ -46,25 +48,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--detach", action="store_true", help="run in the background; returns when ready")
     parser.add_argument("--host", default="", metavar="NAME", help="start the part of this one of the topology's hosts")
+    parser.add_argument(
+        "--backend", choices=("local", "ray"), default="local",
+        help="where processes run: on this machine, or on the hosts of a Ray cluster, all started from here",
+    )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="start although the estimate of memory says no")
     parser.add_argument("--supervise", action="store_true", help=argparse.SUPPRESS)  # the background half of --detach
 
 
 def main(args: argparse.Namespace) -> int:
-    plan = make(_load(args.topology), sorted(os.sched_getaffinity(0)), host=args.host)
+    cores = sorted(os.sched_getaffinity(0))
+    top = _load(args.topology)
+    plan = _plan_everywhere(top, cores, args) if args.backend == "ray" else make(top, cores, host=args.host)
     if args.dry_run:
         _print_plan(plan, args.json)
         return 0
     lock = _lock(plan)
     if not args.supervise:
         _clean_leftovers(plan)
-        preflight.check(plan, args.force)
+        if args.backend == "local":
+            preflight.check(plan, args.force)
+        else:  # what the hosts have cannot be looked at from here
+            preflight.check_peers(plan)
+            preflight.check_model(plan)
         _prepare_run_dir(plan)
     if args.detach:
         lock.close()  # the background process takes it
         return _detached(plan, args)
     with lock:
         return _supervise(plan, args)
+
+
+def _plan_everywhere(top: topology.Topology, cores: list[int], args: argparse.Namespace) -> Plan:
+    """Every host's part, to be started from here."""
+    if args.host or not top.hosts:
+        problem = "starts every host's part, and --host names one" if args.host else "needs hosts in the topology"
+        raise ConfigError("--backend", f"ray {problem}", "Leave --host out, and list hosts: [{name: a, address: ...}].")
+    return make_all(top, {host.name: cores for host in top.hosts})
 
 
 def _load(name: str) -> topology.Topology:
@@ -135,6 +155,14 @@ def _supervise(plan: Plan, args: argparse.Namespace) -> int:
         watch.close()
 
 
+def _backend(plan: Plan, args: argparse.Namespace) -> Backend:
+    if args.backend == "local":
+        return LocalBackend()
+    from pdserve.deploy.backends import ray
+
+    return ray.for_topology(plan.topology)
+
+
 async def _run(plan: Plan, args: argparse.Namespace, watch: Watch) -> int:
     told = False
 
@@ -145,7 +173,8 @@ async def _run(plan: Plan, args: argparse.Namespace, watch: Watch) -> int:
             told = True
             _say_ready(deployment, args.json, "Ctrl-C stops it")
 
-    supervisor = Supervisor(plan, LocalBackend(), on_change=show)
+    backend = _backend(plan, args)
+    supervisor = Supervisor(plan, backend, on_change=show)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, supervisor.stop)
@@ -161,6 +190,8 @@ async def _run(plan: Plan, args: argparse.Namespace, watch: Watch) -> int:
         await supervisor.run()
     finally:
         ticking.cancel()
+        if (close := getattr(backend, "close", None)) is not None:
+            await asyncio.to_thread(close)
     return 0
 
 
@@ -181,6 +212,7 @@ def _say_ready(deployment: state.Deployment, as_json: bool, how_to_stop: str) ->
 def _detached(plan: Plan, args: argparse.Namespace) -> int:
     command = [sys.executable, "-P", "-m", "pdserve", "launch", plan.topology.source, "--supervise"]
     command += ["--host", plan.host] if plan.host else []
+    command += ["--backend", args.backend]
     log_file = plan.run_dir / "logs" / "supervisor.log"
     with log_file.open("ab") as log:
         child = subprocess.Popen(

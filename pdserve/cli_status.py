@@ -88,6 +88,8 @@ def _probed(deployment: state.Deployment) -> dict[str, Any]:
         answers = list(pool.map(lambda r: _answers(r.ready_url) if r.pid else False, deployment.processes))
     for record, answers_now in zip(facts["processes"], answers, strict=True):
         record["answers"] = answers_now
+        if deployment.backend != "local":
+            continue  # other machines' pids and loopback: what the supervisor says is what there is
         if record["pid"] and not is_running(record["pid"], record["created"]):
             record["state"], record["detail"] = "stopped" if lost else record["state"], "its process is gone"
         elif record["state"] == "ready" and not answers_now:

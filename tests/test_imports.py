@@ -20,6 +20,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve": (CORE, "msgspec", "yaml", "prometheus_client", "blake3"),
     # Tools that drive a running deployment from outside, over HTTP and by the command.
     "pdserve.bench": (CORE, "pdserve.bench", "httpx", "httptools", "msgspec", "yaml", "psutil", "rich", "numpy"),
+    "pdserve.bench.report": (CORE, "pdserve.bench", "matplotlib", "msgspec", "yaml"),
     "pdserve.bench.size": (CORE, "pdserve.bench", "pdserve.transfer.eviction", "msgspec", "numpy"),
     "pdserve.cli_size": (CORE, "pdserve.bench", "msgspec"),
     "pdserve.verify": (CORE, "rich", "yaml", "httpx"),
@@ -43,6 +44,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.__main__": (CORE, "pdserve.cli_tree"),
     "pdserve.cli_status": (CORE, "pdserve.deploy", "msgspec", "rich"),
     "pdserve.cli_stop": (CORE, "pdserve.cli_status", "pdserve.deploy"),
+    "pdserve.trace": (CORE, "opentelemetry"),
     "pdserve.cli_logs": (CORE, "pdserve.deploy"),
     "pdserve.cli_explain": (CORE, "pdserve.deploy", "httpx"),
     "pdserve.marks": (CORE, "blake3", "numpy"),
@@ -79,6 +81,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.transfer.staging": (CORE, "pdserve.transfer", "pdserve.kernels", "torch", "numpy"),
     "pdserve.kernels": ("pdserve.kernels", "torch", "numpy"),
     "pdserve.proxy": (CORE, "pdserve.proxy", "msgspec", "prometheus_client", *WEB),
+    "pdserve.deploy.backends.ray": (CORE, "pdserve.deploy", "ray"),
     "pdserve.deploy": (CORE, "pdserve.deploy", "msgspec", "psutil", "rich", "httpx"),
 }
 # The centre itself: everything directly under pdserve that is not listed above, and what an engine tells about itself.

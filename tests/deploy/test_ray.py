@@ -1,0 +1,110 @@
+"""The Ray backend against a real Ray, started here on this one machine and ended by what started it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import shutil
+import socket
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pdserve import topology
+from pdserve.deploy import plan as plans
+from pdserve.deploy.backends import conformance
+from pdserve.deploy.backends.base import Backend
+from pdserve.deploy.backends.local import marked
+from pdserve.deploy.backends.ray import RayBackend, for_topology
+from pdserve.deploy.supervise import Supervisor
+from pdserve.errors import ConfigError
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (pdserve[ray])"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning"),  # Ray's own
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="pdray", dir="/tmp")  # the path of its sockets must be short
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder, resources={"a": 1, "b": 1})
+        try:
+            yield
+        finally:
+            ray.shutdown()  # ends the processes that init started, and only them
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def backend(cluster: None) -> Iterator[RayBackend]:
+    made = RayBackend({"a": {"CPU": 0.5, "a": 0.1}, "b": {"CPU": 0.5, "b": 0.1}})
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("rule", conformance.RULES, ids=lambda rule: rule.__name__)
+def test_conformance(rule: Callable[[Backend, Path], None], backend: RayBackend, tmp_path: Path) -> None:
+    rule(backend, tmp_path)
+
+
+HOSTS = """
+name: ray-fake
+model: demo
+hosts: [{{name: a, address: {address}}}]
+engine: {{kind: fake, device: cpu}}
+prefill: [{{port: {p}, host: a}}]
+decode: [{{port: {d}, host: a}}]
+proxy: {{port: {proxy}}}
+"""
+
+
+def test_a_deployment_comes_up_and_goes(cluster: None, tmp_path: Path) -> None:
+    """The supervisor here, the processes through Ray: proxy and two engines, ready, then nothing left."""
+    import ray
+
+    address = ray.nodes()[0]["NodeManagerAddress"]
+    ports = dict(zip(("p", "d", "proxy"), (free_port() for _ in range(3)), strict=True))
+    top = topology.parse(HOSTS.format(address=address, **ports))
+    plan = plans.make_all(top, {"a": [0, 1]}, run_root=tmp_path)
+    plan.run_dir.mkdir(parents=True)
+    backend = for_topology(top)
+    seen: list[str] = []
+
+    async def story() -> None:
+        supervisor = Supervisor(plan, backend, on_change=lambda d: seen.append(d.state))
+        running = asyncio.create_task(supervisor.run())
+        async with asyncio.timeout(120):
+            while supervisor.deployment.state != "ready" and not running.done():  # noqa: ASYNC110 - a state, not an event
+                await asyncio.sleep(0.1)
+        supervisor.stop()
+        await running
+
+    try:
+        asyncio.run(story())
+    finally:
+        backend.close()
+    assert "ready" in seen
+    assert seen[-1] == "stopped"
+    assert marked(str(plan.processes[0].cwd)) == []
+
+
+def test_a_host_that_is_no_node_is_said_so(cluster: None) -> None:
+    top = topology.parse(HOSTS.format(address="192.0.2.7", p=1, d=2, proxy=3))
+    with pytest.raises(ConfigError, match=r"hosts\[0\].address: no node of the Ray cluster is 192\.0\.2\.7"):
+        for_topology(top)

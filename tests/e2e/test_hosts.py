@@ -1,0 +1,281 @@
+"""Real engines on three hosts made of network namespaces: two producers, two consumers, a cache daemon on each host.
+
+float32, so that tokens must be those of plain vLLM, which answered the same prompts before, alone. Prompts are never asked
+twice unless reuse is what is tested. One deployment serves the whole file; the last tests take it apart.
+"""
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import hosts_launch
+import netns
+import pytest
+from hosts_launch import Spread
+
+pytestmark = [
+    pytest.mark.skipif(bool(netns.missing()), reason=netns.missing() or "-"),
+    pytest.mark.skipif(shutil.which("iptables") is None, reason="iptables is not installed (Debian: iptables)"),
+    pytest.mark.timeout(900),  # the first test waits for all engines
+]
+
+ENGINE = """
+engine:
+  device: cpu
+  dtype: float32
+  max_model_len: 2048
+  max_num_seqs: 4
+  kv_cache_space_gib: 1
+  enable_prefix_caching: {prefix}
+"""
+
+PLAIN = """
+name: hosts{pid}
+model: demo
+hosts: [{{name: a, address: {a}}}]
+{engine}
+plain: [{{port: 22610, host: a}}]
+"""
+
+SPREAD = """
+name: hosts{pid}
+model: demo
+hosts:
+  - {{name: a, address: {a}}}
+  - {{name: b, address: {b}}}
+  - {{name: c, address: {c}}}
+{engine}
+prefill: [{{port: 22620, host: a, cpus: "0"}}, {{port: 22621, host: c, cpus: "0"}}]
+decode: [{{port: 22630, host: b, cpus: "1"}}, {{port: 22631, host: c, cpus: "1"}}]
+cache: {{size: 512MiB, admin_port: 22680}}
+peers: {{port: 22690}}
+proxy: {{port: 22600, host: b}}
+"""
+
+#: tokens of each prompt; 300 is one full chunk and a tail, 40 a tail alone
+LENGTHS = [300, 700, 40, 530, 600, 512, 450, 620, 580, 640, 560, 700, 660, 610, 540]
+
+
+def prompt(i: int) -> list[int]:
+    rng = random.Random(1000 + i)
+    return [rng.randrange(1000, 40000) for _ in range(LENGTHS[i])]
+
+
+class World:
+    def __init__(self, spread: Spread, reference: list[list[int]]) -> None:
+        self.spread, self.reference, self.net = spread, reference, spread.net
+        self.proxy = f"http://{spread.net['b'].address}:22600"
+
+    def engine(self, host: str, port: int) -> str:
+        return f"http://{self.net[host].address}:{port}"
+
+    def ask(self, i: int, url: str = "", host: str = "b", **more):
+        answer = self.spread.complete(host, url or self.proxy, prompt(i), **more)
+        assert answer.status == 200, answer.body
+        return answer
+
+    def right(self, i: int, answer) -> None:
+        assert answer.ids == self.reference[i], f"prompt {i}: {answer.ids} is not plain vLLM's {self.reference[i]}"
+
+    def sent(self, host: str) -> int:
+        """Chunks that the daemon of this host gave to others and they took."""
+        text = self.metrics(host)
+        lines = [x for x in text.splitlines() if x.startswith("pdserve_peer_chunks_total{") and 'direction="out"' in x]
+        return int(sum(float(x.split()[-1]) for x in lines if 'result="arrived"' in x))
+
+    def metrics(self, host: str) -> str:
+        with self.net[host].inside(), hosts_launch.OPENER.open("http://127.0.0.1:22680/metrics", timeout=10) as answer:
+            return answer.read().decode()
+
+    def mended(self, *names: str) -> None:
+        """All links are well and the hosts see each other."""
+        for name in names:
+            self.net[name].mend()
+        deadline = time.monotonic() + 60
+        while True:
+            states = {p["name"]: p["state"] for p in self.spread.daemon(names[0])["peers"]["peers"]}
+            health = self.spread.ask("b", f"{self.proxy}/health").status
+            if all(states.get(name) == "up" for name in names[1:]) and health == 200:
+                return
+            assert time.monotonic() < deadline, states
+            time.sleep(0.2)
+
+    def released(self, *names: str) -> None:
+        deadline = time.monotonic() + 60
+        for name in names:
+            while True:
+                s = self.spread.daemon(name)
+                moving = s["peers"]["incoming"] + s["peers"]["pulling"] + sum(p["outgoing"] for p in s["peers"]["peers"])
+                if not (s["leases"] or s["reservations"] or moving):
+                    break
+                assert time.monotonic() < deadline, f"{name} holds {s}"
+                time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def spread(stage, tmp_path_factory):
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed here")
+    stage.close()  # memory for four engines
+    folder = Path(f"/tmp/pdh{os.getpid()}")  # a unix socket's path must be short
+    folder.mkdir()
+    try:
+        with hosts_launch.hosts("a", "b", "c") as net:
+            where = {name: host.address for name, host in net.hosts.items()} | {"pid": os.getpid()}
+            reference = _reference(net, folder, where)
+            spread = Spread(net, SPREAD.format(**where, engine=ENGINE.format(prefix="true")), folder)
+            try:
+                spread.launch("a", "b", "c")
+                spread.wait_ready("a", "b", "c")
+                yield World(spread, reference)
+            finally:
+                spread.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reference(net, folder, where):
+    """What plain vLLM answers to each prompt."""
+    plain = Spread(net, PLAIN.format(**where, engine=ENGINE.format(prefix="false")), folder)
+    try:
+        plain.launch("a")
+        plain.wait_ready("a")
+        url = f"http://{net['a'].address}:22610"
+        return [plain.complete("a", url, prompt(i)).ids for i in range(len(LENGTHS))]
+    finally:
+        plain.stop()
+
+
+def test_one_status_for_all(spread):
+    for host in "abc":
+        (facts,) = spread.spread.status(host)
+        assert facts["state"] == "ready"
+        assert {other["host"] for other in facts["hosts"]} == set("abc") - {host}
+        assert {other["told_by"] for other in facts["hosts"]} == {"its daemon"}
+        names = {p["name"] for p in facts["processes"]} | {p["name"] for o in facts["hosts"] for p in o["processes"]}
+        assert names == {
+            "cache-a", "cache-b", "cache-c", "prefill-0", "prefill-1", "decode-0", "decode-1", "proxy",
+        }  # fmt: skip
+
+
+def test_prefill_on_one_host_decode_on_another(spread):
+    """One request at a time, every pair of producer and consumer; what goes over was pushed while it was computed."""
+    before = {host: spread.sent(host) for host in "ac"}
+    pairs = set()
+    for i in range(4):
+        answer = spread.ask(i)
+        spread.right(i, answer)
+        assert answer.route == "pd"
+        pairs.add((answer.headers["x-pdserve-prefill"], answer.headers["x-pdserve-decode"]))
+    assert len(pairs) >= 2
+    assert sum(spread.sent(host) - before[host] for host in "ac") > 0
+    retrieved = spread.spread.log("b", "decode-0") + spread.spread.log("c", "decode-1")
+    assert "from peer" in retrieved, "a consumer has loaded what came from another host"
+
+
+def test_two_producers_two_consumers_at_once(spread):
+    chosen = [4, 5, 6, 7]
+    answers = spread.spread.together("b", spread.proxy, [prompt(i) for i in chosen])
+    for i, answer in zip(chosen, answers, strict=True):
+        assert answer.status == 200, answer.body
+        spread.right(i, answer)
+    spread.released(*"abc")
+
+
+def test_what_another_host_computed_is_not_computed_again(spread):
+    """Straight to the engines: the producer on a computes, the consumer on b finds it there, without any handover."""
+    spread.right(8, spread.ask(8, spread.engine("a", 22620)))
+    deadline = time.monotonic() + 30
+    while True:  # b learns of it
+        peers = {p["name"]: p for p in spread.spread.daemon("b")["peers"]["peers"]}
+        if peers["a"]["chunks"] >= spread.spread.daemon("a")["chunks"]:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    answer = spread.ask(8, spread.engine("b", 22630))
+    spread.right(8, answer)
+    assert answer.cached >= 512
+    assert 'decision="pull"' in spread.metrics("b")
+
+
+def test_one_packet_in_a_hundred_is_lost(spread):
+    try:
+        for host in "abc":
+            spread.net[host].lose(0.01)
+        spread.right(9, spread.ask(9))
+        spread.right(10, spread.ask(10))
+    finally:
+        spread.mended(*"abc")
+
+
+def test_a_slow_link(spread):
+    """What does not arrive in time is computed by the consumer."""
+    try:
+        spread.net["a"].limit("10mbit")
+        spread.net["c"].limit("10mbit")
+        spread.right(11, spread.ask(11))
+    finally:
+        spread.mended(*"abc")
+    spread.released(*"abc")
+
+
+def test_the_link_is_cut_in_the_middle_of_a_transfer(spread):
+    """Host a is gone from the network while it prefills, pushes or has just done so; the request is answered all the same."""
+    answers = {}
+    asking = [threading.Thread(target=lambda i=i: answers.update({i: spread.ask(i)})) for i in (12, 13)]
+    try:
+        spread.net["a"].limit("60mbit")
+        for thread in asking:
+            thread.start()
+        deadline = time.monotonic() + 30
+        while not any(p["outgoing"] for p in spread.spread.daemon("a")["peers"]["peers"]):
+            assert time.monotonic() < deadline, "nothing was ever pushed by a"
+            time.sleep(0.01)
+        spread.net["a"].cut()
+        for thread in asking:
+            thread.join(240)
+    finally:
+        spread.net["a"].mend()
+    for i in (12, 13):
+        assert i in answers, f"request {i} was not answered"
+        spread.right(i, answers[i])
+    spread.mended("b", "a", "c")
+    spread.released(*"abc")
+
+
+def test_a_whole_host_dies(spread):
+    """Host c, with a producer and a consumer on it, loses power while it works."""
+    answers = {}
+    asking = [threading.Thread(target=lambda i=i: answers.update({i: spread.ask(i, ignore_eos=True)})) for i in (14, 0)]
+    for thread in asking:
+        thread.start()
+    time.sleep(1.0)
+    spread.net["c"].kill()
+    for thread in asking:
+        thread.join(240)
+    for i in (14, 0):
+        assert i in answers, f"request {i} was not answered"
+        spread.right(i, answers[i])
+    (facts,) = spread.spread.status("b")
+    assert facts["state"] == "degraded"
+    dead = next(other for other in facts["hosts"] if other["host"] == "c")
+    assert dead["state"] == "unreachable"
+    answer = spread.ask(3)  # what is left is one producer and one consumer on two hosts
+    spread.right(3, answer)
+    assert (answer.headers["x-pdserve-prefill"], answer.headers["x-pdserve-decode"]) == ("prefill-0", "decode-0")
+    spread.released(*"ab")
+    spread.spread.supervisors.pop("c").wait(10)
+
+
+def test_stop_leaves_nothing(spread):
+    spread.spread.stop()
+    for host in spread.net.hosts.values():
+        assert host.processes() == []
+    left = [p for p in Path("/dev/shm").glob(f"pdserve-hosts{os.getpid()}@[ab]*")]
+    assert left == []
+    assert json.loads((spread.spread.folder / "a" / f"{spread.spread.name}@a" / "state.json").read_text())["state"] == "stopped"
