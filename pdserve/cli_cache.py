@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from pdserve import env, log, output
+from pdserve import env, log, output, trace
 from pdserve.errors import ConfigError, NotRunning, PdserveError
 from pdserve.topology import parse_size
 
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     serve.add_argument("--policy", default="lru", help="what is evicted first, by name (default %(default)s)")
     log.add_argument(serve)
+    trace.add_arguments(serve)
     _tiers(serve)
     _peers(serve)
     _admin(serve)

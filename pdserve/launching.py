@@ -18,6 +18,7 @@ class Context:
     run_dir: Path
     cache_socket: Path | None  # None: this deployment has no cache
     has_proxy: bool = True
+    otlp_traces: str = ""  # where engines send their spans, path included
     cache_load: str = "adaptive"  # the topology's cache.load
 
     def script(self, name: str) -> str:

@@ -134,6 +134,18 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
         return f"http://{bracketed(host)}:{self.port}"
 
 
+class Traces(msgspec.Struct, frozen=True, kw_only=True):
+    """OpenTelemetry spans of proxy, engines and cache."""
+
+    endpoint: Annotated[str, Meta(pattern=r"^https?://.+$")]
+    sample: Annotated[float, Meta(ge=0, le=1)] = 1.0
+
+    @property
+    def words(self) -> list[str]:
+        """As proxy and cache have them on their command lines."""
+        return ["--otlp-endpoint", self.endpoint, *(["--trace-sample", f"{self.sample:g}"] if self.sample != 1 else [])]
+
+
 class Topology(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     model: str
@@ -143,6 +155,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     proxy: Proxy | None
     hosts: tuple[Host, ...] = ()
     peers: Peers | None = None
+    tracing: Traces | None = None
     proxy_on: str = ""  # the name of the proxy's host, where there are several
     source: str = ""  # the file it came from; relative model paths count from its folder
 
@@ -193,6 +206,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     proxy: Proxy | msgspec.UnsetType | None = msgspec.UNSET
     hosts: tuple[Host, ...] = ()
     peers: Peers | None = None
+    tracing: Traces | None = None
 
 
 _SECTIONS: dict[str, type] = {
@@ -202,6 +216,7 @@ _SECTIONS: dict[str, type] = {
     "proxy": Proxy,
     "hosts": Host,
     "peers": Peers,
+    "tracing": Traces,
     **dict.fromkeys(ROLES, _Override),
 }
 
@@ -305,5 +320,6 @@ def _build(file: _File, source: str) -> Topology:
         proxy=proxy,
         hosts=file.hosts,
         peers=file.peers,
+        tracing=file.tracing,
         source=source,
     )

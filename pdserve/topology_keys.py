@@ -148,6 +148,18 @@ KEYS: dict[str, Key] = {
         "Address of /healthz, /status, /metrics. Off loopback it wants PDSERVE_ADMIN_TOKEN.", "127.0.0.1"
     ),
     "cache.admin_port": Key("And its port.", "8080"),
+    # --- tracing ---
+    "tracing": Key(
+        "OpenTelemetry spans of proxy, engines and cache, one trace a request; see [observability](observability.md). "
+        "Default: none.",
+        "{endpoint: http://127.0.0.1:4318}",
+    ),
+    "tracing.endpoint": Key("Where they are sent, as OTLP over HTTP.", "http://127.0.0.1:4318"),
+    "tracing.sample": Key(
+        "Share of requests that are traced, from 0 to 1. A client's own decision (its traceparent header) counts first.",
+        "0.1",
+        {"tracing.endpoint": "http://127.0.0.1:4318"},
+    ),
     # --- proxy ---
     "proxy": Key("The OpenAI API in front of it all. `null`: none.", "{port: 8000}"),
     "proxy.host": Key(

@@ -26,7 +26,9 @@ from prometheus_client import CollectorRegistry
 
 from pdserve import env, log, metrics, secret
 from pdserve.errors import ConfigError, ProtocolError, StartError
-from pdserve.transfer import admin, arena, faults, journal, scrub, wire
+from pdserve.trace import Tracing
+from pdserve.trace import start as start_tracing
+from pdserve.transfer import admin, arena, faults, journal, scrub, tracing, wire
 from pdserve.transfer.catalog import Catalog
 from pdserve.transfer.collector import Collector
 from pdserve.transfer.connection import Connection
@@ -98,6 +100,7 @@ class Daemon:
         self.gone = Gone()
         self.requests = Requests(self.gone, self._left_alone, self.started)
         self.store.on_forgotten.append(self._forgotten)
+        self.spans: tracing.Spans | None = None  # made by trace()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.tiering = Tiering(self.store, lambda: self.arena.bytes, self.metrics, self._post, fault)
         for tier, rules in tiers:
@@ -117,6 +120,11 @@ class Daemon:
         self._next_client = 0
         self.answered = 0
         self._op_seconds = {op: self.metrics["cache_op_seconds"].labels(op) for op in _OPS.values()}
+
+    def trace(self, to: Tracing) -> None:
+        """From now on, what requests do here is told to `to`."""
+        self.spans = tracing.Spans(to, self.requests.arrivals)
+        self.requests.on_told = self.spans.told
 
     def _forgotten(self, chunk: Chunk) -> None:
         self.gone.removed(chunk.key, "dram", self.store.removing, time.time())
@@ -220,7 +228,11 @@ class Daemon:
     def _lookup(self, message: wire.Lookup, client: int, now: float) -> wire.LookupReply:
         if self.node is not None and message.prefill_speed:
             self.node.prefill_speed = message.prefill_speed
+        began = time.perf_counter()
         lease, found, pending = self.store.lookup(message.keys, client, now)
+        if self.spans is not None:
+            seconds = time.perf_counter() - began
+            self.spans.looked_up(message.keys, len(found), time.time() - seconds, seconds)
         missing = len(message.keys) - len(found)
         loading = self.tiering.loading(message.keys[len(found) :], now) if missing else 0
         if not loading and not pending:  # else the client asks again
@@ -305,6 +317,8 @@ class Daemon:
         }
 
     def close(self) -> None:
+        if self.spans is not None:
+            self.spans.stop()
         self.tiering.close(DRAIN_S)
         self.journal.close(keep=False)
         self.arena.close()
@@ -418,6 +432,8 @@ def main(args: argparse.Namespace) -> int:
             tiers=_tiers(args),
         )
         try:
+            if to := start_tracing("cache", getattr(args, "otlp_endpoint", None), getattr(args, "trace_sample", 1.0)):
+                daemon.trace(to)
             attach(daemon, args)
             uvloop.run(_run(daemon, path, args))
         finally:

@@ -51,8 +51,8 @@ class Requests:
         self._by_request: dict[str, list[str]] = {}
         self._size = 0
         self.lost = 0
-        #: told of every leg's fact when it has been taken in (tracing)
-        self.on_told: list[Callable[[str, telling.Leg | None, telling.Span | None], None]] = []
+        #: told of (instance, leg, spans of it, whether the leg is new) once both are known; for tracing
+        self.on_told: Callable[[str, telling.Leg, list[telling.Span], bool], None] | None = None
 
     def __len__(self) -> int:
         return len(self._legs)
@@ -76,8 +76,9 @@ class Requests:
                         self._grow(leg, 300)
                 case telling.Ended():
                     self._take_end(leg, item)
-            for tell in self.on_told:
-                tell(instance, leg.told, item if isinstance(item, telling.Span) else None)
+            if self.on_told is not None and leg.told is not None and not isinstance(item, telling.Ended):
+                new = isinstance(item, telling.Leg)
+                self.on_told(instance, leg.told, list(leg.spans) if new else [item], new)  # type: ignore[list-item]
         while len(self._legs) > MOST or (self._size > MOST_BYTES and len(self._legs) > 1):
             self._forget_oldest()
 
@@ -183,7 +184,7 @@ class Requests:
         loads = [span.ms for span in leg.spans if span.name == "load"]
         shown: dict[str, Any] = {
             "instance": leg.instance,
-            "spans": [_span_shown(span) for span in leg.spans] + (self._arrivals(told) if told else []),
+            "spans": [_span_shown(span) for span in leg.spans] + (self.arrivals(told) if told else []),
             "output_tokens": ended.output_tokens if ended else None,
             "finish_reason": ended.reason if ended else None,
             "load_ms": round(sum(loads), 3) if loads else 0.0 if told else None,
@@ -199,7 +200,7 @@ class Requests:
             }
         return shown
 
-    def _arrivals(self, told: telling.Leg) -> list[dict[str, Any]]:
+    def arrivals(self, told: telling.Leg) -> list[dict[str, Any]]:
         """What was brought up from lower tiers for this leg: one span for each tier."""
         by_tier: dict[str, list[Any]] = {}
         for place, tier in enumerate(told.tiers):

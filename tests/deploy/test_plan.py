@@ -65,6 +65,20 @@ def test_cache_and_proxy_command_lines() -> None:
     )
 
 
+def test_traces_of_proxy_cache_and_engines_go_to_one_place() -> None:
+    plan = planned(PD + "tracing: {endpoint: 'http://collector:4318', sample: 0.5}\n")
+    for name in ("proxy", "cache"):
+        argv = of(plan, name).argv
+        assert argv[argv.index("--otlp-endpoint") + 1 : argv.index("--otlp-endpoint") + 4] == (
+            "http://collector:4318", "--trace-sample", "0.5",
+        )  # fmt: skip
+    engine = of(plan, "prefill-0")
+    assert engine.argv[engine.argv.index("--otlp-traces-endpoint") + 1] == "http://collector:4318/v1/traces"
+    assert engine.env["OTEL_SERVICE_NAME"] == "prefill-0"
+    assert engine.env["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == "http/protobuf"
+    assert not any("otlp" in word for process in planned(PD).processes for word in process.argv)
+
+
 def test_the_parts_accept_these_command_lines() -> None:
     """Plan and parts are written apart; their options must meet."""
     import argparse

@@ -19,6 +19,8 @@ def argv(instance: Instance, context: Context) -> list[str]:
     connector = kv_transfer_config(instance, context) if has_connector(instance, context) else engine.kv_transfer_config
     if connector:
         command += ["--kv-transfer-config", json.dumps(connector, separators=(",", ":"))]
+    if context.otlp_traces and instance.role != "plain":
+        command += ["--otlp-traces-endpoint", context.otlp_traces]
     return [*command, *engine.extra_args]
 
 
@@ -39,6 +41,8 @@ def environment(instance: Instance, context: Context) -> dict[str, str]:
         variables["VLLM_CPU_KVCACHE_SPACE"] = str(instance.engine.kv_cache_space_gib or CPU_KV_GIB)
     elif instance.gpus:
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in instance.gpus)
+    if context.otlp_traces and instance.role != "plain":
+        variables |= {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_SERVICE_NAME": instance.name}
     return variables | instance.engine.env
 
 
