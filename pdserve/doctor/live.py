@@ -132,7 +132,7 @@ def judge_hits(t: Tried) -> Finding:
 
 
 _HAND_OVER_FIX = (
-    "Look for `handover incomplete` and `not available` in the consumers' logs (pdserve status names them); "
+    "Look for `handover not begun` and `not available` in the consumers' logs (pdserve status names them); "
     "pdserve cache status shows whether the cache is full."
 )
 _NO_HIT_FIX = (

@@ -224,7 +224,7 @@ TRIED = Tried(
     ("changed", "status", "words"),
     [
         ({}, "ok", ["cold 1.00 s, warm 0.10 s, 551 hit (551 from pdserve)"]),
-        ({"external_cold": 0}, "fail", ["did not hand over", "handover incomplete"]),
+        ({"external_cold": 0}, "fail", ["did not hand over", "handover not begun"]),
         ({"warm_cached": 0}, "fail", ["computed twice", "clients"]),
         ({"warm_cached": None, "external_warm": 0}, "fail", ["computed twice"]),
         ({"warm_cached": 256}, "warn", ["Of 512 tokens", "cache.size"]),
