@@ -313,9 +313,10 @@ class SchedulerSide:
                 request_id,
             )
             seconds = time.monotonic() - tracked.loading_since
-            if not hit.promised:  # a handover's time is the producer's
+            if not hit.promised:
                 self._breakeven.loading.add(tokens, seconds)
-            self.stats.loaded(tiers, tokens, seconds)
+            # A handover's time is its producer's.
+            self.stats.loaded(tiers, tokens, seconds if not hit.promised else None)
         self._finder.give_back(hit, result.chunks, result.nbytes, result.corrupt)
         self._forget_if_done(request_id, tracked)
 

@@ -30,10 +30,13 @@ class EngineStats:
     def decided(self, choice: Choice) -> None:
         self._decisions[choice.reason] += 1
 
-    def loaded(self, tiers: Sequence[str], tokens: int, seconds: float) -> None:
-        """`tiers`: where each chunk came from; the tokens are shared out among them evenly."""
+    def loaded(self, tiers: Sequence[str], tokens: int, seconds: float | None) -> None:
+        """`tiers`: where each chunk came from; the tokens are shared out among them evenly. No `seconds`: they say nothing of
+        what the load took."""
         for tier, count in Tally(tiers or ["dram"]).items():
             self._tokens[tier] += round(tokens * count / max(1, len(tiers)))
+        if seconds is None:
+            return
         self._load_seconds += seconds
         self._saved_seconds += max(0.0, self._breakeven.saved(tokens, seconds) or 0.0)
 
