@@ -18,7 +18,8 @@ _COUNTED = (
     "digest_failures_total", "tier_failures_total", "tier_bytes_total", "tier_dropped_writes_total",
     "reserve_failures_total", "capacity_bytes",
 )  # fmt: skip
-_NAMES = frozenset(f"pdserve_cache_{name}" for name in _COUNTED)
+_PEER_BYTES = "pdserve_peer_bytes_total"
+_NAMES = frozenset((*(f"pdserve_cache_{name}" for name in _COUNTED), _PEER_BYTES))
 
 
 class CacheView:
@@ -90,7 +91,27 @@ class CacheView:
             "digest_failures": self.total("digest_failures_total"),
             "transfer_failures": self.transfer_failures(),
             "tiers": self.tiers(),
+            "peers": self._peers(),
         }
+
+    def _peers(self) -> list[dict[str, Any]]:
+        """The daemons of other hosts, as this one sees them."""
+        listed = (self._status.get("peers") or {}).get("peers") or ()
+        return [
+            {
+                "name": str(peer.get("name")),
+                "state": str(peer.get("state")),
+                "problem": str(peer.get("error") or "") or None,
+                "chunks": peer.get("chunks"),
+                "in_s": self._exchanged(str(peer.get("name")), "in"),
+                "out_s": self._exchanged(str(peer.get("name")), "out"),
+            }
+            for peer in listed
+        ]
+
+    def _exchanged(self, peer: str, way: str) -> float | None:
+        now, before = (x.total(_PEER_BYTES, peer=peer, direction=way) for x in (self._samples, self._before))
+        return rate(now, before, self._seconds)
 
     def transfer_failures(self) -> float:
         """Operations of lower tiers that did not succeed; a chunk that is gone is no failure."""

@@ -75,6 +75,17 @@ function tierRow(tier) {
   );
 }
 
+function peerRow(peer) {
+  const facts = [known(peer.in_s) ? `from it ${rate(peer.in_s)}` : null, known(peer.out_s) ? `to it ${rate(peer.out_s)}` : null, `${exact(peer.chunks)} chunks there`];
+  return h(
+    "li",
+    { class: "tier", "data-peer": peer.name },
+    h("div", { class: "tier-head" }, h("b", {}, `peer ${peer.name}`), state(peer.state === "up" ? "good" : peer.state === "down" ? "bad" : "busy", peer.state)),
+    h("p", { class: "tier-facts" }, facts.filter(Boolean).join(" · ")),
+    peer.problem ? h("p", { class: "detail" }, peer.problem) : null,
+  );
+}
+
 function cacheCard(cache) {
   const up = cache.state === "up";
   const asked = cache.hits + cache.misses;
@@ -84,6 +95,7 @@ function cacheCard(cache) {
     h("header", {}, h("h4", { title: cache.url }, cache.name), state(up ? "good" : "bad", up ? "up" : "no answer")),
     up ? null : h("p", { class: "detail" }, `${cache.problem}${known(cache.age_s) ? `; what follows is ${duration(cache.age_s)} old` : ""}`),
     cache.tiers.length ? h("ul", { class: "tiers" }, ...cache.tiers.map(tierRow)) : null,
+    cache.peers.length ? h("ul", { class: "tiers" }, ...cache.peers.map(peerRow)) : null,
     cache.tiers.length
       ? h(
           "footer",
