@@ -4,7 +4,7 @@ A fresh clone, an empty PDSERVE_HOME and an empty pip cache in a temporary folde
 the first streamed token through prefill and decode, the dashboard, the same long prompt again. Every step's seconds are printed, and
 the exit code is 0 only if the stream came over both legs and the second prompt was hit. Everything is stopped and removed at the end.
 
-  python3 scripts/newcomer.py [--base-port 8000] [--pip-cache] [--json] [--keep]
+  python3 scripts/newcomer.py [--base-port 8000] [--pip-cache] [--here] [--json] [--keep]
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base-port", type=int, default=8000, help="use ports from here on (default 8000: as shipped)")
     parser.add_argument("--pip-cache", action="store_true", help="let pip use the cache of this machine")
+    parser.add_argument(
+        "--here", action="store_true", help="begin after the setup, with this checkout and its .venv as they are"
+    )
     parser.add_argument("--json", action="store_true", help="print the steps as JSON at the end")
     parser.add_argument("--keep", action="store_true", help="leave the folder, stop only the processes")
     args = parser.parse_args()
@@ -62,7 +65,7 @@ def main() -> int:
         print(f"newcomer: {problem}", file=sys.stderr)
         return 1
     finally:
-        stop(folder)
+        stop(ROOT if args.here else folder / "pdserve", folder)
         if args.keep:
             print(f"kept: {folder}")
         else:
@@ -104,8 +107,18 @@ def walk(folder: Path, args: argparse.Namespace, watch: Watch) -> None:
         raise Failed("the second prompt was not answered from the cache")
 
 
-def environment(folder: Path, pip_cache: bool = True) -> dict[str, str]:
-    own = {"PDSERVE_HOME": str(folder / "home"), "PDSERVE_RUN_DIR": str(folder / "run"), "NO_COLOR": "1"}
+def set_up(folder: Path, pip_cache: bool, watch: Watch) -> Path:
+    checkout, since = folder / "pdserve", time.monotonic()
+    run(["git", "clone", "--quiet", str(ROOT), str(checkout)], folder, 300)
+    watch.step("git clone", since)
+    since = time.monotonic()
+    run(["make", "setup"], checkout, SETUP_SECONDS, environment(folder, pip_cache), shown=True)
+    watch.step("make setup", since)
+    return checkout
+
+
+def environment(folder: Path, pip_cache: bool = True, home: str | None = None) -> dict[str, str]:
+    own = {"PDSERVE_HOME": home or str(folder / "home"), "PDSERVE_RUN_DIR": str(folder / "run"), "NO_COLOR": "1"}
     return {**os.environ, **own, **({} if pip_cache else {"PIP_CACHE_DIR": str(folder / "pip")})}
 
 
@@ -125,7 +138,7 @@ def run(command: list[str], cwd: Path, seconds: float, env: dict[str, str] | Non
         raise Failed(f"{' '.join(command)} ended with code {done.returncode}: {(done.stderr or '').strip()[-500:]}")
 
 
-def with_ports(checkout: Path, base: int) -> Path:
+def with_ports(checkout: Path, folder: Path, base: int) -> Path:
     """The shipped topology; on other ports and under another name where the usual ones are not to be touched."""
     shipped = checkout / "deploy" / "topologies" / "local-cpu.yaml"
     if base == PORTS[0]:
@@ -133,7 +146,7 @@ def with_ports(checkout: Path, base: int) -> Path:
     text = shipped.read_text().replace("name: local-cpu", "name: newcomer")
     for n, port in enumerate(PORTS):
         text = re.sub(rf"\b(admin_port|port): {port}\b", rf"\1: {base + n}", text)
-    made = checkout / "newcomer.yaml"
+    made = folder / "newcomer.yaml"
     made.write_text(text)
     return made
 
@@ -173,8 +186,8 @@ def ask(url: str) -> tuple[int, int]:
     return int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0), int(usage["prompt_tokens"])
 
 
-def stop(folder: Path) -> None:
-    command = pdserve(folder / "pdserve", "stop", "--all")
+def stop(checkout: Path, folder: Path) -> None:
+    command = pdserve(checkout, "stop", "--all")
     if Path(command[0]).exists():
         subprocess.run(command, env=environment(folder), timeout=180, check=False, capture_output=True)
 
