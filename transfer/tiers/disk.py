@@ -28,15 +28,12 @@ from pdserve.transfer.allocator import PAGE, align
 from pdserve.transfer.tiers import disk_index, segments
 from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, TierError
 from pdserve.transfer.tiers.disk_index import Entry, Segment
+from pdserve.transfer.tiers.disk_room import KEEP_SHARE, Room
 from pdserve.transfer.tiers.segments import Place
 
 MIN_SIZE = 64 << 20
 DEFAULT_MIN_FREE = 1 << 30
 RETRY_S = 5.0
-#: how long, and for how many bytes at most, the answer about free space is taken as good
-LOOK_S, LOOK_BYTES = 1.0, 256 << 20
-#: part of a segment's bytes that compaction may carry over when the segment goes; the cap keeps room for it
-KEEP_SHARE = 4
 
 
 class DiskTier:
@@ -72,7 +69,7 @@ class DiskTier:
         self._current: Segment | None = None
         self._clock = 0
         self._state, self._retry_at = "ok", 0.0
-        self._free_bytes, self._look_at = 0, 0.0
+        self._room = Room(path, self.size, min_free, self.segment_bytes)
         self._counts = dict.fromkeys(("evicted_chunks", "moved_chunks", "quarantined_chunks", "quarantined_bytes"), 0)
         self._closed = False
         try:
@@ -286,10 +283,10 @@ class DiskTier:
 
     def _make_room(self, total: int, deadline: float) -> bool:
         """Keeps under the cap and above the floor of free space by throwing the least used segments away."""
-        limit = self.size - min(self.segment_bytes, self.size // 8) // KEEP_SHARE - self._index_allowance()
-        if total + PAGE > limit:
+        limit = self._room.limit(len(self._index))
+        if total > limit:
             return False
-        while self._used() + total + PAGE > limit or not self._has_free(total):
+        while self._used() + total > limit or not self._room.is_free(total):
             victim = min(
                 (s for s in self._segments.values() if s is not self._current), key=lambda s: s.used, default=None
             )
@@ -312,7 +309,7 @@ class DiskTier:
             hot = sorted((self._index[k] for k in victim.keys if self._index[k].hits), key=lambda e: -e.hits)
         for entry in hot:
             budget -= entry.place.total
-            if budget < 0 or self._free() < entry.place.total:
+            if budget < 0 or self._room.free() < entry.place.total:
                 break
             try:
                 self._move(entry, deadline)
@@ -355,25 +352,6 @@ class DiskTier:
 
     def _used(self) -> int:
         return sum(s.end for s in list(self._segments.values()))
-
-    def _index_allowance(self) -> int:
-        return 4096 + 2 * 256 * len(self._index)  # the file, and the one that takes its place
-
-    def _has_free(self, total: int) -> bool:
-        """Whether the floor holds after so many bytes more. Others write, too: half of what is left may go unseen."""
-        now = time.monotonic()
-        if total > self._free_bytes or now >= self._look_at:
-            left = self._free() - self.min_free
-            if left < total:
-                self._free_bytes = 0
-                return False
-            self._free_bytes, self._look_at = max(total, min(left // 2, LOOK_BYTES)), now + LOOK_S
-        self._free_bytes -= total
-        return True
-
-    def _free(self) -> int:
-        facts = os.statvfs(self.path)
-        return facts.f_bavail * facts.f_frsize
 
     def _drop(self, key: bytes) -> Entry | None:
         with self._lock:

@@ -15,6 +15,7 @@ from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.tiers import conformance, disk_index, segments
 from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, TierError
 from pdserve.transfer.tiers.disk import DiskTier
+from pdserve.transfer.tiers.disk_room import Room
 
 SEGMENT = 64 * PAGE
 
@@ -299,13 +300,13 @@ def test_the_floor_of_free_space_makes_the_tier_shrink_and_then_refuse(tmp_path,
     fill(tier, range(20))
     before = tier.stats()["used_bytes"]
     room = 101 * SEGMENT
-    monkeypatch.setattr(DiskTier, "_free", lambda self: room - on_disk(tmp_path))
-    tier._look_at = 0.0  # as if a second had passed
+    monkeypatch.setattr(Room, "free", lambda self: room - on_disk(tmp_path))
+    tier._room._look_at = 0.0  # as if a second had passed
     fill(tier, range(20, 24))
     assert tier.stats()["used_bytes"] < before
     assert on_disk(tmp_path) <= SEGMENT
-    monkeypatch.setattr(DiskTier, "_free", lambda self: 0)
-    tier._look_at = 0.0
+    monkeypatch.setattr(Room, "free", lambda self: 0)
+    tier._room._look_at = 0.0
     record, payload = chunk(99)
     assert tier.put(record, payload, soon()) is False
     assert tier.stats()["state"] == "no free space"
