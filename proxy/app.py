@@ -39,6 +39,7 @@ from pdserve.proxy.guard import Limits, guarded
 from pdserve.proxy.history import History
 from pdserve.proxy.instance import Instance
 from pdserve.proxy.keys import Keys
+from pdserve.proxy.locating import Locating
 from pdserve.proxy.options import Settings, add_arguments
 from pdserve.proxy.pinning import Pinning
 from pdserve.proxy.routing import Routing
@@ -66,6 +67,8 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
     dialect = engines.dialect(settings.engine)
     worth = Worth(settings.pd_min_tokens, settings.pd_max_queue)
     routing = Routing(settings.prefill_policy, settings.decode_policy, worth)
+    fleet.on_new_life = routing.forget
+    locating = Locating(routing, settings.caches, settings.admin_token)
     splitter = Splitter(fleet, dialect, routing, settings.deadlines, settings.early_decode)
     admission = Admission(settings.classes, settings.max_waiting, counted=made["slo_total"])
     known = keys.read(settings.api_keys, settings.api_keys_env)
@@ -86,6 +89,7 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
         await fleet.start()
         await dashboard.start()
         await siblings.start()
+        await locating.start()
         try:
             yield
         finally:
@@ -93,6 +97,7 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
             await siblings.stop()
             await caches.stop()
             await pinning.stop()
+            await locating.stop()
             await admin.stop()
             await fleet.stop()
             if tracing is not None:
@@ -107,7 +112,7 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
         for name in ("GET", "HEAD") if method == "GET" else (method,):
             front[name.encode(), path.encode()] = endpoint
     app.state.front, app.state.history, app.state.requests = front, history, requests
-    app.state.dashboard = dashboard
+    app.state.dashboard, app.state.routing = dashboard, routing
     admin.add_to(app)
     dashboard.add_to(app)
     requests.add_to(app)
@@ -144,7 +149,8 @@ def _add_own_pages(app: FastAPI, fleet: Fleet, registry: CollectorRegistry, meth
 
     async def engine_metrics() -> Response:
         """Every engine's own, as they were read last, with the engine's name as `instance`."""
-        page = joined([(instance.name, instance.exposed) for instance in fleet.instances])
+        pages = [(instance.name, instance.exposed) for instance in fleet.instances]
+        page = await asyncio.to_thread(joined, pages)  # of many engines it is a megabyte, and streams are waiting
         return Response(page, media_type=CONTENT_TYPE_LATEST)
 
     async def other(path: str, request: Request) -> Response:
