@@ -58,7 +58,11 @@ def named(hosts: tuple[Host, ...], name: str, key: str) -> Host:
 
 
 def place(topology: Topology) -> Topology:
-    """Puts every process on its host: `on` names it, `host` becomes its address. Without hosts nothing changes."""
+    """Puts every process on its host: `on` names it, `host` becomes its address. Without hosts nothing changes.
+
+    Raises ConfigError for hosts that do not fit together.
+    """
+    check(topology)
     hosts, replace = topology.hosts, msgspec.structs.replace
     if not hosts:
         return topology

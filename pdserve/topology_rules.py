@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from pdserve import topology_hosts
 from pdserve.errors import ConfigError
 from pdserve.topology_hosts import Peers
 
@@ -17,7 +16,6 @@ MIN_CACHE = 64 << 20
 
 def check(topology: Topology) -> None:
     """Raises ConfigError for the first rule that is broken."""
-    topology_hosts.check(topology)
     _check_roles(topology)
     _check_tiers(topology)
     _check_ports(topology)

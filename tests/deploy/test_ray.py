@@ -19,6 +19,7 @@ from pdserve.deploy.backends import conformance
 from pdserve.deploy.backends.base import Backend
 from pdserve.deploy.backends.local import marked
 from pdserve.deploy.backends.ray import RayBackend, for_topology
+from pdserve.deploy.state import Deployment
 from pdserve.deploy.supervise import Supervisor
 from pdserve.errors import ConfigError
 
@@ -87,11 +88,16 @@ def test_a_deployment_comes_up_and_goes(cluster: None, tmp_path: Path) -> None:
     seen: list[str] = []
 
     async def story() -> None:
-        supervisor = Supervisor(plan, backend, on_change=lambda d: seen.append(d.state))
+        ready = asyncio.Event()
+
+        def changed(deployment: Deployment) -> None:
+            seen.append(deployment.state)
+            if deployment.state in ("ready", "failed"):
+                ready.set()
+
+        supervisor = Supervisor(plan, backend, on_change=changed)
         running = asyncio.create_task(supervisor.run())
-        async with asyncio.timeout(120):
-            while supervisor.deployment.state != "ready" and not running.done():  # noqa: ASYNC110 - a state, not an event
-                await asyncio.sleep(0.1)
+        await asyncio.wait_for(ready.wait(), 120)
         supervisor.stop()
         await running
 

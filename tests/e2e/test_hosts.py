@@ -197,10 +197,12 @@ def test_what_another_host_computed_is_not_computed_again(spread):
             break
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    answer = spread.ask(8, spread.engine("b", 22630))
-    spread.right(8, answer)
-    assert answer.cached >= 512
-    assert 'decision="pull"' in spread.metrics("b")
+    before = spread.spread.log("b", "decode-0").count("from peer")
+    spread.right(8, spread.ask(8, spread.engine("b", 22630)))
+    facts = [line for line in spread.metrics("b").splitlines() if line.startswith("pdserve_peer")]
+    log = spread.spread.log("b", "decode-0")
+    assert log.count("from peer") == before + 1, "\n".join([*facts, *log.splitlines()[-15:]])
+    assert 'pdserve_peer_pull_decisions_total{decision="pull"}' in "\n".join(facts)
 
 
 def test_one_packet_in_a_hundred_is_lost(spread):
