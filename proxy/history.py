@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pdserve import trace
@@ -35,7 +36,7 @@ class History:
     def __init__(self, capacity: int = CAPACITY, tracing: trace.Tracing | None = None) -> None:
         self._capacity, self._tracing = capacity, tracing
         self._running: dict[int, Exchange] = {}
-        self._ended: OrderedDict[int, Record] = OrderedDict()
+        self._ended: OrderedDict[int, _Kept] = OrderedDict()
         self._next = 0
         self._clock = time.time() - time.perf_counter()
 
@@ -56,63 +57,86 @@ class History:
         if exchange.trail.traced is not None:
             exchange.trail.traced.end(exchange)
         self._next += 1
-        self._ended[self._next] = self._record(exchange)
-        while len(self._ended) > self._capacity:
+        self._ended[self._next] = _Kept(exchange)
+        if len(self._ended) > self._capacity:
             self._ended.popitem(last=False)
 
     def records(self, limit: int, state: str = "") -> list[Record]:
         """The newest first, without their spans."""
         found = []
-        for record in self._newest():
-            if not state or record["state"] == state:
-                found.append({key: value for key, value in record.items() if key != "spans"})
+        for kept in self._newest():
+            if not state or kept.state == state:
+                found.append(self._record(kept))
                 if len(found) >= limit:
                     break
         return found
 
     def record(self, request_id: str) -> Record | None:
         """The newest of that id, with spans."""
-        return next((dict(record) for record in self._newest() if record["id"] == request_id), None)
+        kept = next((kept for kept in self._newest() if kept.id == request_id), None)
+        return None if kept is None else self._record(kept) | {"spans": kept.spans()}
 
     def fill(self, request_id: str, told: dict[str, Any]) -> None:
         """Keeps what engines have told of an ended request, so that it need not be asked for again."""
-        for record in reversed(self._ended.values()):
-            if record["id"] == request_id:
-                record |= {key: value for key, value in told.items() if key in TOLD and record.get(key) is None}
+        for kept in reversed(self._ended.values()):
+            if kept.id == request_id:
+                kept.told |= {key: told[key] for key in TOLD if told.get(key) is not None and kept.told.get(key) is None}
                 return
 
-    def _newest(self) -> list[Record]:
-        running = [self._record(exchange) for exchange in reversed(self._running.values())]
-        return [*running, *reversed(self._ended.values())]
+    def _newest(self) -> Iterator[_Kept]:
+        yield from (_Kept(exchange) for exchange in reversed(list(self._running.values())))
+        yield from reversed(self._ended.values())
 
-    def _record(self, exchange: Exchange) -> Record:
-        client = exchange.client
-        times, arrived, now = client.lifetime.times, client.arrived, time.perf_counter()
-        state = _STATES.get(client.lifetime.state, "active")
-        if state == "done":
-            state = "failed" if client.status >= 400 else "recovered" if exchange.trail.recoveries else "done"
-        first = trail.first_token(times)
+    def _record(self, kept: _Kept) -> Record:
+        return {**kept.record(), "received": round(self._clock + kept.arrived, 6)}
+
+
+class _Kept:
+    """What is kept of a request: little, and made into a record when somebody looks, which few ever do."""
+
+    __slots__ = (
+        "arrived", "decode", "endpoint", "error", "id", "legs", "model", "prefill", "reason", "route", "session", "state",
+        "status", "tenant", "times", "told", "trace",
+    )  # fmt: skip
+
+    def __init__(self, exchange: Exchange) -> None:
+        client, gone_over = exchange.client, exchange.trail
+        self.id, self.endpoint, self.arrived = exchange.request_id, exchange.endpoint, client.arrived
+        self.model, self.session = exchange.model[:_TEXT], exchange.facts.session[:_TEXT]
+        self.tenant, self.route, self.reason = exchange.key.name, exchange.route, exchange.reason
+        self.prefill, self.decode, self.error = exchange.prefill, exchange.decode, exchange.error[:_ERROR]
+        self.times, self.legs, self.status = client.lifetime.times, gone_over.legs, client.status
+        self.trace = exchange.trace_id or trace_id(exchange.headers)
+        self.told: Record = _handed(gone_over.handed)
+        self.state = _STATES.get(client.lifetime.state, "active")
+        if self.state == "done":
+            self.state = "failed" if client.status >= 400 else "recovered" if gone_over.recoveries else "done"
+
+    def spans(self) -> list[trail.Span]:
+        return trail.spans(self.arrived, self.times, self.legs, time.perf_counter())
+
+    def record(self) -> Record:
+        first = trail.first_token(self.times)
+        end = time.perf_counter() if self.state == "active" else self.times[-1][1]
         return {
-            "id": exchange.request_id,
-            "received": round(self._clock + arrived, 6),
-            "endpoint": exchange.endpoint,
-            "model": exchange.model[:_TEXT] or None,
-            "session": exchange.facts.session[:_TEXT] or None,
-            "tenant": exchange.key.name,
-            "route": exchange.route,
-            "reason": exchange.reason or None,
-            "prefill": exchange.prefill or None,
-            "decode": exchange.decode or None,
-            "state": state,
-            "status": client.status or None,
-            "error": exchange.error[:_ERROR] or None,
-            "ttft_ms": None if first is None else round((first - arrived) * 1000, 3),
-            "duration_ms": round(((now if state == "active" else times[-1][1]) - arrived) * 1000, 3),
-            "trace_id": exchange.trace_id or trace_id(exchange.headers),
-            "recoveries": exchange.trail.recoveries,
+            "id": self.id,
+            "endpoint": self.endpoint,
+            "model": self.model or None,
+            "session": self.session or None,
+            "tenant": self.tenant,
+            "route": self.route,
+            "reason": self.reason or None,
+            "prefill": self.prefill or None,
+            "decode": self.decode or None,
+            "state": self.state,
+            "status": self.status or None,
+            "error": self.error or None,
+            "ttft_ms": None if first is None else round((first - self.arrived) * 1000, 3),
+            "duration_ms": round((end - self.arrived) * 1000, 3),
+            "trace_id": self.trace,
+            "recoveries": sum(1 for leg in self.legs if leg.failure),
             **dict.fromkeys(TOLD),
-            **_handed(exchange.trail.handed),
-            "spans": trail.spans(arrived, times, exchange.trail.legs, now),
+            **self.told,
         }
 
 
