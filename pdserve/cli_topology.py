@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from pdserve import output, topology, topology_schema
+from pdserve import output, secret, topology, topology_schema
 from pdserve.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -74,6 +74,8 @@ def _check(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     facts: dict[str, Any] = msgspec.to_builtins(topology.load(args.topology))
+    if facts["cache"]:
+        facts["cache"]["tiers"] = [secret.hidden(url) for url in facts["cache"]["tiers"]]
     if args.json:
         return output.print_json(facts)
     print(msgspec.yaml.encode(facts).decode(), end="")
