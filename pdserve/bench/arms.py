@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> Result:
         if args.keep_up
         else "each turn started and stopped its deployment"
     )
-    result.notes += [*notes, f"Turns: {' '.join(names)}, {args.repetitions} times; {how}.", *_remarks(names)]
+    result.notes += [*notes, f"Turns: {' '.join(names)}, {args.repetitions} round(s); {how}.", *_remarks(names)]
     return result
 
 

@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   pdserve bench trace-replay --trace-directory traces --scale 0.02 --duration 120 --start-users 2 --max-users 16 --slo-ttft 5
   pdserve bench long-doc-qa --arms no-cache,gpu-cache,cache --topology local-cpu-both --repetitions 3 --out res
   pdserve bench compare res/a.json res/b.json
+  pdserve bench report res
 """
 
 
@@ -55,6 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("a", metavar="A.json", type=Path, help="the baseline")
     compare.add_argument("b", metavar="B.json", type=Path, help="what is compared with it")
     compare.add_argument("--json", action="store_true", help="as data")
+    report = words.add_parser(
+        "report",
+        help="write report.html of the results in a folder",
+        epilog="examples:\n  pdserve bench report docs/measurements --out /tmp/report.html",
+    )
+    report.add_argument("folder", metavar="DIR", type=Path, help="where results were written with --out")
+    report.add_argument("--out", metavar="FILE", type=Path, help="where to write it (default DIR/report.html)")
+    report.add_argument("--json", action="store_true", help="say what was written, as data")
 
 
 def _folded(text: str) -> str:
@@ -69,7 +78,7 @@ def _shown(name: str) -> str:
 
 def default_words(words: list[str]) -> list[str]:
     """`pdserve bench`, `pdserve bench URL` and `pdserve bench --requests 4` mean `quick`."""
-    known = ("quick", *workloads.NAMES, "compare", "-h", "--help")
+    known = ("quick", *workloads.NAMES, "compare", "report", "-h", "--help")
     return words if words and words[0] in known else ["quick", *words]
 
 
@@ -82,6 +91,10 @@ def main(args: argparse.Namespace) -> int:
         from pdserve.bench import show
 
         return show.compare(args)
+    if args.word == "report":
+        from pdserve.bench.report import page
+
+        return page.main(args)
     from pdserve.bench import one
 
     return one.main(args)

@@ -71,6 +71,16 @@ class Verdict:
     sentence: str
 
 
+#: the requests that a workload is about; the others are there to make them what they are
+FOCUS = {"pd-interference": "decode, busy", "long-doc-qa": "repeat"}
+
+
+def focus(result: Result) -> str | None:
+    """The group that verdicts are given of; None: all requests."""
+    name = FOCUS.get(result.workload)
+    return name if any(r.group == name for r in result.records) else None
+
+
 def verdicts(result: Result, group: str | None = None) -> list[Verdict]:
     """Every pair of arms under every metric, the first arm as the baseline of its pairs."""
     found = []

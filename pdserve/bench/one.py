@@ -135,7 +135,10 @@ def finish(args: argparse.Namespace, result: Result) -> int:
         result.notes.append(f"Not in the figures: {said} requests; {counts.get('measured', 0)} were measured.")
     show.result(result, as_json=args.json)
     if args.out:
+        from pdserve.bench.report import page
+
         files = results.write(result, args.out, args.name)
+        files.append(page.write(args.out))
         cli.say("wrote " + ", ".join(str(file) for file in files))
     failed = all(not r.ok for r in result.records if r.phase == "measured")
     return 1 if late or failed else 0

@@ -25,8 +25,9 @@ def result(found: Result, as_json: bool = False) -> None:
             print(f"\n{group or 'all requests'}" if group is not None or len(_several(found)) else "")
             _table(columns, rows)
     if len(found.arms) > 1:
-        print()
-        for verdict in comparing.verdicts(found):
+        focus = comparing.focus(found)
+        print(f"\n{focus}" if focus else "")
+        for verdict in comparing.verdicts(found, focus):
             print(verdict.sentence)
     for run in found.runs:
         if run.carried_users is not None:
@@ -69,7 +70,7 @@ def as_data(found: Result) -> dict[str, Any]:
     return {
         "workload": found.workload, "command": found.command, "seed": found.seed, "machine": found.machine,
         "versions": found.versions, "overhead": found.overhead, "arms": arms, "notes": found.notes,
-        "verdicts": [asdict(v) for v in comparing.verdicts(found)],
+        "verdicts": [asdict(v) for v in comparing.verdicts(found, comparing.focus(found))],
         "runs": [{"arm": r.arm, "repetition": r.repetition, "carried_users": r.carried_users} for r in found.runs],
     }  # fmt: skip
 
