@@ -19,7 +19,10 @@ def facts(endpoint: str, headers: list[tuple[bytes, bytes]], body: Body, with_bl
     prompt = parts[0] if len(parts) == 1 else b"".join(parts)
     # What else parts two caches: the model (a LoRA adapter is one), and the salt that keeps tenants from each other.
     root = (body.raw_value("model") or b"") + b"|" + (body.raw_value("cache_salt") or b"")
-    return Facts(endpoint, len(prompt), session(headers, body), blocks(root, prompt) if with_blocks else ())
+    if not with_blocks:
+        return Facts(endpoint, len(prompt), session(headers, body))
+    request = next((value.decode("latin-1") for name, value in headers if name == b"x-request-id"), "")
+    return Facts(endpoint, len(prompt), session(headers, body), blocks(root, prompt), request)
 
 
 def session(headers: list[tuple[bytes, bytes]], body: Body) -> str:

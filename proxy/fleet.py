@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ LOAD_EVERY = 2  # probes between two looks at an engine's /metrics, which cost i
 FAILURES = 3
 _MODELS_LIMIT = 4 * 1024 * 1024
 _LOAD = re.compile(rb"^vllm:num_requests_(?:running|waiting)\{[^}]*\} ([0-9.e+]+)$", re.MULTILINE)
+_BORN = re.compile(rb"^process_start_time_seconds ([0-9.e+]+)$", re.MULTILINE)
 _log = log.get("proxy.fleet")
 
 
@@ -49,6 +50,7 @@ class Fleet:
     served: frozenset[str] = frozenset()  # names given on the command line, beside what the engines report
     probe_every: float = PROBE_EVERY
     shared: Shared = field(default_factory=Alone)
+    on_new_life: Callable[[str], None] | None = None  # told of an engine that has lost what it had
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
 
     async def start(self) -> None:
@@ -199,6 +201,7 @@ class Fleet:
             raw = await answer.read(_MODELS_LIMIT)
         if answer.status == 200:
             instance.exposed = raw
+            self._note_birth(instance, raw)
         if answer.status == 200 and (found := _LOAD.findall(raw)):
             instance.told_load(int(sum(map(float, found))))
 
@@ -213,6 +216,18 @@ class Fleet:
             return frozenset()
         return frozenset(model.id for model in listed.data)
 
+    def _note_birth(self, instance: Instance, exposed: bytes) -> None:
+        """An engine may have died and come back between two probes."""
+        if (found := _BORN.search(exposed)) is None:
+            return
+        if instance.born not in (b"", found[1]):
+            self._new_life(instance)
+        instance.born = found[1]
+
+    def _new_life(self, instance: Instance) -> None:
+        if self.on_new_life is not None:
+            self.on_new_life(instance.name)
+
     def _set_up(self, instance: Instance, up: bool, why: str) -> None:
         if instance.up != up:
             _log.info("%s is %s: %s", instance.name, "up" if up else "down", why)
@@ -220,6 +235,8 @@ class Fleet:
         instance.up = up
         instance.was_up = instance.was_up or up
         if not up:
+            if instance.was_up:
+                self._new_life(instance)
             instance.others = 0
             instance.exposed = b""
             instance.models = frozenset()  # it may come back serving something else

@@ -40,6 +40,7 @@ class Instance:
     reported: int = 0  # requests that the engine says it has
     others: int = 0  # of those, not ours
     models: frozenset[str] = frozenset()
+    born: bytes = b""  # when its process started, as it says
     exposed: bytes = b""  # its /metrics, as read last
     shared: Shared = field(default_factory=Alone)
 

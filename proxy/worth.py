@@ -47,3 +47,9 @@ class Worth:
             self.bytes_per_token += 0.05 * (seen - self.bytes_per_token)
         if self.wants_blocks:
             self._where.learn(facts, candidate, cached)
+
+    def located(self, facts: Facts, host: str, blocks: int) -> None:
+        self._where.located(facts, host, blocks)
+
+    def forget(self, name: str = "", host: str = "") -> None:
+        self._where.forget(name, host)

@@ -137,6 +137,17 @@ def _acting(app: FastAPI, daemon: Daemon) -> None:
         """Brings the run of these keys up from the lower tiers; asking again says how many are still coming."""
         return {"loading": daemon.tiering.loading([bytes.fromhex(k) for k in body.keys], time.monotonic())}
 
+    @app.post("/cache/held")
+    async def held(body: RequestsBody) -> dict[str, Any]:
+        """How much of these requests' prompts is in memory now, for whoever routes by it. Another `daemon_id` is another
+        life of this daemon."""
+
+        def there(key: bytes) -> bool:
+            chunk = daemon.store.peek(key)
+            return chunk is not None and chunk.committed
+
+        return {"daemon_id": daemon.daemon_id, "held": daemon.requests.held(body.ids, there)}
+
     @app.post("/cache/pin")
     async def pin(body: PinBody) -> dict[str, Any]:
         keys = [bytes.fromhex(k) for k in body.keys]

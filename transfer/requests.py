@@ -179,6 +179,17 @@ class Requests:
         told = next((leg for leg in reversed(legs) if leg is not None), None)
         return None if told is None else told.keys[: min(tokens, told.tokens) // told.chunk_tokens]
 
+    def held(self, ids: Iterable[str], there: Callable[[bytes], bool]) -> dict[str, tuple[int, int]]:
+        """Request id -> how many tokens of its prompt are there now, from the first on, and how many it has."""
+        found = {}
+        for request in ids:
+            legs = [self._legs[name].told for name in self._by_request.get(request, ()) if name in self._legs]
+            told = next((leg for leg in reversed(legs) if leg is not None), None)
+            if told is not None:
+                count = next((n for n, key in enumerate(told.keys) if not there(key)), len(told.keys))
+                found[request] = (min(count * told.chunk_tokens, told.tokens), told.tokens)
+        return found
+
     def _shown(self, leg: _Leg) -> dict[str, Any]:
         told, ended = leg.told, leg.ended
         loads = [span.ms for span in leg.spans if span.name == "load"]

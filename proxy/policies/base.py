@@ -49,9 +49,9 @@ class Facts:
     endpoint: str
     prompt_bytes: int = 0
     session: str = ""  # whose conversation this is
-    blocks: tuple[
-        int, ...
-    ] = ()  # a hash for each beginning of the prompt, in steps of BLOCK bytes; facts.py makes them
+    # A hash for each beginning of the prompt, in steps of BLOCK bytes; facts.py makes them.
+    blocks: tuple[int, ...] = ()
+    request: str = ""  # its id
 
 
 class Policy(Protocol):
@@ -62,10 +62,23 @@ class Policy(Protocol):
         not told). A policy that learns nothing does nothing."""
 
 
+    def located(self, facts: Facts, host: str, blocks: int) -> None:
+        """The cache of that host has the prompt's first `blocks` blocks, and no more of it."""
+
+    def forget(self, name: str = "", host: str = "") -> None:
+        """That engine, or the cache of that host, has begun a new life: what it had is gone."""
+
+
 class Unlearning:
     """For policies whose choice does not depend on what engines reply."""
 
     def learn(self, facts: Facts, candidate: Candidate, cached: int | None) -> None:
+        pass
+
+    def located(self, facts: Facts, host: str, blocks: int) -> None:
+        pass
+
+    def forget(self, name: str = "", host: str = "") -> None:
         pass
 
 

@@ -30,6 +30,10 @@ class Policy(Unlearning):
             self._last.popitem(last=False)
         return chosen
 
+    def forget(self, name: str = "", host: str = "") -> None:
+        for block in [block for block, chosen in self._last.items() if name and chosen == name]:
+            del self._last[block]
+
     def _known(self, facts: Facts, candidates: Sequence[C]) -> C | None:
         by_name = {candidate.name: candidate for candidate in candidates}
         most = 1.5 * min(candidate.load for candidate in candidates) + SLACK
