@@ -114,3 +114,20 @@ async def test_two_workers_a_restart_without_loss_and_one_list_of_instances(unti
                 if all('"both-9"' in reply.text for reply in told):
                     break
         assert {(await ask(short)).headers["x-pdserve-decode"] for _ in range(8)} == {"both-0", "both-9"}
+
+
+async def test_whichever_worker_is_asked_shows_the_records_of_all() -> None:
+    key = {"authorization": "Bearer boss"}
+    async with (
+        FakeEngine(name="both-0") as engine,
+        running(engine) as (_, url),
+        httpx.AsyncClient(timeout=30, verify=False, limits=httpx.Limits(max_keepalive_connections=0)) as client,
+    ):
+        for n in range(24):  # each on a connection of its own, which the kernel gives to either worker
+            body = {"model": "fake", "prompt": "a", "max_tokens": 1}
+            reply = await client.post(url + "/v1/completions", json=body, headers={"x-request-id": f"r{n}"})
+            assert reply.status_code == 200
+        for _ in range(8):
+            told = (await client.get(url + "/admin/requests", headers=key)).json()["requests"]
+            assert [r["id"] for r in told] == [f"r{n}" for n in reversed(range(24))]
+            assert (await client.get(url + "/admin/requests/r7", headers=key)).json()["spans"]
