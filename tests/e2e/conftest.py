@@ -123,7 +123,7 @@ class Deployment:
                 wait_for(client.healthy, seconds, f"{url} is not up")
 
     def wait_idle(self, seconds: float = 45.0) -> None:
-        """No engine works, nothing is leased or reserved. A lease whose lookup was given up ends by itself, in 30 s."""
+        """No engine works, nothing is leased or reserved."""
 
         def idle() -> bool:
             roles = [role for role, urls in self.target.engines.items() if urls]
