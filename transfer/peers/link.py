@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from typing import TYPE_CHECKING
 
 from pdserve.errors import ProtocolError
 from pdserve.transfer.peers import messages
 from pdserve.transfer.peers.membership import Member
-from pdserve.transfer.peers.push import Outbox
+from pdserve.transfer.peers.push import MAX_WANTED, Outbox
 from pdserve.transfer.store import Chunk
 from pdserve.transfer.transports.base import Connection, DeadlinePassed, Outcome, Piece, TransportError
 
@@ -40,6 +41,7 @@ class Link:
     def __init__(self, node: Node, member: Member) -> None:
         self.node, self.member = node, member
         self.outbox = Outbox()
+        self._later: deque[bytes] = deque(maxlen=MAX_WANTED)  # to be sent when there is room; not held meanwhile
         self._wake = asyncio.Event()
         self._dialling = asyncio.Lock()
         self._connection: Connection | None = None
@@ -129,13 +131,30 @@ class Link:
         """Queues a committed chunk; False when it cannot be sent now."""
         if chunk.key in self.outbox.keys:
             return True
-        if not self.member.takes(time.monotonic()) or not self.node.may_queue(chunk.size):
+        if not self.member.takes(time.monotonic()):
             self.node.count(self.member, "out", "dropped")
             return False
+        if self._later or not self.node.may_queue(chunk.size):
+            self._later.append(chunk.key)
+            return True
+        self._hold(chunk)
+        return True
+
+    def _hold(self, chunk: Chunk) -> None:
         self.node.store.hold(chunk)
         self.outbox.add(chunk)
         self._wake.set()
-        return True
+
+    def refill(self) -> None:
+        """What had no room before has it now, if it has not been evicted meanwhile."""
+        while self._later:
+            chunk = self.node.store.peek(self._later[0])
+            there = chunk is not None and chunk.committed and chunk.key not in self.outbox.keys
+            if there and chunk is not None:
+                if not self.node.may_queue(chunk.size):
+                    return
+                self._hold(chunk)
+            self._later.popleft()
 
     async def _send(self) -> None:
         while True:
@@ -154,6 +173,7 @@ class Link:
             finally:
                 for chunk in batch:
                     self._let_go(chunk)
+                self.node.refill()
                 self.node.after()
 
     async def _push(self, batch: list[Chunk]) -> list[list[Outcome]]:
@@ -194,6 +214,7 @@ class Link:
         self.node.store.unhold(chunk)
 
     def _drop_waiting(self) -> None:
+        self._later.clear()
         dropped = self.outbox.clear()
         for chunk in dropped:
             self.node.store.unhold(chunk)

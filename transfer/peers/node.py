@@ -329,6 +329,11 @@ class Node:
         queued = sum(link.outbox.nbytes for link in self._links.values())
         return not queued or queued + size <= self.store.allocator.capacity // OUT_SHARE
 
+    def refill(self) -> None:
+        """Something has been sent: what had no room before may have it now."""
+        for link in self._links.values():
+            link.refill()
+
     # ---- what peers ask: the transport's Service ----
 
     def connected(self, connection: Connection) -> None:
@@ -390,6 +395,7 @@ class Node:
                 link.member.too_slow()
             self._unpull(key, "late")
         self._wanted.expire(now)
+        self.refill()
         self.inbox.tick(now)
 
     def drain(self, on: bool) -> None:

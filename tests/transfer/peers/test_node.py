@@ -117,6 +117,19 @@ def test_pushed_as_it_commits(run, helpers, network):
     run(story())
 
 
+def test_more_than_may_be_held_is_sent_bit_by_bit(run, helpers, network):
+    async def story():
+        async with hosts(helpers, network, "a", "b", pages=200) as (a, b):  # an eighth of 200 pages is 4 chunks
+            for i in range(20):
+                a.put(i)
+            assert a.node.push("b", [helpers.key(i) for i in range(20)], 0.0) == 20
+            assert a.node.status()["peers"][0]["outgoing"] <= 5
+            await helpers.until(lambda: all(b.has(i) for i in range(20)))
+            assert all(b.right(i) for i in range(20))
+
+    run(story())
+
+
 def test_what_is_there_already_is_not_sent_again(run, helpers, network):
     async def story():
         async with hosts(helpers, network, "a", "b") as (a, b):
