@@ -244,9 +244,10 @@ class LegFacts:
             return
         self._spans(known)
         leg, output = request.request_id, request.num_tokens - request.num_prompt_tokens
-        reason, whole = _finish(request), list(request.all_token_ids[:_TOKENS_KEPT])
+        reason, tokens = _finish(request), request.all_token_ids  # which do not change any more
 
         def make(seed: int) -> telling.Ended:
+            whole = list(tokens[:_TOKENS_KEPT])
             made, edges = marks.make(whole, chain.chunk_tokens, seed, chain.media, _TOKENS_KEPT)
             return telling.Ended(leg, output, reason, len(whole), made, edges)
 
