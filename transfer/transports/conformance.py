@@ -437,9 +437,14 @@ async def a_slot_cancelled_while_it_is_written_is_left_alone(subject: Subject) -
         await pair.b.service.until(lambda: len(pair.b.service.lent) == 2)
         await asyncio.sleep(0.3)  # some bytes are on their way, some perhaps in the slot
         pair.back.cancel([pair.b.service.lent[0]], "aborted")
-        await pair.b.service.until(lambda: len(pair.b.service.outcomes) == 1)
+        await pair.b.service.ended(pair.b.service.lent[0])
         subject.resume("a", "b")
-        outcomes = await push
+        try:
+            outcomes = await push
+        except PeerLost:  # a transport that cannot leave a slot otherwise may end the connection
+            await pair.b.service.closing()
+            pair.check()
+            return
         assert [o.state for o in outcomes] == ["cancelled", "arrived"]
         pair.check()
         assert landed(pair, sent[1:])

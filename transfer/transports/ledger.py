@@ -147,10 +147,16 @@ class Ledger:
         for entry in over:
             self._finished(entry.slot, outcome)
 
-    def expire(self, now: float) -> None:
-        late = [ticket for ticket, entry in list(self._open.items()) if entry.deadline < now and entry.ended is None]
-        if late:
-            self.end(late, Outcome("late", "the bytes did not come in time"))
+    def expired(self, now: float) -> list[int]:
+        """Open tickets whose deadline has passed."""
+        with self._lock:
+            return [ticket for ticket, entry in self._open.items() if entry.deadline < now and entry.ended is None]
+
+    def lingering(self, tickets: list[int]) -> bool:
+        """Whether somebody is still inside one of these although it has ended."""
+        with self._lock:
+            entries = [self._open.get(ticket) for ticket in tickets]
+            return any(entry is not None and entry.ended is not None for entry in entries)
 
     def close(self, outcome: Outcome) -> None:
         """Ends all tickets, and no slot is taken in any more."""

@@ -49,6 +49,8 @@ class Outbox:
         self._credit = credit
         self._closed = False
         self.queued_bytes = 0
+        #: told, on any thread, that take() may find something now; for senders that do not wait in take()
+        self.on_ready: Callable[[], None] = lambda: None
 
     @property
     def credit(self) -> int:
@@ -69,6 +71,7 @@ class Outbox:
             self._waiting.extend(segments)
             self.queued_bytes += sum(s.length for s in segments)
             self._ready.notify_all()
+        self.on_ready()
 
     def take(self, most_bytes: int, most: int, timeout: float) -> list[Segment]:
         """Segments to send now, at most that many and (beyond the first) that many bytes. Empty: nothing in time."""
@@ -136,6 +139,7 @@ class Outbox:
         with self._ready:
             self._credit += size
             self._ready.notify_all()
+        self.on_ready()
 
     def close(self) -> None:
         with self._ready:
@@ -143,3 +147,4 @@ class Outbox:
             self._waiting.clear()
             self.queued_bytes = 0
             self._ready.notify_all()
+        self.on_ready()

@@ -503,7 +503,8 @@ class Session:
         if self.closed:
             return
         now = time.monotonic()
-        self.ledger.expire(now)
+        if late := self.ledger.expired(now):
+            self._end(late, Outcome("late", "the bytes did not come in time"))
         if now - self._said > _ALIVE_S:
             self._say(m.Alive())
         if now - self._heard > self.limits.silence_s:

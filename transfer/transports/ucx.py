@@ -1,0 +1,376 @@
+"""ucx://host:port: control on TCP as everywhere, bytes by UCX tag messages. Serves ucx-py (`ucp`) and its successor ucxx alike.
+
+Each segment is a small header under one tag and its bytes under a tag of their own, received straight into the slot. The two
+ends tell each other their worker address and a random base for tags over the authenticated control way, so nobody else can
+name a tag that is being waited for.
+
+UCX has one context for a process, bound to one asyncio loop; ours runs on a thread that lasts as long as the process. Settings
+go through the environment before the import. Defaults were measured: with UCX's own rendezvous choice tcp copies twice.
+
+A receive that UCX has begun cannot be called back (neither library offers it), so a slot that is cancelled in the middle of its
+bytes ends when they have come, or, after _PATIENCE_S, by ending the connection, which does call it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import importlib
+import os
+import secrets
+import socket
+import struct
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from pdserve.chunk import KEY_BYTES
+from pdserve.errors import ConfigError, ProtocolError
+from pdserve.transfer.transports.base import Expected, Local, Outcome, PeerRefused
+from pdserve.transfer.transports.net import NetTransport
+from pdserve.transfer.transports.outbox import Segment
+from pdserve.transfer.transports.security import Security
+from pdserve.transfer.transports.session import Limits, Plane, Session
+
+#: payload tag, ticket, key, shard, digest of the piece, bytes of the piece, offset in it, bytes that follow
+_HEADER = struct.Struct(f"<QQ{KEY_BYTES}sHQQQQ")
+#: segments under way at a time, each direction
+_DEPTH = 4
+_PATIENCE_S = 2.0
+_SETTINGS = {
+    "UCX_RNDV_SCHEME": "put_zcopy",
+    "UCX_TCP_CM_REUSEADDR": "y",
+    "UCX_KEEPALIVE_INTERVAL": "2s",
+    "UCX_TCP_KEEPIDLE": "2s",
+    "UCX_WARN_UNUSED_ENV_VARS": "n",
+}
+_SIOCGIFADDR = 0x8915
+
+
+class _Hello(msgspec.Struct, array_like=True, frozen=True):
+    address: Annotated[bytes, msgspec.Meta(max_length=65536)]
+    #: of what comes to the teller: headers under it, bytes under those after it
+    tag: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+
+
+class Library:
+    """ucxx or ucp, whichever is installed, with its differences ironed out, and the loop that it lives on."""
+
+    _lock = threading.Lock()
+    _one: Library | None = None
+
+    @classmethod
+    def get(cls, tls: str, device: str) -> Library:
+        """The process's only one (UCX knows no second); the first caller's settings count. Raises ConfigError."""
+        with cls._lock:
+            if cls._one is None:
+                cls._one = cls(tls, device)
+            return cls._one
+
+    def __init__(self, tls: str, device: str) -> None:
+        settings = {"UCX_TLS": tls, **_SETTINGS, **({"UCX_NET_DEVICES": device} if device else {})}
+        for name, value in settings.items():
+            os.environ.setdefault(name, value)  # who sets it himself means it
+        self.module, self.name = _imported()
+        self._tag: Any = int if self.name == "ucp" else self.module._lib.libucxx.UCXXTag
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self._run, name="ucx-loop", daemon=True)
+        self._started: Future[bytes] = Future()
+        self.thread.start()
+        try:
+            self.address = self._started.result(timeout=60)
+        except Exception as e:
+            raise ConfigError(
+                "", f"{self.name} does not start: {e}", "Check UCX_TLS and UCX_NET_DEVICES, or use tcp://."
+            ) from e
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        try:
+            address = self.loop.run_until_complete(self._init())
+        except Exception as e:  # noqa: BLE001 - handed to the thread that waits for it
+            self._started.set_exception(e)
+            return
+        self._started.set_result(address)
+        self.loop.run_forever()
+
+    async def _init(self) -> bytes:
+        if self.name == "ucp":
+            self.module.init(blocking_progress_mode=True)
+        else:
+            self.module.init(progress_mode="blocking")
+        return bytes(memoryview(self.module.get_worker_address()))
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """On the library's loop, from any thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    async def endpoint(self, address: bytes) -> Any:
+        theirs = self.module.get_ucx_address_from_buffer(address)
+        return await self.module.create_endpoint_from_worker_address(theirs, endpoint_error_handling=True)
+
+    def progress(self) -> None:
+        """Lets UCX work once, in the blocking modes; on the library's loop."""
+        context = self.module.core._get_ctx()
+        context.worker.progress()
+
+    async def send(self, endpoint: Any, data: Any, tag: int) -> None:
+        await endpoint.send(data, tag=self._tag(tag), force_tag=True)
+
+    async def receive(self, endpoint: Any, into: Any, tag: int) -> None:
+        await endpoint.recv(into, tag=self._tag(tag), force_tag=True)
+
+
+def _imported() -> tuple[Any, str]:
+    for name in ("ucxx", "ucp"):
+        try:
+            return importlib.import_module(name), name
+        except ImportError:
+            continue
+    raise ConfigError(
+        "", "ucx:// needs ucxx (or ucx-py), which is not installed", "pip install 'pdserve[ucx]', or use tcp://."
+    )
+
+
+def device_of(address: str) -> str:
+    """The network device that has this IPv4 address, for UCX_NET_DEVICES; "" where it cannot be told (then UCX uses all)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return ""
+
+
+class UcxPlane:
+    """Implements session.Plane. Everything below `# on the library's loop` runs there."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._session: Session | None = None
+        self.ready = asyncio.Event()
+        self._base = secrets.randbits(61) + 1
+        self._their_base = 0
+        self._endpoint: Any = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._more: asyncio.Event | None = None
+        self._closing = False
+        #: tests hold payloads back with it, after their header has gone
+        self.held = threading.Event()
+        self._sent = self._received = self._drained = 0
+
+    def start(self, session: Session) -> None:
+        self._session = session
+        session.tell_plane(msgspec.msgpack.encode(_Hello(self._library.address, self._base)))
+
+    def message(self, payload: bytes) -> None:
+        try:
+            hello = msgspec.msgpack.decode(payload, type=_Hello)
+        except msgspec.DecodeError as e:
+            raise ProtocolError(f"ucx: {e}") from e
+        if self._their_base:
+            raise ProtocolError("ucx: a second greeting")
+        self._their_base = hello.tag
+        self._library.run(self._join(hello.address))
+
+    def lent(self, ticket: int, expected: Expected) -> None:
+        """The ledger is asked for every segment."""
+
+    def unwanted(self, tickets: list[int]) -> None:
+        assert self._session is not None
+        if self._session.ledger.lingering(tickets):
+            self._session.loop.call_later(_PATIENCE_S, self._call_back, tickets)
+
+    def _call_back(self, tickets: list[int]) -> None:
+        assert self._session is not None
+        if self._session.ledger.lingering(tickets):
+            self._session.lost(
+                "bytes for a cancelled slot did not come, and UCX can only call them back by ending the connection"
+            )
+
+    def interrupt(self) -> None:
+        assert self._session is not None
+        self._session.lost("a push is over, and UCX can let go of its bytes only by ending the connection")
+
+    async def close(self) -> None:
+        self._closing = True
+        await asyncio.wrap_future(self._library.run(self._leave()))
+
+    def stats(self) -> dict[str, int | float | str]:
+        return {
+            "sent_bytes": self._sent,
+            "received_bytes": self._received,
+            "drained_bytes": self._drained,
+            "streams": 1,
+            "library": self._library.name,
+        }
+
+    # ---- on the library's loop ----
+
+    async def _join(self, address: bytes) -> None:
+        session = self._session
+        assert session is not None
+        try:
+            self._endpoint = await self._library.endpoint(address)
+        except Exception as e:  # noqa: BLE001 - the library has its own tree of errors
+            session.post(session.lost, f"ucx: no endpoint: {e}")
+            return
+        if self._closing:
+            return
+        self._more = asyncio.Event()
+        more = self._more
+        session.outbox.on_ready = lambda: self._library.loop.call_soon_threadsafe(more.set)
+        self._spawn(self._send_all(session, more))
+        self._spawn(self._receive_all(session))
+        session.post(self.ready.set)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._library.loop.create_task(self._guarded(coroutine))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _guarded(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        session = self._session
+        assert session is not None
+        try:
+            await coroutine
+        except asyncio.CancelledError:
+            pass
+        except Exception as e:  # noqa: BLE001 - the library has its own tree of errors; a dead task would leave slots lent
+            session.post(session.lost, f"ucx: {e}" if str(e) else f"ucx: {e!r}")
+
+    async def _leave(self) -> None:
+        """Ends the endpoint, which calls every request back, and waits for the tasks that had one."""
+        if self._endpoint is not None:
+            self._endpoint.abort()
+        if self._more is not None:
+            self._more.set()
+        while self._tasks:
+            # Nothing comes in any more that would wake UCX, so it is made to look.
+            self._library.progress()
+            await asyncio.wait(self._tasks, timeout=0.05)
+        self._endpoint = None
+
+    async def _send_all(self, session: Session, more: asyncio.Event) -> None:
+        outbox, free = session.outbox, asyncio.Semaphore(_DEPTH)
+        tag = self._their_base
+        while not outbox.closed:
+            await free.acquire()
+            more.clear()
+            segments = outbox.take(0, 1, 0.0)
+            if segments:
+                tag = (tag + 1) % 2**64
+                self._spawn(self._send(session, segments[0], tag, free))
+            else:
+                free.release()
+                if not outbox.closed:  # it says so before it tells us, so this cannot be missed
+                    await more.wait()
+
+    async def _send(self, session: Session, segment: Segment, tag: int, free: asyncio.Semaphore) -> None:
+        piece, start = segment.piece, segment.piece.offset + segment.start
+        fields = (
+            tag,
+            segment.ticket,
+            piece.key,
+            piece.shard,
+            piece.digest,
+            piece.length,
+            segment.start,
+            segment.length,
+        )
+        try:
+            await self._library.send(self._endpoint, np.frombuffer(_HEADER.pack(*fields), np.uint8), self._their_base)
+            while self.held.is_set() and not self._closing:  # noqa: ASYNC110 - only tests set it
+                await asyncio.sleep(0.02)
+            await self._library.send(self._endpoint, session.local.arena[start : start + segment.length], tag)
+            self._sent += segment.length
+        finally:
+            session.outbox.gone([segment])
+            free.release()
+
+    async def _receive_all(self, session: Session) -> None:
+        free = asyncio.Semaphore(_DEPTH)
+        while True:
+            header = np.empty(_HEADER.size, np.uint8)
+            await self._library.receive(self._endpoint, header, self._base)
+            await free.acquire()
+            self._spawn(self._receive(session, header.tobytes(), free))
+
+    async def _receive(self, session: Session, header: bytes, free: asyncio.Semaphore) -> None:
+        tag, ticket, key, shard, digest, total, offset, length = _HEADER.unpack(header)
+        try:
+            if not 0 < length <= total or length > 2**34:
+                raise ProtocolError(f"a segment of {length} bytes for a piece of {total}")
+            view = session.ledger.enter(ticket, key, shard, total, offset, length, digest)
+            if view is None:
+                await self._drain(length, tag)
+            else:
+                await self._fill(session, ticket, view, tag)
+            session.consumed(length)
+        finally:
+            free.release()
+
+    async def _fill(self, session: Session, ticket: int, view: memoryview, tag: int) -> None:
+        failed: Outcome | None = Outcome("lost", "the connection ended in the middle of the bytes")
+        length = len(view)
+        try:
+            await self._library.receive(self._endpoint, np.frombuffer(view, np.uint8), tag)
+            failed = None
+            self._received += length
+        finally:
+            del view
+            # Elsewhere than on UCX's loop, since it may read all of the piece for its digest.
+            await asyncio.shield(asyncio.to_thread(session.ledger.leave, ticket, 0 if failed else length, failed))
+
+    async def _drain(self, length: int, tag: int) -> None:
+        await self._library.receive(self._endpoint, np.empty(length, np.uint8), tag)
+        self._drained += length
+
+
+class UcxTransport(NetTransport):
+    """Implements base.Transport."""
+
+    scheme = "ucx"
+
+    def __init__(self, local: Local, security: Security, limits: Limits, tls: str = "tcp") -> None:
+        if security.tls:
+            raise ConfigError(
+                "",
+                "ucx:// cannot encrypt its bytes, and TLS was asked for",
+                "Use tcp://, or a network that is trusted.",
+            )
+        super().__init__(local, security, limits)
+        self._tls = tls
+        _imported()
+
+    async def listen(self, url: str, service: Any) -> str:
+        await self._get(url)
+        return await super().listen(url, service)
+
+    async def connect(self, url: str, service: Any, deadline: float) -> Any:
+        await self._get("")
+        return await super().connect(url, service, deadline)
+
+    async def _get(self, url: str) -> Library:
+        host = url.partition("://")[2].partition(":")[0]
+        return await asyncio.to_thread(Library.get, self._tls, device_of(host) if host else "")
+
+    def make_plane(self, dialled: bool) -> Plane:
+        return UcxPlane(Library.get(self._tls, ""))
+
+    async def make_ready(self, session: Session, host: str, port: int, deadline: float) -> None:
+        assert isinstance(session.plane, UcxPlane)
+        ready = asyncio.ensure_future(session.plane.ready.wait())
+        try:
+            while not ready.done() and not session.closed:
+                await asyncio.wait([ready], timeout=0.1)
+        finally:
+            ready.cancel()
+        if session.closed:
+            raise PeerRefused(f"{host}:{port}: {session!r}")
