@@ -41,6 +41,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # Looks at every part from outside; the two children of it that import an engine or a driver do nothing else.
     "pdserve.doctor": (CORE, "pdserve.doctor", "pdserve.deploy", "pdserve.kernels", "pdserve.transfer.tiers", "numpy", "rich"),
     "pdserve.doctor.probe_vllm": ("vllm",),
+    "pdserve.doctor.probe_ucx": (),
     "pdserve.__main__": (CORE, "pdserve.cli_tree"),
     "pdserve.cli_status": (CORE, "pdserve.deploy", "msgspec", "rich"),
     "pdserve.cli_stop": (CORE, "pdserve.cli_status", "pdserve.deploy"),

@@ -18,7 +18,7 @@ CHECKS: tuple[Check, ...] = (
     Check("huge pages", memory.huge_pages),
     Check("memory lock", memory.memory_lock),
     Check("numa", memory.numa),
-    Check("ucx", transport.check),
+    Check("ucx", transport.check, transport.DEADLINE),
     Check("ports", network.ports),
     Check("hosts", network.hosts, 30.0),
     Check("clocks", network.clocks, 20.0),

@@ -159,10 +159,15 @@ def test_disk() -> None:
 
 def test_transports() -> None:
     up, down = transport.Device("mlx5_0", "1", "ACTIVE", "400 Gb/sec"), transport.Device("mlx5_1", "1", "DOWN", "")
-    is_told(transport.judge([], []), "ok", "tcp:// serves")
-    is_told(transport.judge([up, down], ["ucxx"]), "ok", "mlx5_0/1 ACTIVE 400 Gb/sec")
-    is_told(transport.judge([down], ["ucxx"]), "warn", "no port of it is up")
-    is_told(transport.judge([up], []), "warn", "pip install 'pdserve[ucx]'")
+    ucxx = {"ucxx": {"version": "1.21.0", "error": ""}}
+    broken = {"ucxx": {"version": "", "error": "ImportError: libucp.so.0"}}
+    is_told(transport.judge([], {}, "tcp"), "ok", "tcp:// serves")
+    is_told(transport.judge([up, down], ucxx, "ucx"), "ok", "mlx5_0/1 ACTIVE 400 Gb/sec", "ucxx 1.21.0")
+    is_told(transport.judge([down], ucxx, "tcp"), "warn", "no port of it is up")
+    is_told(transport.judge([up], {}, "tcp"), "warn", "pip install 'pdserve[ucx]'")
+    is_told(transport.judge([], {}, "ucx"), "fail", "peers.transport: ucx", "pip install 'pdserve[ucx]'")
+    is_told(transport.judge([], broken, "ucx"), "fail", "libucp.so.0")
+    is_told(transport.judge([], broken, "tcp"), "warn", "libucp.so.0", "tcp:// serves")
 
 
 def record(name: str, to: state.ProcessState, **more: Any) -> state.ProcessRecord:
