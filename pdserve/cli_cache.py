@@ -180,9 +180,11 @@ def _clear(args: argparse.Namespace) -> int:
     if args.json:
         output.print_json(done)
         return 0 if done["finished"] else 1
-    print(f"{done['dropped']} chunks dropped from memory, and from the tiers below")
-    if not done["finished"]:
-        print("a lower tier has not finished yet", file=sys.stderr)
+    print(f"{done['dropped']} chunks dropped from memory")
+    for name, result in done["tiers"].items():
+        print(f"{result['deleted']} from {name}" + (f"; {result['left']}" if "left" in result else ""))
+    for name in done["pending"]:
+        print(f"{name} has not finished yet; it goes on", file=sys.stderr)
     return 0 if done["finished"] else 1
 
 

@@ -190,7 +190,7 @@ def test_the_command_asks_the_daemon(serving, capsys):
     assert command.main(["cache", "check", str(serving.folder)]) == 1
     assert "a cache daemon uses" in capsys.readouterr().err
     assert command.main(["cache", "clear", *at]) == 0
-    assert "2 chunks dropped" in capsys.readouterr().out
+    assert "2 chunks dropped from memory\n2 from disk" in capsys.readouterr().out
     assert serving.ask("POST", "/loglevel", {"level": "warning"}) == serving.ask("GET", "/loglevel")
     assert serving.ask("GET", "/config")["tiers"]["disk"]["write"] == "write-through"
 
