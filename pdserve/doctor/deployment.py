@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pdserve import env
 from pdserve.deploy import state
 from pdserve.doctor.finding import Finding, fail, ok, warn
 from pdserve.doctor.subject import Subject
 from pdserve.errors import UpstreamError
-from pdserve.openai_client import Client, total
+from pdserve.openai_client import Client, parse_metrics, total
 
 PROCESSES, CACHE = "processes", "cache"
 _SECONDS = 5.0
@@ -38,22 +39,22 @@ def judge_processes(deployment: state.Deployment) -> Finding:
 def cache(subject: Subject) -> Iterator[Finding]:
     if not subject.admin_url:
         return
+    token = env.admin_token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         with Client(subject.admin_url) as admin:
-            status = admin.get("/status", timeout=_SECONDS)
-            metrics = admin.metrics()
+            status = admin.request("GET", "/status", timeout=_SECONDS, headers=headers)
+            metrics = admin.request("GET", "/metrics", timeout=_SECONDS, headers=headers)
     except UpstreamError as error:
         means = "Everything is computed: nothing is stored, nothing is hit, and prefill cannot hand over."
-        yield fail(
-            CACHE, str(error), means, "pdserve status; then the cache's log (logs/cache.log in the run directory)."
-        )
+        yield fail(CACHE, str(error), means, "pdserve status; then the cache's log (logs/cache.log in the run directory).")
         return
-    if status.status_code != 200:
+    if status.status_code != 200 or metrics.status_code != 200:
         means = "The daemon runs, but it does not tell how it is."
         yield warn(CACHE, f"HTTP {status.status_code} from {subject.admin_url}/status", means, _TOKEN_FIX)
         return
     facts = status.json()
-    failures = total(metrics, "pdserve_cache_digest_failures_total")
+    failures = total(parse_metrics(metrics.text), "pdserve_cache_digest_failures_total")
     yield judge_cache(facts, failures, expects_clients=not (subject.is_fake or subject.daemon))
     for name, tier in facts.get("tiers", {}).items():
         yield judge_tier(name, tier)

@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,6 +120,9 @@ def test_a_child_that_hangs_or_fails_is_an_answer() -> None:
         child.output(["/no/such/program"], 5)
 
 
+TOKEN = {"PDSERVE_ADMIN_TOKEN": "a token of the test"}
+
+
 class _Clock(http.server.BaseHTTPRequestHandler):
     ahead = 0.0
 
@@ -175,6 +179,26 @@ def test_a_tier_that_is_down_is_named_without_its_password() -> None:
     assert "redis://...@127.0.0.1:1/0" in found.found
     assert "Start that server, or correct cache.tiers[1]" in found.fix
     assert "hunter2" not in f"{found}"
+
+
+def test_a_daemon_is_asked_with_its_token(
+    tmp_path: Path, start_cache: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"doctor-{os.getpid()}"
+    running = start_cache(tmp_path, name, 64 << 20, "--disk", str(tmp_path / "kv"), "--disk-size", "64MiB", env=TOKEN)
+    url = f"http://127.0.0.1:{running.port}"
+    checks = [check for check in registry.CHECKS if check.name in ("cache", "clocks")]
+    examined = subject.find(url)
+    assert examined.daemon == url
+    found = {f.check: f for f in runner.run(checks, examined)}
+    assert found["clocks"].status == "ok"
+    assert found["cache"].status == "warn"
+    assert "PDSERVE_ADMIN_TOKEN" in found["cache"].fix
+    monkeypatch.setenv("PDSERVE_ADMIN_TOKEN", TOKEN["PDSERVE_ADMIN_TOKEN"])
+    found = {f.check: f for f in runner.run(checks, examined)}
+    assert (found["cache"].status, found["cache disk"].status) == ("ok", "ok")
+    running.stop()
+    assert {f.check: f.status for f in runner.run(checks, examined)}["cache"] == "fail"
 
 
 def test_what_a_name_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
