@@ -67,9 +67,9 @@ def admin_urls(topology: Topology, host: str) -> dict[str, str]:
 def peer_words(topology: Topology, host: str, state_file: str) -> list[str]:
     """The options that make the daemon of `host` one of several."""
     daemons = [h for h in topology.hosts if has_daemon(topology, h.name)]
-    if len(daemons) < 2:
-        return []
     peers = topology.peers or Peers()
+    if len(daemons) < 2 and not peers.discover:
+        return []
     own = next(h for h in daemons if h.name == host)
     words = ["--peer-listen", peers.url(own), "--host-name", host]
     for h in daemons:
@@ -77,6 +77,7 @@ def peer_words(topology: Topology, host: str, state_file: str) -> list[str]:
         names = h.name if not h.peer_url else f"{h.name},{h.address}"
         words += ["--peer", f"{names}={peers.url(h)}"]
     for flag, value in (
+        ("--peers-from", peers.discover),
         ("--peer-secret-file", peers.secret_file),
         ("--peer-cert", peers.cert),
         ("--peer-key", peers.key),
@@ -89,7 +90,8 @@ def peer_words(topology: Topology, host: str, state_file: str) -> list[str]:
 def needs_secret(topology: Topology) -> bool:
     """Whether the daemons need PDSERVE_PEER_SECRET from the environment."""
     daemons = [h for h in topology.hosts if has_daemon(topology, h.name)]
-    return len(daemons) > 1 and not (topology.peers or Peers()).secret_file
+    peers = topology.peers or Peers()
+    return (len(daemons) > 1 or bool(daemons and peers.discover)) and not peers.secret_file
 
 
 def elsewhere(topology: Topology, host: str) -> tuple[Elsewhere, ...]:

@@ -155,9 +155,11 @@ def _status(args: argparse.Namespace) -> int:
     facts = _ask(args, "GET", "/status")
     if args.json:
         return output.print_json(facts)
-    tiers, scrub = facts.pop("tiers", {}), facts.pop("scrub", {})
+    tiers, scrub, peers = facts.pop("tiers", {}), facts.pop("scrub", {}), facts.pop("peers", {})
     rows = [(key, ", ".join(value) if isinstance(value, list) else value) for key, value in facts.items()]
-    for name, tier in {**tiers, "scrub": scrub}.items():
+    for peer in peers.pop("peers", ()):
+        rows.append((f"peer {peer['name'] or peer['url']}", ", ".join(f"{k} {v}" for k, v in peer.items() if k != "name")))
+    for name, tier in {**tiers, "scrub": scrub, "peers": peers}.items():
         rows.append((name, ", ".join(f"{key} {value}" for key, value in tier.items())))
     output.table(("", ""), rows)
     return 0

@@ -34,6 +34,7 @@ class Peers(msgspec.Struct, frozen=True, kw_only=True):
 
     transport: Literal["tcp", "ucx", "nixl"] = "tcp"
     port: Annotated[int, Meta(ge=1, le=65535)] = 7900
+    discover: str = ""  # further peers, from a list that changes: dns://NAME:PORT or etcd://HOST:PORT/PREFIX
     secret_file: str = ""  # default: the variable PDSERVE_PEER_SECRET
     cert: str = ""
     key: str = ""
@@ -96,6 +97,11 @@ def check(topology: Topology) -> None:
         if host.address in (*LOOPBACK, "0.0.0.0", "::") and len(topology.hosts) > 1:
             problem = f"{host.address!r} cannot be reached by the other hosts"
             raise ConfigError(f"hosts[{i}].address", problem, "Give the address that they know this host by.")
+    if topology.peers is not None and topology.peers.discover:
+        kind = topology.peers.discover.partition("://")[0]
+        if kind not in ("dns", "etcd"):
+            fix = "Write dns://kv-peers.default.svc:7900 or etcd://10.0.0.1:2379/pdserve."
+            raise ConfigError("peers.discover", f"{topology.peers.discover!r} is not a source of peers", fix)
     if topology.peers is not None and not topology.hosts:
         raise ConfigError("peers", "there are no hosts", "List them: hosts: [{name: a, address: 10.0.0.1}, ...].")
 

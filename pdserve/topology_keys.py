@@ -221,6 +221,12 @@ KEYS: dict[str, Key] = {
     "peers": Key("How the cache daemons of several hosts talk to each other.", "{transport: tcp, port: 7900}", _HOSTS),
     "peers.transport": Key("`tcp`, `ucx` or `nixl`; see [transports](transports.md).", "tcp", _HOSTS),
     "peers.port": Key("Where each daemon listens for the others, on its host's address.", "7900", _HOSTS),
+    "peers.discover": Key(
+        "Further peers, from a list that changes while everything runs: `dns://NAME:PORT` or `etcd://HOST:PORT/PREFIX`. "
+        "Default: the hosts of the topology alone.",
+        "dns://kv-peers.default.svc:7900",
+        _HOSTS,
+    ),
     "peers.secret_file": Key(
         "Holds what every daemon must know, the same on all hosts. Default: the variable PDSERVE_PEER_SECRET.",
         "/etc/pdserve/peers.secret",

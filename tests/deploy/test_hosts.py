@@ -70,6 +70,8 @@ def test_daemons_know_each_other() -> None:
     assert words(cache, "--peer") == ["a=tcp://10.0.0.1:7900", "b,10.0.0.2=ucx://10.9.0.2:7901"]
     assert words(cache, "--peer-secret-file") == ["/etc/secret"]
     assert words(cache, "--state") == ["/run/three@a/state.json"]
+    found = of(planned("a", THREE.replace("peers: {", "peers: {discover: 'etcd://10.0.0.9:2379/kv', ")), "cache-a")
+    assert words(found, "--peers-from") == ["etcd://10.0.0.9:2379/kv"]
     assert words(of(planned("b"), "cache-b"), "--peer-listen") == ["ucx://10.9.0.2:7901"]
 
 

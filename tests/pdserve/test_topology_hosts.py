@@ -70,6 +70,7 @@ def test_an_address_of_ipv6_stands_in_brackets() -> None:
         (changed("8100, host: b", "8080, host: b"), r"cache\.admin_port: 8080 is used by decode\[0\] on host b"),
         (TWO + "peers: {port: 8000}\n", r"(proxy\.port|peers\.port): 8000 is used by"),
         (TWO + "peers: {prot: 1}\n", r"peers\.prot: unknown key"),
+        (TWO + "peers: {discover: consul://x}\n", r"peers\.discover: 'consul://x' is not a source.*dns://"),
         (TWO + "peers: {transport: udp}\n", r"peers\.transport: 'udp' is not known.*tcp"),
         (TWO[: TWO.index("hosts:")] + "both: [{port: 1}]\npeers: {}\n", "peers: there are no hosts"),
     ],
