@@ -200,6 +200,12 @@ CACHE = {
         unit="bytes",
         act="Its rate is what producers write into memory.",
     ),
+    "cache_stored_tokens_total": Metric(
+        Counter,
+        "Tokens of committed chunks",
+        unit="tokens",
+        act="Against the prompt tokens that were computed: how much of them is kept.",
+    ),
     "cache_loaded_chunks_total": Metric(
         Counter,
         "Chunks that a client reported loaded, by tier",
@@ -213,6 +219,13 @@ CACHE = {
         ("tier",),
         unit="bytes",
         act="Its rate is what consumers read.",
+    ),
+    "cache_loaded_tokens_total": Metric(
+        Counter,
+        "Tokens of chunks that a client reported loaded, by tier",
+        ("tier",),
+        unit="tokens",
+        act="What was not computed again, by where it came from.",
     ),
     "cache_digest_failures_total": Metric(
         Counter,
@@ -258,6 +271,13 @@ CACHE = {
         ("tier", "direction"),
         unit="bytes",
         act="Its rate against what the device can do.",
+    ),
+    "cache_tier_tokens_total": Metric(
+        Counter,
+        "Tokens of chunks moved between DRAM and a lower tier, by direction (up, down)",
+        ("tier", "direction"),
+        unit="tokens",
+        act="Up: what the tier has saved engines from computing.",
     ),
     "cache_tier_seconds": Metric(
         Histogram,
@@ -317,6 +337,12 @@ CACHE = {
         ("tier",),
         unit="bytes",
         act="Its rate is bounded by `--scrub-rate`.",
+    ),
+    "cache_scrub_progress": Metric(
+        Gauge,
+        "Share of the running verification pass that is done; 1 when none runs",
+        unit="0 to 1",
+        act="Stays below 1 for long: `--scrub-rate` is low for what there is.",
     ),
     "cache_pinned_bytes": Metric(
         Gauge,

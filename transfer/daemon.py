@@ -246,6 +246,7 @@ class Daemon:
         for chunk in loaded:
             self.metrics["cache_loaded_chunks_total"].labels(chunk.source).inc()
             self.metrics["cache_loaded_bytes_total"].labels(chunk.source).inc(chunk.payload_bytes)
+            self.metrics["cache_loaded_tokens_total"].labels(chunk.source).inc(chunk.tokens)
             chunk.source = "dram"
         self.tiering.used(loaded)
         if message.corrupt:
@@ -288,6 +289,7 @@ class Daemon:
         if self.node is not None:
             self.node.refresh_gauges()
         self.metrics["cache_pinned_bytes"].set(self.pins.total)
+        self.metrics["cache_scrub_progress"].set(self.scrubber.progress if self.scrubber else 1.0)
         for name, facts in self.tiering.stats().items():
             self.metrics["cache_capacity_bytes"].labels(name).set(facts["capacity_bytes"])
             self.metrics["cache_used_bytes"].labels(name).set(facts["used_bytes"])

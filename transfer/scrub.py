@@ -36,6 +36,12 @@ class Scrubber:
         self._at_once = at_once
         self._wake.set()
 
+    @property
+    def progress(self) -> float:
+        if not self.state["running"]:
+            return 1.0
+        return float(self.state["done"]) / max(1, self.state["total"])
+
     async def run(self) -> None:
         """Until cancelled: a pass whenever the last is EVERY_S old. Rate 0: only when asked for."""
         try:

@@ -230,6 +230,7 @@ class Store:
             if all(d is not None for d in chunk.digests):
                 self._m["cache_stored_chunks_total"].inc()
                 self._m["cache_stored_bytes_total"].inc(chunk.payload_bytes)
+                self._m["cache_stored_tokens_total"].inc(chunk.tokens)
                 self._commit(chunk)
         return counted
 

@@ -229,6 +229,7 @@ class Tiering:
         if self.store.publish(load.chunk, load.record.digests) and lower is not self._recovery:
             self.metrics["cache_tier_chunks_total"].labels(lower.name, "up").inc()
             self.metrics["cache_tier_bytes_total"].labels(lower.name, "up").inc(size)
+            self.metrics["cache_tier_tokens_total"].labels(lower.name, "up").inc(load.record.tokens)
 
     # ---- down ----
 
@@ -313,6 +314,7 @@ class Tiering:
             return
         self.metrics["cache_tier_chunks_total"].labels(lower.name, "down").inc()
         self.metrics["cache_tier_bytes_total"].labels(lower.name, "down").inc(chunk.payload_bytes)
+        self.metrics["cache_tier_tokens_total"].labels(lower.name, "down").inc(chunk.tokens)
         if lower.rules.write == "on-evict" and chunk.uses == uses:
             self._evict_ahead(chunk)
 

@@ -147,6 +147,9 @@ def test_prefetch_brings_up_what_memory_has_lost_within_bounds(tmp_path, start_c
     assert client.prefetch(keys, 10) > 0
     assert daemon.status()["tiers"]["disk"]["queued_up"] <= 4
     assert daemon.status()["leases"] == 0
+    metrics = daemon.get("/metrics")
+    moved = [x for x in metrics.splitlines() if x.startswith('pdserve_cache_tier_tokens_total{direction="up",tier="disk"}')]
+    assert float(moved[0].split()[1]) >= 3 * 256
     reply = client.lookup(keys[:3], 10)
     assert [(f.tier, right(client, i, f)) for i, f in enumerate(reply.found, 1)] == [("disk", True)] * 3
     client.close()

@@ -57,6 +57,9 @@ def test_bytes_written_by_one_client_are_read_by_another(cache_daemon):
     assert load(b, 99) is None
     metrics = cache_daemon.get("/metrics")
     assert "pdserve_cache_stored_chunks_total 8.0" in metrics
+    assert "pdserve_cache_stored_tokens_total 2048.0" in metrics
+    assert 'pdserve_cache_loaded_tokens_total{tier="dram"} 2048.0' in metrics
+    assert "pdserve_cache_scrub_progress 1.0" in metrics
     assert 'pdserve_cache_loaded_chunks_total{tier="dram"} 8.0' in metrics
     listed = json.loads(cache_daemon.get("/cache/objects?limit=3"))
     assert (listed["total"], len(listed["objects"]), listed["objects"][0]["tokens"]) == (8, 3, 256)
