@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from pdserve import env, topology
-from pdserve.errors import ConfigError, PdserveError, StartError
+from pdserve.errors import ConfigError, NotRunning, PdserveError, StartError
 from pdserve.openai_client import Client, by_label, total
 from pdserve.topology import Topology
 
@@ -253,9 +253,11 @@ def find_running(name: str | None) -> Target:
         found = _running_at(name)
         return Target.of(found) if found else Target(url=name, plain_url="")
     up = [top for top in running() if name in (None, top.name)]
-    if len(up) != 1:
-        problem = f"{name} does not run" if name else f"{len(up)} deployments run"
-        raise ConfigError("target", problem, "Name one that runs (pdserve status lists them), or give a URL.")
+    fix = "Name one that runs (pdserve status lists them), or give a URL."
+    if not up:
+        raise NotRunning(f"{name or 'no deployment of this user'} does not run. {fix}")
+    if len(up) > 1:
+        raise ConfigError("target", f"{len(up)} deployments run", fix)
     return Target.of(up[0])
 
 

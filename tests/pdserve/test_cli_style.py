@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pdserve import __main__ as command
 from pdserve import cli_completion, cli_reference, cli_status, cli_tree, errors, output
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +63,26 @@ def test_every_error_has_a_documented_exit_code() -> None:
     assert {kind.exit_code for kind in kinds(errors.PdserveError)} <= set(cli_tree.EXIT_CODES)
     listed = cli_tree.epilog()
     assert all(f"  {code:<4} {text}" in listed for code, text in cli_tree.EXIT_CODES.items())
+
+
+NOBODY = (
+    ["status", "absent"],
+    ["bench", "quick", "absent"],
+    ["cache", "status", "--admin-port", "1"],
+    ["doctor", "http://127.0.0.1:1"],
+    ["explain", "some-id", "--url", "http://127.0.0.1:1"],
+)
+
+
+@pytest.mark.parametrize("words", NOBODY, ids=lambda words: words[0])
+def test_exit_code_3_when_nobody_answers(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PDSERVE_RUN_DIR", str(tmp_path))
+    assert command.main(words) == 3
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.count("\n") == 1
 
 
 def test_the_committed_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
