@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   pdserve bench long-doc-qa --arms no-cache,gpu-cache,cache --topology local-cpu-both --repetitions 3 --out res
   pdserve bench compare res/a.json res/b.json
   pdserve bench report res
+  pdserve bench regimes --topology local-cpu-both --out res
 """
 
 
@@ -36,6 +37,8 @@ SHOWN = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from pdserve.bench.regimes import cli as regimes_cli  # it needs this module's `say`
+
     words = parser.add_subparsers(dest="word", metavar="WORD")
     shown = "examples:\n  pdserve bench quick\n  pdserve bench quick http://127.0.0.1:8000 --requests 4 --json"
     _add_quick(
@@ -64,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument("folder", metavar="DIR", type=Path, help="where results were written with --out")
     report.add_argument("--out", metavar="FILE", type=Path, help="where to write it (default DIR/report.html)")
     report.add_argument("--json", action="store_true", help="say what was written, as data")
+    regimes = words.add_parser(
+        "regimes",
+        help="which strategy wins at which working set, length, reuse and load, and does the adaptive one keep up",
+        epilog=regimes_cli.EXAMPLES,
+    )
+    regimes_cli.add_arguments(regimes)
 
 
 def _folded(text: str) -> str:
@@ -78,7 +87,7 @@ def _shown(name: str) -> str:
 
 def default_words(words: list[str]) -> list[str]:
     """`pdserve bench`, `pdserve bench URL` and `pdserve bench --requests 4` mean `quick`."""
-    known = ("quick", *workloads.NAMES, "compare", "report", "-h", "--help")
+    known = ("quick", *workloads.NAMES, "compare", "report", "regimes", "-h", "--help")
     return words if words and words[0] in known else ["quick", *words]
 
 
@@ -91,6 +100,10 @@ def main(args: argparse.Namespace) -> int:
         from pdserve.bench import show
 
         return show.compare(args)
+    if args.word == "regimes":
+        from pdserve.bench.regimes import cli as regimes_cli
+
+        return regimes_cli.main(args)
     if args.word == "report":
         from pdserve.bench.report import page
 

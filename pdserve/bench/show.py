@@ -23,7 +23,7 @@ def result(found: Result, as_json: bool = False) -> None:
         rows = comparing.rows(found, group)
         if rows:
             print(f"\n{group or 'all requests'}" if group is not None or len(_several(found)) else "")
-            _table(columns, rows)
+            print_table(columns, rows)
     if len(found.arms) > 1:
         focus = comparing.focus(found)
         print(f"\n{focus}" if focus else "")
@@ -48,7 +48,7 @@ def _several(found: Result) -> list[str]:
     return names if len(names) > 1 else []
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> None:
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
     """Lines that fit what they are; a table this wide folded into 80 columns could not be read."""
     widths = [max(len(columns[i]), *(len(row[i]) for row in rows)) for i in range(len(columns))]
     for row in (columns, *rows):

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from pdserve.bench import compare, results
+from pdserve.bench.regimes import judge
 from pdserve.bench.results import Result
 from pdserve.bench.summary import groups, phases
 from pdserve.errors import ConfigError
@@ -70,7 +71,7 @@ def section(number: int, name: str, result: Result) -> str:
         (
             f'<h2 id="r{number}">{_e(title)}</h2><p class="dim">{_e(facts)}{_e(f"; not counted: {left}" if left else "")}</p>',
             _notes(result),
-            _tables(result),
+            _judgement(result) if result.workload == "regimes" else _tables(result),
             f'<div class="plots">{"".join(f"<figure style=margin:0>{plot}</figure>" for plot in _plots(result) if plot)}</div>',
             _verdicts(result),
             _again(result),
@@ -110,6 +111,16 @@ def _tables(result: Result) -> str:
             parts.append(f"<h3>{_e(group or 'All requests')}</h3>" if len(shown) > 1 else "")
             parts.append(_table(result, rows))
     return "".join(parts)
+
+
+def _judgement(result: Result) -> str:
+    """Of a sweep: every point in a line."""
+    judged = judge.judge(result, judge.ADAPTIVE)
+    columns, rows = judge.table(result, judged)
+    head = "".join(f"<th>{_e(c)}</th>" for c in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{_e(c)}</td>' for c in row)}</tr>" for row in rows)
+    items = "".join(f"<li>{_e(s)}</li>" for s in judge.sentences(result, judge.ADAPTIVE, judged))
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div><ul>{items}</ul>'
 
 
 def _table(result: Result, rows: list[list[str]]) -> str:
