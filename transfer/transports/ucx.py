@@ -24,6 +24,7 @@ import struct
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -225,10 +226,13 @@ class UcxPlane:
             return
         self._more = asyncio.Event()
         more = self._more
-        session.outbox.on_ready = lambda: self._library.loop.call_soon_threadsafe(more.set)
+        session.outbox.on_ready = partial(self._nudge, more)
         self._spawn(self._send_all(session, more))
         self._spawn(self._receive_all(session))
         session.post(self.ready.set)
+
+    def _nudge(self, more: asyncio.Event) -> None:
+        self._library.loop.call_soon_threadsafe(more.set)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._library.loop.create_task(self._guarded(coroutine))
