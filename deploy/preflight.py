@@ -183,17 +183,21 @@ def port_problem(host: str, port: int) -> str:
 
 def _user_of(port: int) -> str:
     try:
+        pid = listener(port)
+        return f" (pid {pid}, {psutil.Process(pid).name()})" if pid else ""
+    except psutil.Error:
+        return ""  # it ended just now
+
+
+def listener(port: int) -> int | None:
+    """The process that listens there; None when nobody does, or when we may not see who."""
+    try:
         for connection in psutil.net_connections("tcp"):
-            if (
-                connection.laddr
-                and connection.laddr.port == port
-                and connection.status == psutil.CONN_LISTEN
-                and connection.pid
-            ):
-                return f" (pid {connection.pid}, {psutil.Process(connection.pid).name()})"
+            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
+                return connection.pid
     except psutil.Error:
         pass  # only a courtesy: without the right to look, the message stays shorter
-    return ""
+    return None
 
 
 def check_shared_memory(plan: Plan, free: int) -> None:

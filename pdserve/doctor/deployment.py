@@ -47,7 +47,9 @@ def cache(subject: Subject) -> Iterator[Finding]:
             metrics = admin.request("GET", "/metrics", timeout=_SECONDS, headers=headers)
     except UpstreamError as error:
         means = "Everything is computed: nothing is stored, nothing is hit, and prefill cannot hand over."
-        yield fail(CACHE, str(error), means, "pdserve status; then the cache's log (logs/cache.log in the run directory).")
+        yield fail(
+            CACHE, str(error), means, "pdserve status; then the cache's log (logs/cache.log in the run directory)."
+        )
         return
     if status.status_code != 200 or metrics.status_code != 200:
         means = "The daemon runs, but it does not tell how it is."

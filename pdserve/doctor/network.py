@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import http.client
+import os
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
@@ -29,27 +30,51 @@ def ports(subject: Subject) -> Iterator[Finding]:
         return
     wanted = preflight.wanted_ports(subject.topology)
     problems = {port.key: preflight.port_problem(port.host, port.port) for port in wanted}
-    yield from judge_ports(wanted, problems, running=subject.running is not None)
-
-
-def judge_ports(wanted: list[Wanted], problems: Mapping[str, str], running: bool) -> Iterator[Finding]:
-    """`problems`: key -> why the port cannot be used ("" when it can)."""
-    taken = [port for port in wanted if problems[port.key]]
-    numbers = ", ".join(str(port.port) for port in wanted)
-    if running:
-        free = [port for port in wanted if not problems[port.key]]
-        for port in free:
-            means = "The deployment runs, but nobody listens there: that process is down or restarting."
-            yield warn(PORTS, f"{port.key} {port.port} is free", means, "pdserve status; then its log.")
-        if not free:
-            yield ok(PORTS, f"{numbers}: in use by this deployment")
+    if subject.running is None:
+        yield from judge_ports(wanted, problems)
         return
+    ours = {record.pid for record in subject.deployment.processes} if subject.deployment else set()
+    strangers = {port.key: stranger(port.port, ours) for port in wanted if problems[port.key] and ours}
+    yield from judge_ports_in_use(wanted, problems, strangers)
+
+
+def stranger(port: int, ours: set[int | None]) -> int | None:
+    """Who listens there and is in no session of ours (each process of a deployment leads its own); None: ours, or unknown."""
+    pid = preflight.listener(port)
+    try:
+        return pid if pid and os.getsid(pid) not in ours else None
+    except ProcessLookupError:
+        return None
+
+
+def judge_ports(wanted: list[Wanted], problems: Mapping[str, str]) -> Iterator[Finding]:
+    """Before a start. `problems`: key -> why the port cannot be used ("" when it can)."""
+    taken = [port for port in wanted if problems[port.key]]
     for port in taken:
         fix = f"Stop that program, or give {port.key} another number."
         found = f"{port.key} {port.port}: {problems[port.key]}"
         yield fail(PORTS, found, "That process could not listen; launch refuses to start.", fix)
     if not taken:
-        yield ok(PORTS, f"{numbers}: free")
+        yield ok(PORTS, f"{', '.join(str(port.port) for port in wanted)}: free")
+
+
+def judge_ports_in_use(
+    wanted: list[Wanted], problems: Mapping[str, str], strangers: Mapping[str, int | None]
+) -> Iterator[Finding]:
+    """Of a deployment that runs: every port is taken, and by it."""
+    fine = True
+    for port in wanted:
+        if not problems[port.key]:
+            means = "The deployment runs, but nobody listens there: that process is down or restarting."
+            yield warn(PORTS, f"{port.key} {port.port} is free", means, "pdserve status; then its log.")
+            fine = False
+        elif pid := strangers.get(port.key):
+            means = "Requests for this part of the deployment go to somebody else."
+            found = f"{port.key} {port.port}: pid {pid} listens there, which is none of this deployment"
+            yield fail(PORTS, found, means, f"Stop pid {pid}, or give {port.key} another number and start again.")
+            fine = False
+    if fine:
+        yield ok(PORTS, f"{', '.join(str(port.port) for port in wanted)}: in use by this deployment")
 
 
 @dataclass(frozen=True)

@@ -125,14 +125,17 @@ def test_ports() -> None:
     wanted = [Wanted("prefill[0].port", "127.0.0.1", 8100), Wanted("proxy.port", "127.0.0.1", 8000)]
     free = {"prefill[0].port": "", "proxy.port": ""}
     taken = {**free, "proxy.port": "Address already in use (pid 7, nginx)"}
-    (found,) = network.judge_ports(wanted, free, running=False)
+    (found,) = network.judge_ports(wanted, free)
     is_told(found, "ok", "8100, 8000: free")
-    (found,) = network.judge_ports(wanted, taken, running=False)
+    (found,) = network.judge_ports(wanted, taken)
     is_told(found, "fail", "proxy.port 8000", "pid 7, nginx", "another number")
-    (found,) = network.judge_ports(wanted, taken, running=True)
+    (found,) = network.judge_ports_in_use(wanted, taken, {})
     is_told(found, "warn", "prefill[0].port 8100 is free", "pdserve status")
-    (found,) = network.judge_ports(wanted, dict.fromkeys(free, "in use"), running=True)
+    every = dict.fromkeys(free, "in use")
+    (found,) = network.judge_ports_in_use(wanted, every, dict.fromkeys(free))
     is_told(found, "ok", "by this deployment")
+    (found,) = network.judge_ports_in_use(wanted, every, {"proxy.port": 4711})
+    is_told(found, "fail", "pid 4711 listens there", "Stop pid 4711")
 
 
 def test_clocks() -> None:

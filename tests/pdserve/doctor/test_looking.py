@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -121,6 +122,16 @@ def test_a_child_that_hangs_or_fails_is_an_answer() -> None:
 
 
 TOKEN = {"PDSERVE_ADMIN_TOKEN": "a token of the test"}
+
+
+def test_who_listens_and_whether_it_is_ours() -> None:
+    with socket.socket() as mine:
+        mine.bind(("127.0.0.1", 0))
+        mine.listen()
+        port = mine.getsockname()[1]
+        assert network.stranger(port, {os.getsid(0)}) is None
+        assert network.stranger(port, {1}) == os.getpid()
+    assert network.stranger(port, {1}) is None
 
 
 class _Clock(http.server.BaseHTTPRequestHandler):
