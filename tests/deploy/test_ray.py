@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
+import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,3 +120,38 @@ def test_a_host_that_is_no_node_is_said_so(cluster: None) -> None:
     top = topology.parse(HOSTS.format(address="192.0.2.7", p=1, d=2, proxy=3))
     with pytest.raises(ConfigError, match=r"hosts\[0\].address: no node of the Ray cluster is 192\.0\.2\.7"):
         for_topology(top)
+
+
+def test_the_command_itself(cluster: None, tmp_path: Path) -> None:
+    """`pdserve launch --backend ray`, status and an end by Ctrl-C, as a user has them."""
+    import ray
+
+    address = ray.nodes()[0]["NodeManagerAddress"]
+    ports = dict(zip(("p", "d", "proxy"), (free_port() for _ in range(3)), strict=True))
+    file = tmp_path / "t.yaml"
+    file.write_text(HOSTS.format(address=address, **ports).replace("ray-fake", "ray-command"))
+    gcs = ray.get_runtime_context().gcs_address
+    variables = {**os.environ, "RAY_ADDRESS": gcs, "PDSERVE_RUN_DIR": str(tmp_path / "run")}
+    command = [sys.executable, "-P", "-m", "pdserve"]
+    with (tmp_path / "log").open("wb") as log:
+        launch = subprocess.Popen(
+            [*command, "launch", str(file), "--backend", "ray"], env=variables, stdout=log, stderr=log
+        )
+    try:
+        told = tmp_path / "run" / "ray-command" / "state.json"
+        deadline = time.monotonic() + 120
+        while not (told.exists() and json.loads(told.read_text())["state"] == "ready"):
+            assert launch.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        done = subprocess.run([*command, "status", "--json"], env=variables, capture_output=True, text=True, timeout=60)
+        (facts,) = json.loads(done.stdout)
+        assert (facts["state"], facts["backend"], done.returncode) == ("ready", "ray", 0)
+        assert {(p["name"], p["host"]) for p in facts["processes"]} == {("prefill-0", "a"), ("decode-0", "a"), ("proxy", "a")}
+        launch.send_signal(signal.SIGINT)
+        assert launch.wait(90) == 0
+    finally:
+        launch.kill()
+        launch.wait()
+    assert json.loads(told.read_text())["state"] == "stopped"
+    assert marked(str(tmp_path / "run" / "ray-command@a")) == []
