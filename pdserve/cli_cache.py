@@ -146,9 +146,9 @@ def _serve(args: argparse.Namespace) -> int:
             raise ConfigError("--disk-size", "missing", "Say how much of the disk may be taken, e.g. 20GiB.")
         args.disk_size = parse_size(args.disk_size, "--disk-size")
         args.disk_min_free = parse_size(args.disk_min_free, "--disk-min-free")
-    from pdserve.transfer import daemon
+    from pdserve.transfer import serving
 
-    return daemon.main(args)
+    return serving.main(args)
 
 
 def _status(args: argparse.Namespace) -> int:

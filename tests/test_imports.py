@@ -30,7 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.openai_client": (CORE, "httpx", "prometheus_client"),
     "pdserve.model_smollm2": (CORE, "numpy", "gguf", "tokenizers"),
     # The command: one module per word, each imported when its word is given.
-    "pdserve.cli_cache": (CORE, "msgspec", "pdserve.transfer.daemon", "pdserve.transfer.fsck"),
+    "pdserve.cli_cache": (CORE, "msgspec", "pdserve.transfer.serving", "pdserve.transfer.fsck"),
     "pdserve.cli_launch": (CORE, "pdserve.deploy", "msgspec", "yaml"),
     "pdserve.cli_tree": (CORE,),
     "pdserve.cli_completion": (CORE, "pdserve.cli_tree", "shtab"),
@@ -68,6 +68,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.engines.vllm.tracked": (CORE, "pdserve.transfer.wire"),
     "pdserve.transfer": (CORE, "pdserve.transfer", "blake3", "msgspec", "numpy", "prometheus_client", "uvloop"),
     "pdserve.transfer.daemon": (CORE, "pdserve.transfer", "msgspec", "numpy", "prometheus_client", *WEB),
+    "pdserve.transfer.serving": (CORE, "pdserve.transfer", *WEB),
     "pdserve.transfer.admin": (CORE, "pdserve.transfer", "prometheus_client", "pydantic", *WEB),
     # Kept chunks are checked by their digest, and kernels says what a digest is.
     "pdserve.transfer.tiering": (CORE, "pdserve.transfer", "pdserve.kernels", "msgspec", "numpy", "prometheus_client"),

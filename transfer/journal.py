@@ -22,7 +22,7 @@ from pdserve import log
 from pdserve.chunk import KEY_BYTES
 from pdserve.errors import StartError
 from pdserve.transfer import faults
-from pdserve.transfer.store import Chunk
+from pdserve.transfer.resident import Chunk
 from pdserve.transfer.tiers.base import ChunkRecord
 from pdserve.transfer.wire import MAX_SHARDS
 

@@ -6,7 +6,8 @@ the cache; a pin ends with its time, or when its chunk is dropped.
 
 from __future__ import annotations
 
-from pdserve.transfer.store import Chunk, Store
+from pdserve.transfer.resident import Chunk
+from pdserve.transfer.store import Store
 
 #: shares of the arena that one tenant's pins, and everybody's, may hold
 TENANT_SHARE, TOTAL_SHARE = 0.10, 0.50

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from pdserve import kernels, log
-from pdserve.transfer.store import Chunk, Store
+from pdserve.transfer.resident import Chunk
+from pdserve.transfer.store import Store
 from pdserve.transfer.tiering import Tiering
 from pdserve.transfer.tiers import segments
 from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, Tier, TierError

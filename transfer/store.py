@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pdserve.chunk import FORMAT_VERSION
 from pdserve.transfer.allocator import Allocator, align
 from pdserve.transfer.eviction import EvictionPolicy
+from pdserve.transfer.resident import Chunk, Lease, Reservation
 from pdserve.transfer.tiers.base import ChunkRecord
 from pdserve.transfer.wire import BUSY, EXISTS, FULL, GRANTED, TOO_LARGE, CommitItem, Found, Grant, ReserveItem
 
@@ -25,74 +25,6 @@ LEASE_S = 30.0
 RESERVATION_S = 60.0
 #: stands among a chunk's open reservations for the daemon's own writing
 _OURS = 0
-
-
-class Chunk:
-    """One chunk in the arena, being written (`digests` has gaps) or committed."""
-
-    __slots__ = (
-        "below",
-        "committed",
-        "created",
-        "dead",
-        "digests",
-        "internal",
-        "key",
-        "leases",
-        "offset",
-        "open",
-        "parent",
-        "shard_bytes",
-        "source",
-        "stride",
-        "tag",
-        "tokens",
-        "uses",
-        "writer",
-    )
-
-    def __init__(self, item: ReserveItem, writer: str, offset: int, now: float) -> None:
-        self.key, self.parent, self.tokens = item.key, item.parent, item.tokens
-        self.shard_bytes, self.stride = item.shard_bytes, align(item.shard_bytes)
-        self.digests: list[int | None] = [None] * item.shards
-        self.writer, self.offset, self.created = writer, offset, now
-        self.open: set[int] = set()  # reservations whose client may still write
-        self.leases = 0  # clients' leases and our own holds
-        self.tag = item.tag
-        self.internal = False  # the daemon itself brings it in, no client may join
-        self.source = "dram"  # the tier it came from, until a client has loaded it from here
-        self.below: set[str] = set()  # lower tiers that have it, or have been asked to take it
-        self.uses = 0  # loads since it is here
-        self.committed = False
-        self.dead = False  # not in the index any more; the space goes with the last holder
-
-    @property
-    def size(self) -> int:
-        return self.stride * len(self.digests)
-
-    @property
-    def payload_bytes(self) -> int:
-        return self.shard_bytes * len(self.digests)
-
-    def record(self) -> ChunkRecord:
-        """What is kept beside the bytes in any other tier. Only of a committed chunk."""
-        digests = [d for d in self.digests if d is not None]
-        assert len(digests) == len(self.digests)
-        return ChunkRecord(FORMAT_VERSION, self.key, self.parent, self.tokens, self.shard_bytes, digests, self.tag)
-
-
-class _Reservation:
-    __slots__ = ("chunk", "client", "count", "shard")
-
-    def __init__(self, chunk: Chunk, shard: int, count: int, client: int) -> None:
-        self.chunk, self.shard, self.count, self.client = chunk, shard, count, client
-
-
-class _Lease:
-    __slots__ = ("chunks", "client", "ends")
-
-    def __init__(self, chunks: list[Chunk], client: int, ends: float) -> None:
-        self.chunks, self.client, self.ends = chunks, client, ends
 
 
 class Store:
@@ -103,8 +35,8 @@ class Store:
         self._policy = policy
         self._m = metrics
         self._index: dict[bytes, Chunk] = {}
-        self._reservations: dict[int, _Reservation] = {}
-        self._leases: dict[int, _Lease] = {}
+        self._reservations: dict[int, Reservation] = {}
+        self._leases: dict[int, Lease] = {}
         self._next_id = 1
         self._largest = 0
         self._chunks = 0
@@ -142,7 +74,7 @@ class Store:
             self._policy.pin(chunk.key)
             chunk.leases += 1
         lease = self._new_id()
-        self._leases[lease] = _Lease(chunks, client, now + LEASE_S)
+        self._leases[lease] = Lease(chunks, client, now + LEASE_S)
         found = [
             Found(c.offset, c.tokens, c.shard_bytes, c.stride, [d for d in c.digests if d is not None], c.source)
             for c in chunks
@@ -346,7 +278,7 @@ class Store:
             self._m["cache_reserve_failures_total"].labels("exists").inc()
             return Grant(BUSY)
         rid = self._new_id()
-        self._reservations[rid] = _Reservation(chunk, item.shard, item.count, client)
+        self._reservations[rid] = Reservation(chunk, item.shard, item.count, client)
         chunk.open.add(rid)
         return Grant(GRANTED, rid, chunk.offset + item.shard * chunk.stride)
 

@@ -20,7 +20,8 @@ from pdserve.transfer import faults
 from pdserve.transfer.allocator import align
 from pdserve.transfer.lower import WRITE_POLICIES, InPlace, Lower, Rules
 from pdserve.transfer.remote import Remote
-from pdserve.transfer.store import Chunk, Store
+from pdserve.transfer.resident import Chunk
+from pdserve.transfer.store import Store
 from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, Tier, TierError
 from pdserve.transfer.wipe import Choose, Outcome, Wipe
 

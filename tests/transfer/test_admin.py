@@ -17,7 +17,8 @@ from pdserve import __main__ as command
 from pdserve import kernels
 from pdserve.chunk import tenant_tag
 from pdserve.errors import ConfigError, StartError
-from pdserve.transfer import admin, arena, daemon, fsck, wire
+from pdserve.transfer import admin, arena, fsck, wire
+from pdserve.transfer import serving as serve
 from pdserve.transfer.client import CacheClient
 from pdserve.transfer.lower import Lower, Rules
 from pdserve.transfer.tiers.base import ChunkRecord
@@ -44,7 +45,7 @@ def serving(tmp_path, monkeypatch):
         socket=str(tmp_path / "c.sock"), size=32 << 20, chunk_tokens=256, admin_host="127.0.0.1", admin_port=port, name=name,
         disk=str(tmp_path / "kv"), disk_size=128 << 20, disk_min_free=0, disk_write="write-through", scrub_rate=0,
     )  # fmt: skip
-    process = get_context("spawn").Process(target=daemon.main, args=(args,))
+    process = get_context("spawn").Process(target=serve.main, args=(args,))
     process.start()
 
     def ask(method, path, body=None):
@@ -252,7 +253,7 @@ def test_bound_off_loopback_without_a_token_nothing_starts(tmp_path, monkeypatch
         socket=str(tmp_path / "c.sock"), size=1 << 20, chunk_tokens=256, admin_host="0.0.0.0", admin_port=1, name="x"
     )
     with pytest.raises(ConfigError, match="PDSERVE_ADMIN_TOKEN"):
-        daemon.main(args)
+        serve.main(args)
     assert not Path("/dev/shm/pdserve-x.arena").exists()
 
 
@@ -274,6 +275,7 @@ def two_hosts(tmp_path, start_cache):
 def test_a_tenants_chunks_go_from_a_shared_tier_also_where_another_host_stored_them(two_hosts):
     (a, b), (client_a, client_b) = two_hosts
     mine, other = tenant_tag("mine"), tenant_tag("other")
+
     def below(count):
         line = f'pdserve_cache_tier_chunks_total{{direction="down",tier="fs"}} {count}.0'
         _until(lambda: line in a.get("/metrics"))  # the queue holds an eighth of the arena

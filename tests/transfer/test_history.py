@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from types import SimpleNamespace
 
 from pdserve.errors import CacheUnavailable
-from pdserve.transfer import arena, daemon, wire
+from pdserve.transfer import arena, serving, wire
 from pdserve.transfer.client import CacheClient
 
 KEYS, CLIENTS, STEPS = 6, 16, 150
@@ -34,7 +34,7 @@ def test_lookups_are_linearizable(tmp_path):
         admin_port=port,
         name=name,
     )
-    process = get_context("spawn").Process(target=daemon.main, args=(args,))
+    process = get_context("spawn").Process(target=serving.main, args=(args,))
     process.start()
     events, errors = [], []
     try:

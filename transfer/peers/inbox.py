@@ -16,7 +16,8 @@ from pdserve import log
 from pdserve.chunk import FORMAT_VERSION
 from pdserve.errors import ProtocolError
 from pdserve.transfer.peers import messages
-from pdserve.transfer.store import Chunk, Store
+from pdserve.transfer.resident import Chunk
+from pdserve.transfer.store import Store
 from pdserve.transfer.tiers.base import ChunkRecord
 from pdserve.transfer.transports.base import Offer, Outcome, Slot
 

@@ -12,7 +12,7 @@ from pdserve.errors import ProtocolError
 from pdserve.transfer.peers import messages
 from pdserve.transfer.peers.membership import Member
 from pdserve.transfer.peers.push import MAX_WANTED, Outbox
-from pdserve.transfer.store import Chunk
+from pdserve.transfer.resident import Chunk
 from pdserve.transfer.transports.base import Connection, DeadlinePassed, Outcome, Piece, TransportError
 
 if TYPE_CHECKING:

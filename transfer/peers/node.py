@@ -24,7 +24,8 @@ from pdserve.transfer.peers.link import Link
 from pdserve.transfer.peers.membership import Member, Members
 from pdserve.transfer.peers.push import Wanted
 from pdserve.transfer.peers.sources import Source
-from pdserve.transfer.store import Chunk, Store
+from pdserve.transfer.resident import Chunk
+from pdserve.transfer.store import Store
 from pdserve.transfer.transports.base import Connection, Offer, Outcome, Slot, Transport, TransportError
 
 #: between two looks at the list of peers

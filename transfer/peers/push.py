@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-from pdserve.transfer.store import Chunk
+from pdserve.transfer.resident import Chunk
 
 #: keys that are waited for, all peers together
 MAX_WANTED = 1 << 16
