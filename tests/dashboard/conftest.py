@@ -2,52 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dashboard_stand import Shadow, Stand
+from in_browser import chromium, new_page
 
-CHROMIUM = shutil.which("chromium")
 
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not the session's: while it runs, its event loop does, and other tests want their own
 def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium here (Debian package chromium; scripts/setup.py --test-servers)")
-    if importlib.util.find_spec("playwright") is None:
-        pytest.skip("playwright is not installed (pip install playwright; its own browsers are not needed)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        # no sandbox: tests may run as root, and the page under test is our own
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """open_page(url, **options of the context): a page that remembers what went wrong in it, at `page.wrong`."""
-    contexts = []
+    """open_page(url, **options of the context)"""
+    pages = []
 
     def make(url: str, **options: Any) -> Any:
-        context = browser.new_context(**{"viewport": {"width": 1360, "height": 900}, **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.wrong = []
-        page.on("console", lambda message: message.type in ("error", "warning") and page.wrong.append(message.text))
-        page.on("pageerror", lambda error: page.wrong.append(str(error)))
-        page.on("dialog", lambda dialog: (page.wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.goto(url)
-        return page
+        pages.append(new_page(browser, **options))
+        pages[-1].goto(url)
+        return pages[-1]
 
     yield make
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.context.close()
 
 
 @pytest.fixture(scope="module")

@@ -233,10 +233,16 @@ class Shadow:
         return count
 
     def tell(
-        self, request: str, keys: list[bytes], hit: int, tier: str = "dram", by: tuple[str, str] | None = None
+        self,
+        request: str,
+        keys: list[bytes],
+        hit: int,
+        tier: str = "dram",
+        by: tuple[str, str] | None = None,
+        at: float = 0.0,
     ) -> None:
         """As the connectors tell of a request: the producer had `hit` chunks of its prompt and computed the rest."""
-        now, tokens, names = time.time(), len(keys) * CHUNK, by or self._names
+        now, tokens, names = at or time.time(), len(keys) * CHUNK, by or self._names
         producer = telling.Leg(
             leg=f"cmpl-{request}-0-0a1b2c3d", traceparent="", at=now, tokens=tokens, chunk_tokens=CHUNK,
             base=b"m", lora="", tag=b"", keys=keys, local=0, covered=hit * CHUNK, first_chunk=0, tiers=[tier] * hit, found=hit,
@@ -276,6 +282,7 @@ def traffic(
     def one(number: int) -> None:
         rng = random.Random(number)
         name = f"req-{number:05d}"
+        began = time.time() + 0.004
         _, answered = stand.ask(
             rng.randint(20, 400),
             max_tokens=rng.randint(6, 60),
@@ -288,7 +295,12 @@ def traffic(
             if told:
                 by = (answered.get("x-pdserve-prefill", ""), answered.get("x-pdserve-decode", ""))
                 shadow.tell(
-                    name, [*old, *new][:40], len(old), rng.choice(("dram", "dram", "disk")), by if all(by) else None
+                    name,
+                    [*old, *new][:40],
+                    len(old),
+                    rng.choice(("dram", "dram", "disk")),
+                    by if all(by) else None,
+                    began,
                 )
         except (CacheUnavailable, OSError):
             return  # it may have been stopped on purpose

@@ -14,6 +14,8 @@ const lines = (...list) => list.map(([key, name], i) => ({ key, name, color: `c$
 const percentiles = (what) => lines([`${what}_p50`, "p50"], [`${what}_p95`, "p95"], [`${what}_p99`, "p99"]);
 const perSecond = (value) => (known(value) ? `${count(value)}/s` : NONE);
 
+const TIERS = { dram: "dram", disk: "disk", redis: "redis", s3: "s3", mooncake: "mooncake", fs: "fs" };
+
 // `prefix` instead of `lines`: one line for every key that begins so, known only from the samples.
 const CHARTS = [
   { id: "ttft", title: "Time to first token", lines: percentiles("ttft"), shown: seconds },
@@ -24,9 +26,9 @@ const CHARTS = [
     prefix: "req_",
     shown: perSecond,
     top: 1,
-    names: { pd: "prefill + decode", local: "consumer alone", cache: "cache hit", passthrough: "passed on", recovered: "recovered" },
+    names: { pd: "PD", local: "local", cache: "cache hit", recovered: "recovered", passthrough: "passed on" },
   },
-  { id: "hits", title: "Tokens loaded by tier", prefix: "hit_", shown: perSecond, top: 1, empty: "No engine tells what it loaded." },
+  { id: "hits", title: "Tokens loaded by tier", prefix: "hit_", names: TIERS, shown: perSecond, top: 1, empty: "No engine tells what it loaded." },
   {
     id: "saved",
     title: "Loading against computing saved",
@@ -34,8 +36,8 @@ const CHARTS = [
     shown: (value) => (known(value) ? `${seconds(value)}/s` : NONE),
     empty: "No engine tells what loading saved.",
   },
-  { id: "occupancy", title: "Tiers: share of their cap in use", prefix: "full_", shown: percent, top: 1, empty: "No cache daemon is known." },
-  { id: "evictions", title: "Evictions by tier", prefix: "evict_", shown: perSecond, top: 1, empty: "No cache daemon is known." },
+  { id: "occupancy", title: "Tiers: share of their cap in use", prefix: "full_", names: TIERS, shown: percent, top: 1, empty: "No cache daemon is known." },
+  { id: "evictions", title: "Evictions by tier", prefix: "evict_", names: TIERS, shown: perSecond, top: 1, empty: "No cache daemon is known." },
   {
     id: "failures",
     title: "Failures",
@@ -75,10 +77,18 @@ class Chart {
     if (!this.spec.prefix) return false;
     const keys = new Set();
     for (const sample of samples) for (const key in sample) if (key.startsWith(this.spec.prefix)) keys.add(key);
-    const found = [...keys].sort().slice(0, 8);
-    if (found.join() === this.lines.map((line) => line.key).join()) return false;
     const short = (key) => key.slice(this.spec.prefix.length);
-    this.lines = lines(...found.map((key) => [key, this.spec.names?.[short(key)] || short(key)]));
+    // What has a name keeps its place, and with it its colour, whatever comes after it.
+    const places = Object.keys(this.spec.names);
+    const place = (key) => (places.includes(short(key)) ? places.indexOf(short(key)) : places.length);
+    const found = [...keys].sort((a, b) => place(a) - place(b) || a.localeCompare(b)).slice(0, 8);
+    if (found.join() === this.lines.map((line) => line.key).join()) return false;
+    this.lines = found.map((key) => ({
+      key,
+      name: this.spec.names[short(key)] || short(key),
+      color: `c${Math.min(5, place(key))}`,
+      dash: DASHES[place(key) % DASHES.length],
+    }));
     return true;
   }
 
@@ -106,7 +116,7 @@ class Chart {
         y: { range: (u, min, max) => [0, Math.max(top || 0, (max || 0) * 1.1, 1e-6)] },
       },
       axes: [
-        { ...axis, size: 24, space: 70, values: (u, at) => at.map((t) => clockTick(t, u.scales.x.max - u.scales.x.min)) },
+        { ...axis, size: 24, space: 70, values: (u, at) => at.map((t) => clockTick(t, u.scales.x)) },
         { ...axis, size: 62, space: 32, values: (u, at) => at.map((value) => (value === 0 ? "0" : shown(value))) },
       ],
       series: [{}, ...series],
@@ -163,7 +173,10 @@ class Chart {
   }
 }
 
-function clockTick(unix, span) {
+// At the right edge a label would be cut.
+function clockTick(unix, { min, max }) {
+  const span = max - min;
+  if (unix > max - span / 14) return "";
   const parts = { hour: "2-digit", minute: "2-digit", hour12: false };
   if (span <= 300) parts.second = "2-digit";
   return new Date(unix * 1000).toLocaleTimeString([], parts);
