@@ -112,7 +112,7 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
         for name in ("GET", "HEAD") if method == "GET" else (method,):
             front[name.encode(), path.encode()] = endpoint
     app.state.front, app.state.history, app.state.requests = front, history, requests
-    app.state.dashboard, app.state.routing = dashboard, routing
+    app.state.dashboard, app.state.routing, app.state.admission = dashboard, routing, admission
     admin.add_to(app)
     dashboard.add_to(app)
     requests.add_to(app)

@@ -101,6 +101,7 @@ class FakeEngine:
     keep: int = 10_000
     born: float = field(default_factory=time.time)
     tokens: Counter[str] = field(default_factory=Counter)  # prompt, loaded, generated
+    leases: int = 0  # handovers that are being read: taken with a decode leg, given back when it ends in whatever way
     connections: set[_Connection] = field(default_factory=set)
     _server: asyncio.Server | None = None
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
@@ -229,6 +230,15 @@ class FakeEngine:
         job = Job(self, apis.as_chat(other, seen.body, seen.request_id) if other else seen)
         loaded = job.usage()["prompt_tokens_details"]["cached_tokens"]
         self.tokens.update(prompt=job.prompt_tokens, loaded=loaded)
+        reads = bool(job.params.get("do_remote_prefill"))
+        self.leases += reads
+        try:
+            await self._answer(job, other, out, fault)
+        finally:
+            self.leases -= reads
+
+    async def _answer(self, job: Job, other: str, out: _Connection, fault: Fault | None) -> None:
+        """`other`: the endpoint, if it is none of OpenAI's completions."""
         if self.delay:
             await asyncio.sleep(self.delay)
         if job.stream:
