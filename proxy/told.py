@@ -16,6 +16,8 @@ from pdserve import log
 from pdserve.proxy.history import Record
 
 WITHIN_S = 1.0
+#: what an engine tells of another time than that, and for the same id, is another request's
+_APART_S = 5.0
 _log = log.get("proxy.told")
 Legs = list[dict[str, Any]]
 
@@ -61,6 +63,7 @@ def merged(record: Record, legs: Legs) -> Record:
     The leg that computed the prompt (the producer's, else the only one) says what was cached and why the rest was not;
     the leg that answered says how long the answer became.
     """
+    legs = [leg for leg in legs if _of_its_time(leg, record)]
     first = _of(legs, record["prefill"]) or _of(legs, record["decode"])
     last = _of(legs, record["decode"]) or first
     told = dict(record)
@@ -75,6 +78,13 @@ def merged(record: Record, legs: Legs) -> Record:
         told["chunks"] = first.get("chunks") if first else None
         told["notes"] = [note for leg in legs for note in leg.get("notes", ())]
     return told
+
+
+def _of_its_time(leg: dict[str, Any], record: Record) -> bool:
+    """Clients may use an id again; clocks of hosts may differ a little."""
+    at = leg.get("at") or next((span["at"] for span in leg.get("spans", ())), record["received"])
+    age = float(at) - float(record["received"])
+    return -_APART_S < age < (record["duration_ms"] or 0.0) / 1000 + _APART_S
 
 
 def span(record: Record, leg: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:

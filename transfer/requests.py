@@ -21,14 +21,13 @@ MOST, MOST_BYTES = 4096, 32 << 20
 MOST_SPANS = 64
 NOBODY = tenant_tag("")
 #: vLLM's names for a request: the endpoint's word, the client's id, for completions the prompt's number, eight random digits
-_VLLM = re.compile(r"^(?:cmpl-(?P<a>.+)-\d+|chatcmpl-(?P<b>.+?))(?:-[0-9a-f]{8})?$")
+_VLLM = tuple(re.compile(p) for p in (r"^cmpl-(.+)-\d+-[0-9a-f]{8}$", r"^cmpl-(.+)-\d+$", r"^chatcmpl-(.+?)(?:-[0-9a-f]{8})?$"))
 Run = tuple[int, int, str, str]  # first chunk, how many, source, why
 
 
 def client_id(leg: str) -> str:
     """The client's id of an engine's request."""
-    found = _VLLM.match(leg)
-    return leg if found is None else found["a"] or found["b"]
+    return next((found[1] for pattern in _VLLM if (found := pattern.match(leg))), leg)
 
 
 @dataclass(slots=True)
@@ -204,6 +203,7 @@ class Requests:
         if told is not None:
             shown |= {
                 "leg": told.leg,
+                "at": told.at,
                 "prompt_tokens": told.tokens,
                 "saved_ms": told.saved_ms,
                 "cached_tokens": cached(told),

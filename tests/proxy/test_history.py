@@ -237,7 +237,7 @@ def test_the_trace_of_a_request() -> None:
 
 
 def test_legs_are_put_into_the_record() -> None:
-    record = {"id": "a", "received": 100.0, "prefill": "p0", "decode": "d0", "prompt_tokens": None, "cached_tokens": None,
+    record = {"id": "a", "received": 100.0, "duration_ms": 900.0, "prefill": "p0", "decode": "d0", "prompt_tokens": None, "cached_tokens": None,
               "output_tokens": None, "load_ms": None, "saved_ms": None, "finish_reason": None,
               "spans": [{"name": "prefill", "start_ms": 1.0}]}  # fmt: skip
     p = {"instance": "p0", "prompt_tokens": 600, "cached_tokens": {"dram": 512}, "load_ms": 3.0, "saved_ms": 40.0,
@@ -255,6 +255,8 @@ def test_legs_are_put_into_the_record() -> None:
     assert [(s["name"], s["start_ms"]) for s in told["spans"]] == [("load", 0.5), ("prefill", 1.0)]
     assert told["spans"][0]["instance"] == "p0"
     assert (told["chunks"], told["notes"]) == ([{"index": 0}], ["n"])
+    again = [{**p, "at": 200.0, "cached_tokens": {"dram": 1}}, {**p, "at": 100.2}]  # the id was used once more
+    assert merged(record, again)["cached_tokens"] == {"dram": 512}
     alone = merged(record, [])
     assert (alone["cached_tokens"], alone["chunks"], alone["notes"]) == (None, None, [])
     assert merged({**record, "prefill": None}, [d])["cached_tokens"] == {"dram": 600}
