@@ -199,6 +199,47 @@ async def gaps(urls: dict[str, str], streams: int, tokens: int) -> list[dict[str
     return rows
 
 
+async def single_events(url: str, pid: int, streams: int, tokens: int, pace: int) -> list[dict[str, Any]]:
+    """Events that arrive one by one, as engines' do: how many of them a second of one core's time carries."""
+    body = json.dumps({"model": "fake", "prompt": "a b c", "stream": True, "max_tokens": tokens}).encode()
+    upstream = Upstream("x", url)
+
+    async def one() -> int:
+        seen = 0
+        async with upstream.request(b"POST", b"/v1/completions", HEADERS, body, 5) as answer:
+            while data := await answer.chunk(30):
+                seen += data.count(b"\n\n")
+        return seen
+
+    began, before = time.perf_counter(), ticks(pid)
+    seen = sum(await asyncio.gather(*(one() for _ in range(streams))))
+    took, used = time.perf_counter() - began, ticks(pid) - before
+    row = f"{streams} streams, each {pace} tokens/s"
+    return [{"row": row, "events/s": seen / took, "share of a core": used / took, "events/s of core": seen / used}]
+
+
+async def per_core(urls: dict[str, str], pids: dict[str, list[int]], streams: int, requests: int) -> list[dict[str, Any]]:
+    """Requests for each second of processor time of the proxy's own processes: what more workers cost, whatever else runs
+    on the machine's cores. With as many free cores as workers, requests/s grow by workers x (ratio of this column)."""
+    rows = []
+    for name, url in urls.items():
+        await rate(url, streams, 1, max(20, requests // 10))
+        before = [ticks(pid) for pid in pids[name]]
+        per_s, _, _ = await rate(url, streams, 1, requests)
+        used = [ticks(pid) - b for pid, b in zip(pids[name], before, strict=True)]
+        row = {"row": name, "requests/s": per_s, "requests/s of core": requests / sum(used)}
+        rows.append({**row, "busiest worker": max(used) / sum(used)})
+    for row in rows:
+        row["ratio"] = row["requests/s of core"] / rows[0]["requests/s of core"]
+    return rows
+
+
+def children(pid: int) -> list[int]:
+    """A process's, or the process itself if it has none."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found] or [pid]
+
+
 async def idle(url: str, pid: int, streams: int) -> list[dict[str, Any]]:
     """Memory of the proxy for each stream that is open and says nothing."""
     upstream = Upstream("x", url)
@@ -316,12 +357,12 @@ def run(quick: bool) -> dict[str, Any]:
         if router := start.rust_router(producer, engine):
             urls["vllm-router, PD"] = router
         pid = start.running[2].pid
-        pair = {
-            "one worker": local,
-            "two workers": start.proxy("--decode", engine, "--model", "fake", "--workers", "2"),
-        }
+        pair, pids = {"one worker": local}, {"one worker": [pid]}
+        pair["two workers"] = start.proxy("--decode", engine, "--model", "fake", "--workers", "2")
+        pids["two workers"] = children(start.running[-1].pid)
         slow, mute = start.engine(gap=0.02), start.engine(gap=30)
         paced = {"direct": slow, "proxy, PD": start.proxy("--prefill", producer, "--decode", slow, "--model", "fake")}
+        paced_pid = start.running[-1].pid
         quiet, quiet_pid = start.proxy("--decode", mute, "--model", "fake"), start.running[-1].pid
         found = {
             "TTFT, prompt of 2,000 words": uvloop.run(ttft(urls, 2000, times)),
@@ -330,8 +371,9 @@ def run(quick: bool) -> dict[str, Any]:
             "TTFT, 128 clients at once": uvloop.run(crowd(urls, 128, max(5, times // 50))),
             "8 tokens each, 16 streams": uvloop.run(rates(urls, 16, 8, times * 2)),
             "500 tokens each, 16 streams": uvloop.run(rates(urls, 16, 500, times // 5)),
-            "1 token each, 32 streams, two workers beside one": uvloop.run(rates(pair, 32, 1, times * 2)),
+            "1 token each, 32 streams, two workers beside one": uvloop.run(per_core(pair, pids, 32, times * 4)),
             "ITL, 128 streams of 50 tokens/s": uvloop.run(gaps(paced, 128, 100)),
+            "single events through one worker": uvloop.run(single_events(paced["proxy, PD"], paced_pid, 200, 150, 50)),
             "processor time of one request": uvloop.run(processor(local, pid, 80_000, times // 10)),
             "memory of idle streams": uvloop.run(idle(quiet, quiet_pid, 500)),
             "HTTP client alone, TTFT": uvloop.run(clients(engine, 2000, times)),
