@@ -1,6 +1,6 @@
 """Transports by URL scheme: the only list of them. Each is imported when it is asked for, its library with it.
 
-    tcp://10.0.0.5:7400?streams=4&window=64MiB&segment=1MiB&verify=1
+    tcp://10.0.0.5:7400?streams=4&adapt=1&window=64MiB&segment=1MiB&verify=1
     ucx://10.0.0.5:7400?tls=tcp                  needs the extra: pip install 'pdserve[ucx]'
     nixl://10.0.0.5:7400                         needs the extra: pip install 'pdserve[nixl]'
 
@@ -47,6 +47,8 @@ class Common(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class TcpOptions(Common, frozen=True, forbid_unknown_fields=True):
     streams: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
+    #: use as many of them as pay off; 0: all of them always
+    adapt: bool = True
 
 
 class UcxOptions(Common, frozen=True, forbid_unknown_fields=True):
@@ -129,7 +131,7 @@ def _number(text: str) -> int:
 def _tcp(parts: SplitResult, local: Local, security: Security, key: str) -> Transport:
     options = _options(parts, TcpOptions, key)
     module = importlib.import_module("pdserve.transfer.transports.tcp")
-    made: Transport = module.TcpTransport(local, security, options.limits(), options.streams)
+    made: Transport = module.TcpTransport(local, security, options.limits(), options.streams, options.adapt)
     return made
 
 

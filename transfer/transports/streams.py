@@ -245,8 +245,8 @@ def _must(got: int) -> None:
 class Streams:
     """Implements session.Plane. The dialler adds the streams it dialled, the listener those that came."""
 
-    def __init__(self, most: int) -> None:
-        self.tuner = Tuner(1)
+    def __init__(self, most: int, adapt: bool = True) -> None:
+        self.tuner = Tuner(1, adapt)
         self.more_streams = threading.Event()
         self._most = most
         self._session: Session | None = None

@@ -20,13 +20,15 @@ class TcpTransport(NetTransport):
 
     scheme = "tcp"
 
-    def __init__(self, local: Local, security: Security, limits: Limits, streams: int = DEFAULT_STREAMS) -> None:
+    def __init__(
+        self, local: Local, security: Security, limits: Limits, streams: int = DEFAULT_STREAMS, adapt: bool = True
+    ) -> None:
         super().__init__(local, security, limits)
-        self._streams = streams
+        self._streams, self._adapt = streams, adapt
 
     def make_plane(self, dialled: bool) -> Plane:
         # Who dials decides how many there are; who listens takes what comes, within reason.
-        return Streams(self._streams if dialled else MAX_STREAMS)
+        return Streams(self._streams if dialled else MAX_STREAMS, self._adapt)
 
     async def make_ready(self, session: Session, host: str, port: int, deadline: float) -> None:
         plane = session.plane

@@ -22,8 +22,9 @@ _RAREST = 96
 class Tuner:
     """For one direction of one connection. Thread-safe; `count` may be read at any time."""
 
-    def __init__(self, most: int, start: int = 1) -> None:
-        self._most = most
+    def __init__(self, most: int, adapt: bool = True, start: int = 1) -> None:
+        """`adapt` False: always all of them."""
+        self._most, self._adapt = most, adapt
         self._lock = threading.Lock()
         self.count = min(start, most)
         self._home = self.count  # the count that trials are compared with
@@ -37,10 +38,12 @@ class Tuner:
     def allow(self, most: int) -> None:
         """There are so many streams now."""
         self._most = most
+        if not self._adapt:
+            self.count = most
 
     def sent(self, size: int, now: float, more: bool) -> None:
         """`size` bytes have been handed to the kernel; `more`: others were waiting, so streams are what holds it back."""
-        if self._most == 1:
+        if self._most == 1 or not self._adapt:
             return
         with self._lock:
             if not more:

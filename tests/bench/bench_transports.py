@@ -1,0 +1,233 @@
+#!/usr/bin/env python
+"""Transports beside the plainest way to do the same, over a veth link between two network namespaces of its own.
+
+    .venv/bin/python -P tests/bench/bench_transports.py [--rounds N] [--json FILE] [--only tcp,ucx,nixl,mooncake,calls]
+
+Ours moves 256 MiB a round out of and into arenas of 512 MiB (cold in every cache); so do the raw loops and Mooncake. iperf3 sends
+one buffer of 1 MiB over and over, and looks at none of what comes. Without the right to make namespaces, loopback serves and the
+first line says so. CPU seconds are of both ends for ours and for iperf3, of the sender alone for the raw loops and Mooncake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ENDS = Path(__file__).with_name("transport_ends.py")
+MIB = 1 << 20
+A, B = "pdbench-a", "pdbench-b"
+PORT = 22150
+
+
+class Link:
+    """Two hosts: `a` and `b` prefix a command so that it runs there."""
+
+    def __init__(self) -> None:
+        self.a: list[str] = []
+        self.b: list[str] = []
+        self.address_a = self.address_b = "127.0.0.1"
+        self.words = "loopback: two network namespaces need root and iproute2"
+
+    def up(self) -> None:
+        if os.geteuid() or not shutil.which("ip"):
+            return
+        self.down()
+        steps = f"""
+            ip netns add {A}
+            ip netns add {B}
+            ip link add pdbench0 netns {A} type veth peer name pdbench1 netns {B}
+            ip -n {A} addr add 10.231.7.1/24 dev pdbench0
+            ip -n {B} addr add 10.231.7.2/24 dev pdbench1
+            ip -n {A} link set pdbench0 up
+            ip -n {B} link set pdbench1 up
+            ip -n {A} link set lo up
+            ip -n {B} link set lo up
+        """
+        for step in steps.strip().splitlines():
+            done = subprocess.run(step.split(), capture_output=True, text=True, check=False)
+            if done.returncode:
+                self.words = f"loopback: namespaces cannot be made here ({done.stderr.strip()})"
+                self.down()
+                return
+        self.a, self.b = ["ip", "netns", "exec", A], ["ip", "netns", "exec", B]
+        self.address_a, self.address_b = "10.231.7.1", "10.231.7.2"
+        self.words = "veth between two network namespaces"
+
+    def down(self) -> None:
+        for name in (A, B):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def pair(link: Link, receiver: list[str], sender: Any) -> list[dict[str, Any]]:
+    """Starts the receiver, asks sender(its first line) for the other end's arguments, returns what that one said."""
+    argv = [sys.executable, "-P", str(ENDS)]
+    there = subprocess.Popen(
+        [*link.b, *argv, *receiver], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert there.stdout
+    assert there.stdin
+    try:
+        facts = first_json(there.stdout)
+        if not facts:
+            raise SystemExit(f"{receiver[0]} did not start: {there.stderr.read()[-2000:] if there.stderr else ''}")
+        done = subprocess.run(
+            [*link.a, *argv, *sender(facts)], capture_output=True, text=True, timeout=180, check=False
+        )
+        found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        if not found:
+            raise SystemExit(f"{sender(facts)[0]} said nothing: {done.stderr[-2000:]}")
+        return found
+    finally:
+        there.stdin.close()
+        try:
+            there.wait(5)
+        except subprocess.TimeoutExpired:
+            there.kill()
+            there.wait()
+
+
+def first_json(lines: Any) -> dict[str, Any]:
+    for line in lines:
+        if line.startswith("{"):
+            facts: dict[str, Any] = json.loads(line)
+            return facts
+    return {}
+
+
+def ours(link: Link, scheme: str, query: str) -> list[dict[str, Any]]:
+    listen = f"{scheme}://{link.address_b}:0{query}"
+    return pair(link, ["serve", listen], lambda facts: ["push", facts["url"], query])
+
+
+def iperf(link: Link, streams: int) -> list[dict[str, Any]]:
+    if not shutil.which("iperf3"):
+        raise SystemExit("iperf3 is not installed: apt-get install iperf3")
+    server = subprocess.Popen(
+        [*link.b, "iperf3", "-s", "-1", "-B", link.address_b, "-p", str(PORT)], stdout=subprocess.DEVNULL
+    )
+    try:
+        client = [
+            "iperf3",
+            "-c",
+            link.address_b,
+            "-p",
+            str(PORT),
+            "-P",
+            str(streams),
+            "-C",
+            "cubic",
+            "-l",
+            "1M",
+            "-t",
+            "2",
+            "-J",
+        ]
+        time.sleep(0.5)  # until it listens; trying sooner would use up its one connection
+        done = subprocess.run([*link.a, *client], capture_output=True, text=True, timeout=60, check=False)
+        report = json.loads(done.stdout)
+        if "sum_received" not in report.get("end", {}):
+            raise SystemExit(f"iperf3 failed: {report.get('error', done.stderr)}")
+        end = report["end"]
+    finally:
+        server.kill()
+        server.wait()
+    gbs = end["sum_received"]["bits_per_second"] / 8e9
+    used = end["cpu_utilization_percent"]
+    return [{"gbs": gbs, "cpu_per_gb": (used["host_total"] + used["remote_total"]) / 100 / gbs}]
+
+
+def raw(link: Link, what: str) -> list[dict[str, Any]]:
+    return pair(
+        link, [f"{what}_serve", link.address_b], lambda facts: [f"{what}_push", link.address_b, str(facts["port"])]
+    )
+
+
+def mooncake(link: Link) -> list[dict[str, Any]]:
+    def sender(facts: dict[str, Any]) -> list[str]:
+        return ["mooncake_push", link.address_a, link.address_b, str(facts["port"]), str(facts["address"])]
+
+    return pair(link, ["mooncake_serve", link.address_b], sender)
+
+
+def contenders(link: Link, only: set[str]) -> dict[str, Any]:
+    """Name -> one run. Those that are compared stand next to each other, so that they see the same machine."""
+    found: dict[str, Any] = {}
+    if "tcp" in only:
+        for n in (1, 2, 4):
+            fixed = f"?streams={n}&adapt=0"
+            found[f"iperf3 x{n}"] = lambda n=n: iperf(link, n)
+            found[f"tcp x{n}"] = lambda q=fixed: ours(link, "tcp", q + "&verify=0")
+        found["tcp x2 verified"] = lambda: ours(link, "tcp", "?streams=2&adapt=0")
+        found["tcp adaptive"] = lambda: ours(link, "tcp", "?verify=0")
+    if "calls" in only:
+        found["bare ping-pong"] = lambda: pair(
+            link, ["echo", link.address_b], lambda facts: ["ping", link.address_b, str(facts["port"])]
+        )
+    for scheme, name in (("ucx", "raw UCX tags"), ("nixl", "raw NIXL WRITE")):
+        if scheme in only:
+            found[name] = lambda scheme=scheme: raw(link, scheme)
+            tls = "&tls=tcp"
+            found[scheme] = lambda scheme=scheme, tls=tls: ours(link, scheme, f"?verify=0{tls}")
+    if "mooncake" in only:
+        found["Mooncake"] = lambda: mooncake(link)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="tcp,calls,ucx,nixl,mooncake")
+    args = parser.parse_args()
+    link = Link()
+    link.up()
+    print(f"{link.words}; medians of {args.rounds} runs in turn; load average {os.getloadavg()[0]:.1f}", flush=True)
+    results: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    try:
+        for _ in range(args.rounds):
+            for name, run in contenders(link, set(args.only.split(","))).items():
+                for line in run():
+                    if "gbs" in line:
+                        size = f"{line['size'] // MIB} MiB" if "size" in line else "stream"
+                        results[name][size].append(line["gbs"])
+                        results[name][f"cpu {size}"].append(line["cpu_per_gb"])
+                    else:
+                        results[name]["calls p50 us"].append(line["calls_us"])
+                        results[name]["calls p99 us"].append(line["calls_p99_us"])
+    finally:
+        link.down()
+    middle = {name: {key: statistics.median(values) for key, values in row.items()} for name, row in results.items()}
+    show(middle)
+    if args.json:
+        args.json.write_text(json.dumps({"link": link.words, "load": os.getloadavg(), "results": middle}, indent=1))
+
+
+def show(middle: dict[str, dict[str, float]]) -> None:
+    for name, row in middle.items():
+        print(f"{name:18}", "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
+    print()
+    pairs = [(f"tcp x{n}", f"iperf3 x{n}") for n in (1, 2, 4)]
+    pairs += [("ucx", "raw UCX tags"), ("nixl", "raw NIXL WRITE"), ("tcp x2", "Mooncake")]
+    for mine, other in pairs:
+        if mine not in middle or other not in middle:
+            continue
+        for size in ("1 MiB", "8 MiB", "32 MiB"):
+            base = middle[other].get(size, middle[other].get("stream"))
+            if base and size in middle[mine]:
+                print(f"{mine} / {other}, {size}: {middle[mine][size] / base:.2f}")
+    if "bare ping-pong" in middle and "tcp x1" in middle:
+        bare, ours_ = middle["bare ping-pong"]["calls p50 us"], middle["tcp x1"]["calls p50 us"]
+        print(f"1000 messages, p50: {ours_:.0f} us beside {bare:.0f} us bare: {ours_ / bare:.2f}")
+
+
+if __name__ == "__main__":
+    main()
