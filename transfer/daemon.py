@@ -301,6 +301,7 @@ class Daemon:
             "clients": [c.label for c in self.clients.values()],
             **self.store.stats(),
             "pinned_bytes": self.pins.total,
+            "told": self.requests.stats(),
             "recovering": self.tiering.recovering,
             "tiers": self.tiering.stats(),
             "peers": self.node.status() if self.node else {},

@@ -60,6 +60,10 @@ class Requests:
     def size(self) -> int:
         return self._size + self.prompts.size
 
+    def stats(self) -> dict[str, int]:
+        """`lost`: facts that engines could not tell."""
+        return {"legs": len(self._legs), "prompts": len(self.prompts), "bytes": self.size, "lost": self.lost}
+
     # ---- taking ----
 
     def take(self, facts: telling.Facts, instance: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from pdserve import log, marks
 from pdserve.chunk import root_key, tenant_tag
+from pdserve.engines.vllm.cores import any_core
 from pdserve.errors import ProtocolError
 from pdserve.transfer import telling, wire
 
@@ -79,7 +80,7 @@ class Teller:
     # ---- the thread ----
 
     def _run(self) -> None:
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # not the engine's cores alone: it would wait for them
+        any_core()
         while (make := self._queue.get()) is not None:
             time.sleep(EVERY_S)  # what comes meanwhile goes along
             batch, ended = [make], False
