@@ -148,8 +148,10 @@ class Chart {
     this.note.hidden = !nothing;
     this.box.classList.toggle("nothing", nothing);
     if (!this.uplot || changed) this.build();
-    else this.uplot.setData(this.data, false);
-    this.uplot.setScale("x", { min: from, max: to });
+    this.uplot.batch(() => {
+      this.uplot.setData(this.data, true); // both axes anew
+      this.uplot.setScale("x", { min: from, max: to });
+    });
     this.values(this.uplot.cursor.idx);
   }
 
