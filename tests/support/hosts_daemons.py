@@ -126,7 +126,9 @@ class Daemon:
         assert self.client.arena is not None
         for k, found in zip(keys, reply.found, strict=False):
             there = self.client.arena.bytes[found.offset : found.offset + found.shard_bytes]
-            assert (there == content(int.from_bytes(k[:8], "little"), found.shard_bytes)).all(), "wrong bytes were found"
+            assert (there == content(int.from_bytes(k[:8], "little"), found.shard_bytes)).all(), (
+                "wrong bytes were found"
+            )
         if reply.lease:
             self.client.release(reply.lease, 5.0)
         return len(reply.found), reply.loading

@@ -73,12 +73,16 @@ class Spread:
                     break
                 ended = self.supervisors[name].poll() is not None
                 assert not ended, f"{name}: {(self.folder / f'{name}.log').read_text()[-3000:]}"
-                assert time.monotonic() < deadline, f"{name} is {found!r}: {(self.folder / f'{name}.log').read_text()[-3000:]}"
+                assert time.monotonic() < deadline, (
+                    f"{name} is {found!r}: {(self.folder / f'{name}.log').read_text()[-3000:]}"
+                )
                 time.sleep(0.3)
 
     @property
     def name(self) -> str:
-        return next(line.split(":")[1].strip() for line in self.file.read_text().splitlines() if line.startswith("name:"))
+        return next(
+            line.split(":")[1].strip() for line in self.file.read_text().splitlines() if line.startswith("name:")
+        )
 
     def ask(self, host: str, url: str, body: dict[str, Any] | None = None, timeout: float = 120) -> Answer:
         request = urllib.request.Request(url, json.dumps(body).encode() if body is not None else None)

@@ -65,6 +65,10 @@ class Member:
         if nbytes > 0:
             self.speed = 1 / ((1 - _WEIGHT) / self.speed + _WEIGHT * max(seconds, 1e-4) / nbytes)
 
+    def at_least(self, nbytes: int, seconds: float) -> None:
+        """A single chunk came in that time, by its own will: the link can do that much, and perhaps more."""
+        self.speed = max(self.speed, nbytes / max(seconds, 1e-3))
+
     def too_slow(self) -> None:
         """What was asked of it did not come in time."""
         self.speed = max(1e4, self.speed / 2)

@@ -282,6 +282,8 @@ class Node:
         asked = self._answered(key)
         if asked is not None and (link := self._links.get(asked.url)) is not None:
             self._measure(link.member, nbytes, now)
+        elif asked is None and member is not None:
+            member.at_least(nbytes, now - incoming.began)
 
     def _answered(self, key: bytes) -> _Pull | None:
         """A pull has ended, one way or the other."""

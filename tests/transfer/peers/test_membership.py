@@ -74,5 +74,15 @@ def test_speed_follows_what_is_seen():
     for _ in range(20):
         b.observed(5_000_000, 1.0)
     assert 4.9e6 < b.speed < 5.2e6
+    b.at_least(1_000_000, 1.0)  # a lower bound that is known already
+    assert 4.9e6 < b.speed < 5.2e6
+    b.at_least(20_000_000, 1.0)
+    assert b.speed == 20e6
+    for _ in range(20):
+        b.observed(5_000_000, 1.0)
+    b.too_slow()
+    assert 2.4e6 < b.speed < 2.7e6
+    for _ in range(20):
+        b.observed(5_000_000, 1.0)
     b.observed(0, 1.0)
     assert 4.9e6 < b.speed < 5.2e6
