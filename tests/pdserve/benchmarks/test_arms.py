@@ -141,3 +141,18 @@ def test_arms_take_turns_and_are_gone_afterwards(tmp_path: Path, monkeypatch: py
     assert "OffloadingConnector refuses to start on the CPU" in done.stdout
     listed = subprocess.run([*command[:4], "status", "--json"], capture_output=True, text=True, timeout=60, check=False)
     assert "bench-cache" not in listed.stdout
+
+
+def test_the_gpu_runs_can_be_checked_without_a_gpu(tmp_path: Path) -> None:
+    model, traces = tmp_path / "model", tmp_path / "traces"
+    for folder in (model, traces):
+        folder.mkdir()
+    (model / "config.json").write_text("{}")
+    call = '{"timestamp": 0, "input_length": 1000, "output_length": 10, "hash_ids": [1, 2]}'
+    (traces / "a.jsonl").write_text(call)
+    script = Path(__file__).resolve().parents[2] / "gpu" / "run_bench.py"
+    words = ["--model", str(model), "--traces", str(traces), "--out", str(tmp_path / "out"), "--dry-run"]
+    done = subprocess.run([sys.executable, "-P", str(script), *words], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "cache: cache, both-0, proxy" in done.stdout
+    assert "longest 20116 tokens" in done.stdout
