@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import Any
 from urllib.parse import quote
 
@@ -31,9 +32,10 @@ def main(args: argparse.Namespace) -> int:
     record = fetch(url, args.request)
     if args.json:
         return output.print_json(record)
-    console = output.console()
+    width = min(120, output.console().width)
     for line in explain.story(record):
-        console.print(line, markup=False, soft_wrap=False)
+        indent = " " * (len(line) - len(line.lstrip()))
+        print(textwrap.fill(line.lstrip(), width, initial_indent=indent, subsequent_indent=indent * 2))
     return 0
 
 
