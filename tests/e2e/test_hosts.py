@@ -54,7 +54,7 @@ prefill: [{{port: 22620, host: a, cpus: "0"}}, {{port: 22621, host: c, cpus: "0"
 decode: [{{port: 22630, host: b, cpus: "1"}}, {{port: 22631, host: c, cpus: "1"}}]
 cache: {{size: 512MiB, admin_port: 22680}}
 peers: {{port: 22690}}
-proxy: {{port: 22600, host: b}}
+proxy: {{port: 22600, host: b, prefill_timeout: 45}}
 """
 
 #: tokens of each prompt; 300 is one full chunk and a tail, 40 a tail alone
@@ -189,6 +189,10 @@ def test_two_producers_two_consumers_at_once(spread):
 
 def test_what_another_host_computed_is_not_computed_again(spread):
     """Straight to the engines: the producer on a computes, the consumer on b finds it there, without any handover."""
+    rng = random.Random(8)
+    for i in range(5):  # the consumer has computed nothing yet: how slow it is, and fetching worth it, is not known
+        own = [rng.randrange(1000, 40000) for _ in range(150 + 70 * i)]
+        assert spread.spread.complete("b", spread.engine("b", 22630), own, tokens=3).status == 200
     spread.right(8, spread.ask(8, spread.engine("a", 22620)))
     deadline = time.monotonic() + 30
     while True:  # b learns of it
@@ -253,7 +257,7 @@ def test_the_link_is_cut_in_the_middle_of_a_transfer(spread):
 def test_a_whole_host_dies(spread):
     """Host c, with a producer and a consumer on it, loses power while it works."""
     answers = {}
-    asking = [threading.Thread(target=lambda i=i: answers.update({i: spread.ask(i, ignore_eos=True)})) for i in (14, 0)]
+    asking = [threading.Thread(target=lambda i=i: answers.update({i: spread.ask(i)})) for i in (14, 0)]
     for thread in asking:
         thread.start()
     time.sleep(1.0)
