@@ -76,20 +76,11 @@ def main() -> int:
 
 
 def walk(folder: Path, args: argparse.Namespace, watch: Watch) -> None:
-    since = time.monotonic()
-    run(["git", "clone", "--quiet", str(ROOT), str(folder / "pdserve")], folder, 300)
-    watch.step("git clone", since)
-    checkout, since = folder / "pdserve", time.monotonic()
-    run(["make", "setup"], checkout, SETUP_SECONDS, environment(folder, args.pip_cache), shown=True)
-    watch.step("make setup", since)
-    topology, since = with_ports(checkout, args.base_port), time.monotonic()
-    run(
-        pdserve(checkout, "launch", str(topology), "--detach"),
-        checkout,
-        LAUNCH_SECONDS,
-        environment(folder),
-        shown=True,
-    )
+    checkout = ROOT if args.here else set_up(folder, args.pip_cache, watch)
+    home = os.environ.get("PDSERVE_HOME", str(Path.home() / ".cache" / "pdserve")) if args.here else None
+    topology, since = with_ports(checkout, folder, args.base_port), time.monotonic()
+    command = pdserve(checkout, "launch", str(topology), "--detach")
+    run(command, checkout, LAUNCH_SECONDS, environment(folder, home=home), shown=True)
     watch.step("pdserve launch local-cpu: ready", since)
     url, since = f"http://127.0.0.1:{args.base_port}", time.monotonic()
     route = first_token(url)
