@@ -237,8 +237,8 @@ def test_the_trace_of_a_request() -> None:
 
 
 def test_legs_are_put_into_the_record() -> None:
-    record = {"id": "a", "received": 100.0, "duration_ms": 900.0, "prefill": "p0", "decode": "d0", "prompt_tokens": None, "cached_tokens": None,
-              "output_tokens": None, "load_ms": None, "saved_ms": None, "finish_reason": None,
+    record = {"id": "a", "received": 100.0, "duration_ms": 900.0, "prefill": "p0", "decode": "d0",
+              "prompt_tokens": None, "cached_tokens": None, "output_tokens": None, "load_ms": None, "saved_ms": None, "finish_reason": None,
               "spans": [{"name": "prefill", "start_ms": 1.0}]}  # fmt: skip
     p = {"instance": "p0", "prompt_tokens": 600, "cached_tokens": {"dram": 512}, "load_ms": 3.0, "saved_ms": 40.0,
          "output_tokens": 1, "finish_reason": "length", "chunks": [{"index": 0}], "notes": ["n"],
