@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,6 +158,8 @@ def table(results: list[Result], hits: dict[str, list[int | None]], version: str
                 how = "streamed" if r.streamed else "whole"
                 lines.append(f"| {r.row.name} | {how} | {r.plain.status} | {r.ours.route or '-'} | {r.verdict} |")
         lines.append("")
+    if not hits:
+        return "\n".join(lines)
     lines += [
         "## usage.prompt_tokens_details.cached_tokens",
         "",
@@ -167,12 +170,24 @@ def table(results: list[Result], hits: dict[str, list[int | None]], version: str
     return "\n".join([*lines, ""])
 
 
+def merged(old: str, new: str) -> str:
+    """The page `old` with the sections that `new` has, and the counts in its head made right."""
+    parts = {text: dict(section.split("\n", 1) for section in text.split("\n## ")[1:]) for text in (old, new)}
+    sections = parts[old] | parts[new]
+    rows = [line for name, section in sections.items() if name.startswith("/") for line in section.splitlines()]
+    rows = [line for line in rows if line.startswith("| ") and not line.startswith("| request |")]
+    equal = sum(line.rstrip(" |").rsplit("| ", 1)[1].startswith("equal") for line in rows)
+    head = re.sub(r"\d+ answers compared, \d+ equal", f"{len(rows)} answers compared, {equal} equal", old.split("\n## ")[0])
+    return "\n## ".join([head, *(f"{name}\n{section.rstrip()}\n" for name, section in sections.items())])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--proxy", default="http://127.0.0.1:8010")
     parser.add_argument("--plain", default="http://127.0.0.1:8310")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="", help="rows whose name or path contains this")
+    parser.add_argument("--merge", action="store_true", help="put the rows into the page at --out, beside those it has")
     args = parser.parse_args()
     results, hits = [], {}
     with httpx.Client(timeout=300) as client:
@@ -187,12 +202,12 @@ def main() -> int:
                 if not results[-1].verdict.startswith("equal"):
                     print(f"{row.path} {row.name}{' streamed' * streamed}: {results[-1].verdict}\n"
                           f"  vLLM    {plain.raw[:1500]!r}\n  pdserve {results[-1].ours.raw[:1500]!r}")  # fmt: skip
-        for stream in (False, True):
+        for stream in () if args.merge else (False, True):
             for name, url in (("plain vLLM", args.plain), ("pdserve, pd", args.proxy)):
                 hits[f"{name}{', streamed' * stream}"] = cached(client, url, model, stream)
     text = table(results, hits, version)
     if args.out:
-        args.out.write_text(text)
+        args.out.write_text(merged(args.out.read_text(), text) if args.merge else text)
     print(text if not args.out else f"{len(results)} answers, written to {args.out}")
     return 0 if all(r.verdict.startswith("equal") for r in results) else 1
 
