@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the steps as JSON at the end")
     parser.add_argument("--keep", action="store_true", help="leave the folder, stop only the processes")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     folder = Path(tempfile.mkdtemp(prefix="newcomer-"))
     watch = Watch()
     try:
