@@ -122,7 +122,10 @@ class Client:
     def tokenize(self, text: str) -> list[int]:
         """The engine's own token ids of a text (vLLM's /tokenize), without special tokens."""
         body = {"model": self.model, "prompt": text, "add_special_tokens": False}
-        return list(self._json("POST", "/tokenize", json=body)["tokens"])
+        tokens = self._json("POST", "/tokenize", json=body).get("tokens")
+        if not isinstance(tokens, list):
+            raise ApiError(501, "it has no /tokenize as vLLM's", self.url)
+        return tokens
 
     def reset_prefix_cache(self, patience: float = 5.0) -> bool:
         """Empties the engine's own prefix cache. False where that is not offered (VLLM_SERVER_DEV_MODE).

@@ -64,7 +64,7 @@ class Outcome:
 
 
 class Load:
-    """One run of one plan against one server. `on_record` hears of every request's end, `on_token` of every gap."""
+    """One run of one plan against one server. `on_record` hears of every request's end."""
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -12,6 +13,9 @@ from pdserve.bench.runner import Server
 
 MOST = 2000  # a proxy remembers only so many; those it has forgotten stay unknown
 DEADLINE = 10.0
+ONE_BY_ONE = (
+    30.0  # seconds that are spent on asking for single requests, with what the engines told the cache daemon of them
+)
 
 
 def fill_in(server: Server, records: Sequence[Record]) -> int:
@@ -24,15 +28,28 @@ def fill_in(server: Server, records: Sequence[Record]) -> int:
         with httpx.Client(base_url=server.url, headers=headers, timeout=DEADLINE, trust_env=False) as http:
             answer = http.get("/admin/requests", params={"limit": min(MOST, len(records) + 100)})
             listed = answer.json().get("requests") or [] if answer.status_code == 200 else []
+            there = {str(said.get("id", "")): said for said in listed}
+            for name, said in _in_full(http, [name for name in wanted if name in there]):
+                there[name] |= said
     except (httpx.HTTPError, ValueError):
         return 0
-    known = 0
-    for said in listed:
-        record = wanted.get(str(said.get("id", "")))
-        if record is not None:
-            known += 1
-            _copy(record, said)
-    return known
+    for name, record in wanted.items():
+        if name in there:
+            _copy(record, there[name])
+    return len(wanted.keys() & there.keys())
+
+
+def _in_full(http: httpx.Client, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The list leaves out what has to be asked of daemons. As far as the time goes; what is left stays unknown."""
+    until = time.monotonic() + ONE_BY_ONE
+    for name in names:
+        if time.monotonic() > until:
+            return
+        answer = http.get(f"/admin/requests/{name}")
+        if answer.status_code != 200:
+            continue
+        said = answer.json()
+        yield name, {key: said[key] for key in ("cached_tokens", "load_ms", "saved_ms") if said.get(key) is not None}
 
 
 def _copy(record: Record, said: dict[str, Any]) -> None:

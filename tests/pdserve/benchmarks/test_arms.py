@@ -152,7 +152,9 @@ def test_the_gpu_runs_can_be_checked_without_a_gpu(tmp_path: Path) -> None:
     (traces / "a.jsonl").write_text(call)
     script = Path(__file__).resolve().parents[2] / "gpu" / "run_bench.py"
     words = ["--model", str(model), "--traces", str(traces), "--out", str(tmp_path / "out"), "--dry-run"]
-    done = subprocess.run([sys.executable, "-P", str(script), *words], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", str(script), *words], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "cache: cache, both-0, proxy" in done.stdout
     assert "longest 20116 tokens" in done.stdout
