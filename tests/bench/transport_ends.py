@@ -188,7 +188,10 @@ def ping(host: str, port: str) -> None:
 # ---- UCX alone: tag messages, four under way ----
 
 
-def _ucx() -> Any:
+def _ucx(own: str) -> Any:
+    from pdserve.transfer.transports.ucx import device_of
+
+    os.environ["UCX_NET_DEVICES"] = device_of(own)
     os.environ.update(
         UCX_TLS="tcp", UCX_RNDV_SCHEME="put_zcopy", UCX_TCP_CM_REUSEADDR="y", UCX_WARN_UNUSED_ENV_VARS="n"
     )
@@ -198,47 +201,72 @@ def _ucx() -> Any:
     return ucxx
 
 
+async def _ucx_meet(ucx: Any, reader: Any, writer: Any) -> Any:
+    """An endpoint to whoever is at the other end of the socket."""
+    own = bytes(memoryview(ucx.get_worker_address()))
+    writer.write(len(own).to_bytes(4, "little") + own)
+    theirs = await reader.readexactly(int.from_bytes(await reader.readexactly(4), "little"))
+    return await ucx.create_endpoint_from_worker_address(ucx.get_ucx_address_from_buffer(theirs))
+
+
+async def _ucx_four(parts: list[Any]) -> None:
+    """All of them, four under way at a time."""
+    free = asyncio.Semaphore(4)
+
+    async def one(part: Any) -> None:
+        async with free:
+            await part
+
+    await asyncio.gather(*(one(part) for part in parts))
+
+
 def ucx_serve(host: str) -> None:
-    ucx = _ucx()
+    ucx = _ucx(host)
+    tag = ucx._lib.libucxx.UCXXTag
     buffer = np.ones(ARENA, np.uint8)
 
-    async def on_endpoint(endpoint: Any) -> None:
-        one = np.zeros(1, np.uint8)
+    async def on_peer(reader: Any, writer: Any) -> None:
+        endpoint = await _ucx_meet(ucx, reader, writer)
         for size in SIZES:
             for _ in range(ROUNDS + 1):
-                parts = [endpoint.recv(buffer[i * size : (i + 1) * size]) for i in range(ROUND // size)]
-                for i in range(0, len(parts), 4):
-                    await asyncio.gather(*parts[i : i + 4])
-                await endpoint.send(one)
-            await endpoint.send(np.frombuffer(np.float64(cpu()).tobytes(), np.uint8))
+                parts = [
+                    endpoint.recv(buffer[i * size : (i + 1) * size], tag=tag(i), force_tag=True)
+                    for i in range(ROUND // size)
+                ]
+                await _ucx_four(parts)
+                writer.write(b"k")
 
     async def main() -> None:
-        listener = ucx.create_listener(on_endpoint, port=0)
-        say(port=listener.port)
+        server = await asyncio.start_server(on_peer, host, 0)
+        say(port=server.sockets[0].getsockname()[1])
         await asyncio.to_thread(until_stdin_ends)
+        os._exit(0)
 
     asyncio.run(main())
-    os._exit(0)
 
 
 def ucx_push(host: str, port: str) -> None:
-    ucx = _ucx()
+    from pdserve.transfer.transports.ucx import own_address
+
+    ucx = _ucx(own_address(host))
+    tag = ucx._lib.libucxx.UCXXTag
     source = np.random.default_rng(1).integers(0, 255, ARENA, np.uint8)
 
     async def main() -> None:
-        endpoint = await ucx.create_endpoint(host, int(port))
-        one, theirs = np.zeros(1, np.uint8), np.zeros(8, np.uint8)
+        reader, writer = await asyncio.open_connection(host, int(port))
+        endpoint = await _ucx_meet(ucx, reader, writer)
         for size in SIZES:
             speeds, before = [], cpu()
-            for i in range(ROUNDS + 1):
+            for round_ in range(ROUNDS + 1):
                 start = time.perf_counter()
-                parts = [endpoint.send(source[k * size : (k + 1) * size]) for k in range(ROUND // size)]
-                for k in range(0, len(parts), 4):
-                    await asyncio.gather(*parts[k : k + 4])
-                await endpoint.recv(one)
-                if i:
+                parts = [
+                    endpoint.send(source[i * size : (i + 1) * size], tag=tag(i), force_tag=True)
+                    for i in range(ROUND // size)
+                ]
+                await _ucx_four(parts)
+                await reader.readexactly(1)
+                if round_:
                     speeds.append(ROUND / (time.perf_counter() - start) / 1e9)
-            await endpoint.recv(theirs)
             say(size=size, gbs=statistics.median(speeds), cpu_per_gb=(cpu() - before) / ((ROUNDS + 1) * ROUND / 1e9))
 
     asyncio.run(main())

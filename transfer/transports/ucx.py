@@ -32,8 +32,8 @@ import numpy as np
 
 from pdserve.chunk import KEY_BYTES
 from pdserve.errors import ConfigError, ProtocolError
-from pdserve.transfer.transports.base import Expected, Local, Outcome, PeerRefused
-from pdserve.transfer.transports.net import NetTransport
+from pdserve.transfer.transports.base import Connection, Expected, Local, Outcome, PeerRefused, Service
+from pdserve.transfer.transports.net import NetTransport, address_of
 from pdserve.transfer.transports.outbox import Segment
 from pdserve.transfer.transports.security import Security
 from pdserve.transfer.transports.session import Limits, Plane, Session
@@ -147,6 +147,17 @@ def device_of(address: str) -> str:
                 if socket.inet_ntoa(found[20:24]) == address:
                     return name
     return ""
+
+
+def own_address(peer: str) -> str:
+    """The address of ours from which the peer is reached; "" where there is no way."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((peer, 9))  # sends nothing
+        except OSError:
+            return ""
+        address: str = probe.getsockname()[0]
+        return address
 
 
 class UcxPlane:
@@ -353,17 +364,17 @@ class UcxTransport(NetTransport):
         self._tls = tls
         _imported()
 
-    async def listen(self, url: str, service: Any) -> str:
-        await self._get(url)
+    async def listen(self, url: str, service: Service) -> str:
+        await self._start(address_of(url, self.scheme)[0])
         return await super().listen(url, service)
 
-    async def connect(self, url: str, service: Any, deadline: float) -> Any:
-        await self._get("")
+    async def connect(self, url: str, service: Service, deadline: float) -> Connection:
+        await self._start(own_address(address_of(url, self.scheme)[0]))
         return await super().connect(url, service, deadline)
 
-    async def _get(self, url: str) -> Library:
-        host = url.partition("://")[2].partition(":")[0]
-        return await asyncio.to_thread(Library.get, self._tls, device_of(host) if host else "")
+    async def _start(self, own: str) -> None:
+        """UCX uses the network device of this address of ours: left to itself it may offer one that the peer cannot reach."""
+        await asyncio.to_thread(Library.get, self._tls, device_of(own))
 
     def make_plane(self, dialled: bool) -> Plane:
         return UcxPlane(Library.get(self._tls, ""))
