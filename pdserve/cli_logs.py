@@ -98,7 +98,7 @@ def reader_name(path: Path) -> str:
 
 def _reader(deployment: state.Deployment, path: Path) -> Reader:
     role = next((p.role for p in deployment.processes if p.log == str(path)), path.stem)
-    return Reader(path, path.stem, "engine" if role in _ENGINES else role)
+    return Reader(path, path.stem, "engine" if role in _ENGINES else role, deployment.started)
 
 
 class Printer:

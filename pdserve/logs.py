@@ -26,13 +26,17 @@ _VLLM = re.compile(
     r"(?P<time>\d\d-\d\d \d\d:\d\d:\d\d)\s+)?(?P<where>\[[\w./]+:\d+\]\s)?"
 )
 _START = re.compile(r"^--- pdserve: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) ")
+# uvicorn's, and what `pdserve launch` says while it starts: neither has a time of day.
+_UVICORN = re.compile(r"^(INFO|WARNING|ERROR|CRITICAL):\s+")
+_LAUNCH = re.compile(r"^\[\s*(\d+) s\] ")
 _SPAN = re.compile(r"^(\d+(?:\.\d+)?)([smhd])$")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 @dataclass(slots=True)
 class Line:
-    """`at` is unix time; `own` says whether the line had a time itself."""
+    """`at` is unix time; `own` says whether the line had a time itself, `begins` whether it begins a message: it may do so
+    without a time."""
 
     at: float
     own: bool
@@ -42,6 +46,7 @@ class Line:
     pid: int | None
     request_id: str | None
     message: str
+    begins: bool = True
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -53,8 +58,9 @@ class Line:
 class Reader:
     """One file's lines, in the order in which they stand there; goes on where it stopped when asked again."""
 
-    def __init__(self, path: Path, instance: str, process: str) -> None:
-        self._path, self._instance, self._process = path, instance, process
+    def __init__(self, path: Path, instance: str, process: str, started: float = 0.0) -> None:
+        """`started`: what the times of a launch count from."""
+        self._path, self._started = path, started
         self._file: BinaryIO | None = None
         self._rest = b""
         self._last = Line(0.0, False, "INFO", process, instance, None, None, "")
@@ -107,13 +113,13 @@ class Reader:
         return self._open() is not None
 
     def _line(self, text: str) -> Line:
-        line = parsed(text, self._last)
+        line = parsed(text, self._last, self._started)
         line.at = max(line.at, self._last.at)  # a file is in order, whatever clocks say of it
         self._last = line
         return line
 
 
-def parsed(text: str, before: Line) -> Line:
+def parsed(text: str, before: Line, started: float = 0.0) -> Line:
     """One line; what it does not say itself is as in the line before it."""
     if text.startswith("{") and (line := _json(text, before)) is not None:
         return line
@@ -122,10 +128,14 @@ def parsed(text: str, before: Line) -> Line:
         message = text[found.end() :]
         day, _, millis = found["time"].partition(".")
         at = time.mktime(time.strptime(day, "%Y-%m-%d %H:%M:%S")) + int(millis) / 1000
-        return Line(at, True, found["level"], *who, int(found["pid"]), log.request_of(message), f"{found['part']} {message}")
+        return Line(
+            at, True, found["level"], *who, int(found["pid"]), log.request_of(message), f"{found['part']} {message}"
+        )
     if found := _START.match(text):
         at = time.mktime(time.strptime(found[1], "%Y-%m-%d %H:%M:%S"))
         return Line(at, True, "INFO", *who, None, None, "started: " + text[found.end() :])
+    if started and (found := _LAUNCH.match(text)):
+        return Line(started + int(found[1]), True, "INFO", *who, None, None, text[found.end() :])
     found = _VLLM.match(text)
     assert found is not None, "it matches nothing at all too"
     message = (found["where"] or "") + text[found.end() :]
@@ -133,7 +143,10 @@ def parsed(text: str, before: Line) -> Line:
         message = f"{found['part']} {message}"
     pid = int(found["pid"]) if found["pid"] else before.pid
     if found["time"] is None:
-        return Line(before.at, False, before.level, *who, pid, before.request_id, message)
+        if short := _UVICORN.match(text[found.end() :]):
+            message = f"{found['part'] or 'uvicorn'} {text[found.end() + short.end() :]}"
+            return Line(before.at, False, short[1], *who, pid, None, message)
+        return Line(before.at, False, before.level, *who, pid, before.request_id, message, begins=False)
     return Line(_this_year(found["time"]), True, found["level"], *who, pid, log.request_of(message), message)
 
 
@@ -173,7 +186,7 @@ def about(lines: Iterable[Line], request: str) -> Iterator[Line]:
     speaking: dict[str, bool] = {}
     for line in lines:
         named = bool(name.search(line.message) or (line.request_id and name.search(line.request_id)))
-        if line.own or named:
+        if line.begins or named:
             speaking[line.instance] = named
         if speaking.get(line.instance):
             yield line

@@ -64,12 +64,23 @@ def at(text: str) -> float:
 def test_only_lines_about_a_request_with_what_belongs_to_them(tmp_path: Path) -> None:
     found = lines(
         tmp_path,
-        a=OURS + "Traceback\n" + OURS.replace("rid", "ridge"),
+        a=OURS
+        + "Traceback\n"
+        + '(APIServer pid=1) INFO:     127.0.0.1:1 - "GET /health HTTP/1.1" 200 OK\n'
+        + OURS.replace("rid", "ridge"),
         b=f"{DAY} 05:00:01.300 INFO proxy[7] pdserve.proxy request rid: x\n{DAY} 05:00:01.400 INFO proxy[7] pdserve.proxy y\n",
     )
     about = list(logs.about(found, "rid"))
     assert [line.message.split()[-1] for line in about] == ["request_id=cmpl-rid-0-aa", "Traceback", "x"]
     assert list(logs.about(found, "nobody")) == []
+
+
+def test_lines_of_a_launch_count_from_its_start(tmp_path: Path) -> None:
+    (tmp_path / "supervisor.log").write_text("[   15 s] decode-0   ...        loading\n")
+    reader = Reader(tmp_path / "supervisor.log", "supervisor", "supervisor", 1000.0)
+    (line,) = reader.new()
+    assert (line.at, line.message) == (1015.0, "decode-0   ...        loading")
+    reader.close()
 
 
 def test_a_file_is_followed_through_cuts_and_replacements(tmp_path: Path) -> None:
