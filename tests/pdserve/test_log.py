@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -65,3 +67,16 @@ def test_the_environment_says_the_form_and_nonsense_is_refused(monkeypatch: pyte
 
 def test_utc() -> None:
     assert log.utc(0.9996) == "1970-01-01T00:00:01.000Z"
+
+
+def test_a_proxy_that_was_asked_for_json_writes_nothing_else() -> None:
+    words = ["proxy", "--decode", "http://127.0.0.1:9", "--port", "0", "--log-format", "json"]
+    command = [sys.executable, "-P", "-m", "pdserve", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        first = json.loads(process.stderr.readline())
+        process.terminate()
+        rest = [json.loads(line) for line in process.stderr.read().splitlines()]
+        process.wait(30)
+    assert "listening on http://127.0.0.1:" in first["message"]
+    assert {(line["process"], line["instance"]) for line in [first, *rest]} == {("proxy", "proxy")}
