@@ -123,6 +123,7 @@ def test_servers() -> list[tuple[str, bool, bool, str]]:
         ("zsh", shutil.which("zsh") is not None, False, "to test its completion"),
         ("fish", shutil.which("fish") is not None, False, "to test its completion"),
         ("iproute2", shutil.which("ip") is not None, False, "to test several hosts in network namespaces"),
+        ("iperf3", shutil.which("iperf3") is not None, False, "to compare the transports with"),
         ("iptables", shutil.which("iptables") is not None, False, "to test lost packets and cut links"),
         ("etcd-server", shutil.which("etcd") is not None, False, "to test peers that meet in etcd"),
         ("libibverbs1", has_library("libibverbs.so.1"), False, "to test the Mooncake tier"),
