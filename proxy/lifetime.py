@@ -10,7 +10,7 @@
 A request is in exactly one state, reaches exactly one terminal state, and never leaves it. Each live state has a bound
 on how long nothing may happen in it; the bounds are the fields of Deadlines, in seconds. One of them, `send`, belongs
 to every state: it bounds how long a client may refuse to read. QUEUED is bounded by half of the target for the first
-token (admission.py).
+token, or by five seconds where there is a target between tokens only (admission.py).
 """
 
 from __future__ import annotations

@@ -89,7 +89,8 @@ class Body:
 
     def _replaced(self, members: list[Member], changes: Mapping[str, bytes], added: list[str]) -> bytes:
         """As edited, where nothing is taken out: all between the changed values stays in one piece."""
-        raw, out, done = self.raw, [], 0
+        raw, done = self.raw, 0
+        out: list[bytes] = []
         for m in members:
             if m.name in changes:
                 out += (raw[done : m.value], changes[m.name])
