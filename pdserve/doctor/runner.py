@@ -73,7 +73,7 @@ def _one(check: Check, subject: Subject, done: queue.SimpleQueue[tuple[str, list
 
 def _too_late(check: Check) -> Finding:
     means = "What it looks at does not answer: a driver, a mount or a host hangs, or the machine is very busy."
-    return warn(check.name, f"no result within {check.deadline:g} s", means, "Run the doctor again when it is quiet.")
+    return warn(check.name, f"no result in time ({check.deadline:g} s)", means, "Run the doctor again when it is quiet.")
 
 
 def _broken(check: Check, error: Exception) -> Finding:

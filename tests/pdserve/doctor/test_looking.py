@@ -49,7 +49,7 @@ def test_a_hanging_and_a_broken_check_hide_nothing() -> None:
     found = runner.run(checks, Subject(), lambda doing, done: told.append((doing, done)))
     never.set()
     assert [f.check for f in found] == ["hangs", "breaks", "works", "works"]
-    assert "no result within 0.2 s" in found[0].found
+    assert "no result in time (0.2 s)" in found[0].found
     assert "ValueError: second" in found[1].found
     assert [f.status for f in found] == ["warn", "warn", "ok", "ok"]
     assert ("last", 3) in told
