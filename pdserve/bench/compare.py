@@ -96,6 +96,28 @@ def verdicts(result: Result, group: str | None = None) -> list[Verdict]:
     return found
 
 
+def disturbance(result: Result) -> list[str]:
+    """Of streams that ran alone and then beside long prompts: each arm's tail beside its own idle one, a sentence each."""
+    found = []
+    metric = next(m for m in METRICS if m.name == "ITL p99")
+    assert metric.statistic
+    for arm in result.arms:
+        idle, busy = (
+            [_sample(rows, metric, result.timeout) for rows in _repetitions(result, arm, f"decode, {when}")]
+            for when in ("idle", "busy")
+        )
+        ratio = stats.ratio(idle, busy, metric.statistic, result.seed) if idle and busy else None
+        if ratio is None:
+            continue
+        surely = (
+            "one turn"
+            if ratio.low is None or ratio.high is None
+            else f"95 % between {ratio.low:.3f} and {ratio.high:.3f}"
+        )
+        found.append(f"{arm or 'ITL p99'}: ITL p99 beside long prompts is {ratio.value:.3f} of idle ({surely}).")
+    return found
+
+
 def _ratio(metric: Metric, result: Result, a: str, b: str, group: str | None) -> Ratio | None:
     left, right = _repetitions(result, a, group), _repetitions(result, b, group)
     if metric.rate is not None:

@@ -29,6 +29,8 @@ def result(found: Result, as_json: bool = False) -> None:
         print(f"\n{focus}" if focus else "")
         for verdict in comparing.verdicts(found, focus):
             print(verdict.sentence)
+    for sentence in comparing.disturbance(found):
+        print(sentence)
     for run in found.runs:
         if run.carried_users is not None:
             carried = (

@@ -64,10 +64,10 @@ STEPS = (
          "--repetitions 2 --out {out} --name trace-ramp"),
     Step("pd-interference", 10, "bench pd-interference --streams 3 --stream-prompt-len 60 --stream-output-len 200 --prefill-len 2500 "
          "--num-prefills 3 --prefill-rate 0.2 --arms gpu-cache,pd --topology {two} --repetitions 3 --out {out}"),
-    Step("working-set", 10, "bench working-set --working-sets 5000,10000,20000,30000 --document-length 2500 --num-requests 6 "
-         "--output-len 8 --arms gpu-cache,cache --topology {one} --repetitions 2 --out {out}"),
-    Step("cache-rate", 9, "bench cache-rate --num-requests 5 --prompt-len 2500 --num-prefixes 6 --output-len 8 --arms gpu-cache,cache "
-         "--topology {one} --repetitions 2 --out {out}"),
+    Step("working-set", 15, "bench working-set --working-sets 5000,10000,20000,30000 --document-length 2500 --num-requests 6 "
+         "--output-len 8 --arms gpu-cache,cache --topology {one} --repetitions 3 --out {out}"),
+    Step("cache-rate", 13, "bench cache-rate --num-requests 5 --prompt-len 2500 --num-prefixes 6 --output-len 8 --arms gpu-cache,cache "
+         "--topology {one} --repetitions 3 --out {out}"),
     Step("regimes", 18, "bench regimes --topology {one} --arms gpu-cache,cache-always,cache --working-sets 5000,20000 --lengths 300,2500 "
          "--reuse 0,90 --users 1 --requests 5 --repetitions 3 --out {out}"),
     Step("size", 8, "launch {one} --detach", (

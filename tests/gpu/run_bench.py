@@ -1,8 +1,8 @@
 """The benchmark's arms on one GPU: run_bench.py --model DIR --out OUT [--only STEP ...] [--dry-run]
 
---model: a folder with config.json of the model to measure, loaded with dummy weights. Each step is one `pdserve bench` of under ten
-minutes; results, raw records and report.html lie in OUT. --dry-run starts nothing, also on a machine without a GPU: it makes every
-arm's processes and every plan, checks that they fit, and prints what would run.
+--model: a folder with config.json of the model to measure, loaded with dummy weights. Each step is one `pdserve bench` of ten
+minutes at most; results, raw records and report.html lie in OUT. --dry-run starts nothing, also on a machine without a GPU: it
+makes every arm's processes and every plan, checks that they fit, and prints what would run.
 """
 
 from __future__ import annotations
@@ -45,48 +45,28 @@ class Step:
     words: str
     arms: str
     memory: float = ROOMY
-    repetitions: int = 2
-    minutes: int = 9
+    repetitions: int = 3
+    minutes: int = 10
 
 
+LONG = "long-doc-qa --num-documents 8 --document-length 20000 --output-len 100"
+USERS = "multi-round-qa --num-users 20 --qps 2 --user-history-prompt 20000 --time 60 --slo-ttft 1"
+AGENTS = (
+    "trace-replay --trace-directory {traces} --max-context 30000 --time-scale 0.1 --max-delay 5 --max-output 200 "
+    "--duration 90 --start-users 2 --max-users 24 --slo-ttft 1 --assessment-period 10"
+)
+#: two arms a step, so that three turns of each (fewer give no verdict worth having) fit ten minutes
 STEPS = (
-    Step(
-        "long-doc-qa",
-        "long-doc-qa --num-documents 8 --document-length 20000 --output-len 100",
-        "gpu-cache,cache,offloading",
-        TIGHT,
-    ),
-    Step(
-        "long-doc-qa-lmcache",
-        "long-doc-qa --num-documents 8 --document-length 20000 --output-len 100",
-        "cache,lmcache",
-        TIGHT,
-    ),
-    Step("all-hit", "all-hit --num-requests 60 --output-len 64", "gpu-cache,cache,lmcache"),
-    Step(
-        "random", "random --num-prompts 40 --random-input-len 8000 --random-output-len 128", "gpu-cache,cache,lmcache"
-    ),
-    Step(
-        "multi-round-qa",
-        "multi-round-qa --num-users 20 --qps 2 --user-history-prompt 20000 --time 60 --slo-ttft 1",
-        "gpu-cache,cache,lmcache",
-        TIGHT,
-    ),
-    Step(
-        "trace-replay",
-        "trace-replay --trace-directory {traces} --max-context 30000 --time-scale 0.1 --max-delay 5 --max-output 200 "
-        "--duration 90 --start-users 2 --max-users 24 --slo-ttft 1 --assessment-period 10",
-        "gpu-cache,cache,lmcache",
-        TIGHT,
-        repetitions=1,
-    ),
-    Step(
-        "cache-rate",
-        "cache-rate --num-requests 12 --prompt-len 20000 --num-prefixes 8",
-        "gpu-cache,cache",
-        TIGHT,
-        repetitions=2,
-    ),
+    Step("long-doc-qa", LONG, "gpu-cache,cache", TIGHT),
+    Step("long-doc-qa-offloading", LONG, "offloading,cache", TIGHT),
+    Step("long-doc-qa-lmcache", LONG, "lmcache,cache", TIGHT),
+    Step("all-hit", "all-hit --num-requests 60 --output-len 64", "gpu-cache,cache"),
+    Step("random", "random --num-prompts 40 --random-input-len 8000 --random-output-len 128", "gpu-cache,cache"),
+    Step("multi-round-qa", USERS, "gpu-cache,cache", TIGHT),
+    Step("multi-round-qa-lmcache", USERS, "lmcache,cache", TIGHT),
+    Step("trace-replay", AGENTS, "gpu-cache,cache", TIGHT, repetitions=2),
+    Step("trace-replay-lmcache", AGENTS, "lmcache,cache", TIGHT, repetitions=2),
+    Step("cache-rate", "cache-rate --num-requests 12 --prompt-len 20000 --num-prefixes 8", "gpu-cache,cache", TIGHT),
 )
 REGIMES = (
     "regimes --working-sets 60000,400000 --lengths 2000,20000 --reuse 0,90 --users 1,8 --requests 8 --repetitions 2"

@@ -140,9 +140,11 @@ def _table(result: Result, rows: list[list[str]]) -> str:
 def _verdicts(result: Result) -> str:
     focus = compare.focus(result)
     found = compare.verdicts(result, focus)
-    if not found:
+    alone = compare.disturbance(result)
+    if not found and not alone:
         return ""
     items = "".join(f'<li class="{"" if v.ratio.differs else "same"}">{_e(v.sentence)}</li>' for v in found)
+    items += "".join(f"<li>{_e(sentence)}</li>" for sentence in alone)
     return f"<h3>Verdicts{_e(f': {focus}' if focus else '')}</h3><ul>{items}</ul>"
 
 

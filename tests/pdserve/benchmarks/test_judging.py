@@ -203,6 +203,24 @@ def test_failures_make_an_arm_slower_not_faster() -> None:
     assert verdict.sentence.startswith("TTFT mean: a is")
 
 
+def test_streams_beside_long_prompts_are_held_against_themselves_alone() -> None:
+    rng = random.Random(8)
+    found = result({"plain": [[1.0]] * 3, "pd": [[1.0]] * 3})
+    found.records = []
+    for arm, slow in (("plain", 40.0), ("pd", 1.0)):
+        for repetition in (1, 2, 3):
+            for when in ("idle", "busy"):
+                for n in range(6):
+                    gaps = [rng.uniform(5, 6) * (slow if when == "busy" and i % 20 == 0 else 1) for i in range(200)]
+                    more = {"group": f"decode, {when}", "session": f"{when}-{n}", "itl_ms": gaps}
+                    found.records.append(record(50.0, arm=arm, repetition=repetition, n=n, **more))
+    plain, pd = compare.disturbance(found)
+    assert "1." in pd
+    assert float(pd.split(" is ")[1].split(" of")[0]) == pytest.approx(1, abs=0.02)
+    assert float(plain.split(" is ")[1].split(" of")[0]) > 30
+    assert compare.disturbance(result({"a": [[1.0]]})) == []
+
+
 # ---- files ----
 
 
