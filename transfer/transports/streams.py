@@ -122,10 +122,10 @@ class Stream:
                     self._write([self._pipe.encrypt(buffer)])
             else:
                 self._write(buffers)
+            self._plane.sent(size)
         finally:
             del buffers
             self._session.outbox.gone(segments)
-        self._plane.sent(size)
 
     def _write(self, buffers: list[memoryview | bytes]) -> None:
         """All of it. A peer that does not read holds us up; whoever waits for the arena cuts the stream then (interrupt)."""
@@ -170,8 +170,8 @@ class Stream:
         finally:
             del view
             whole = filled == length
+            self._plane.received(length if whole else 0)
             ledger.leave(ticket, length if whole else 0, None if whole else problem)
-        self._plane.received(length if whole else 0)
         if whole:
             self._session.consumed(length)
         else:
