@@ -81,6 +81,7 @@ def totals_of_engine(stand: Stand, name: str) -> float:
 def test_a_killed_consumer_turns_red_and_back(open_page: Open, stand: Stand, record_property: Any) -> None:
     page = opened(open_page, stand)
     node = page.locator('[data-engine="decode-1"]')
+    until(lambda: stand.overview()["picture"]["engines"][2]["running"] is not None, "its metrics were read once")
     assert node.get_attribute("data-state") == "up"
     stand.kill("decode-1")
     began = time.monotonic()
