@@ -120,10 +120,12 @@ class Supervisor:
             problem = await self._once(entry)
             lived = time.monotonic() - begun
             if not entry.ready.is_set():
+                self._sweep(entry)
                 self._set(entry, "failed", problem)
                 raise StartError(self._explain(entry, f"could not start: {problem} after {lived:.0f} s"))
             deaths = 1 if lived > self.settings.steady_after else deaths + 1
             if deaths > len(self.settings.backoff):
+                self._sweep(entry)
                 self._set(entry, "failed", f"{problem}; {deaths - 1} restarts did not help")
                 self._is_anything_left(entry)
                 return
@@ -146,7 +148,8 @@ class Supervisor:
         self._set(entry, "waiting", "")
 
     async def _once(self, entry: _Entry) -> str:
-        """One life: start, ready, death. Returns what ended it; nothing of it is left afterwards."""
+        """One life: start, ready, death. Returns what ended it; no process of it is left afterwards. What it keeps for its
+        next life, such as the cache's memory and journal, stays."""
         try:
             entry.handle = handle = self.backend.start(entry.process)
         except StartError as error:
@@ -160,7 +163,6 @@ class Supervisor:
             problem = await self._until_death(entry, handle)
             self._set(entry, "restarting", f"{problem}; ending its children")
         await asyncio.to_thread(self.backend.kill, handle)
-        self._sweep(entry)
         return problem
 
     async def _until_ready(self, entry: _Entry, handle: Handle) -> str:

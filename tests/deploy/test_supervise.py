@@ -163,6 +163,23 @@ def test_a_crash_is_restarted_and_counted(make_plan: Make) -> None:
     asyncio.run(story())
 
 
+def test_what_a_process_left_is_there_for_its_next_life_and_gone_in_the_end(make_plan: Make) -> None:
+    """The cache's memory and journal: a killed daemon is to find its chunks again."""
+
+    async def story() -> None:
+        plan = make_plan(cache="ok", left="ok", proxy="ok")
+        (kept,) = plan.processes[0].leftovers
+        kept.write_text("chunks")
+        async with running(plan) as run:
+            await run.ready()
+            await asyncio.to_thread(die, run.deployment.of("cache").url)
+            await run.until(lambda d: d.of("cache").restarts == 1 and d.state == "ready")
+            assert kept.read_text() == "chunks"
+        assert not kept.exists()
+
+    asyncio.run(story())
+
+
 def test_restarts_are_bounded_and_the_rest_goes_on(make_plan: Make) -> None:
     async def story() -> None:
         async with running(make_plan(cache="ok", left="once", right="ok")) as run:
