@@ -96,7 +96,7 @@ class Host:
 
     def limit(self, rate: str) -> None:
         """What leaves this host is held to the rate, e.g. 100mbit."""
-        shape = ("rate", rate, "burst", "256kb", "latency", "200ms")
+        shape = ("rate", rate, "burst", "256kb", "latency", "50ms")  # a switch of today, not a deep buffer
         _do("tc", "-n", self.namespace, "qdisc", "replace", "dev", "eth0", "root", "tbf", *shape)
 
     def mend(self) -> None:
