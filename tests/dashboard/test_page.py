@@ -78,7 +78,7 @@ def totals_of_engine(stand: Stand, name: str) -> float:
     return sum(s.value for f in families for s in f.samples if s.name == wanted and s.labels["instance"] == name)
 
 
-def test_a_killed_consumer_turns_red_and_back(open_page: Open, stand: Stand, record_property: Any) -> None:
+def test_a_killed_consumer_turns_red_and_back(open_page: Open, stand: Stand) -> None:
     page = opened(open_page, stand)
     node = page.locator('[data-engine="decode-1"]')
     until(lambda: stand.overview()["picture"]["engines"][2]["running"] is not None, "its metrics were read once")
@@ -86,7 +86,7 @@ def test_a_killed_consumer_turns_red_and_back(open_page: Open, stand: Stand, rec
     stand.kill("decode-1")
     began = time.monotonic()
     page.wait_for_selector('[data-engine="decode-1"][data-state="down"].is-down', timeout=PATIENCE)
-    record_property("red_after_s", round(time.monotonic() - began, 2))
+    print(f"red after {time.monotonic() - began:.1f} s")  # shown by pytest -s; how long it takes depends on the machine
     assert "✕ down" in " ".join(node.inner_text().split())  # a mark and a word, not a colour alone
     assert "decode-1 down" in page.inner_text("#overall")
     assert page.get_attribute('[data-engine="decode-0"]', "data-state") == "up"
