@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from pdserve.deploy import state
+from pdserve.deploy import leftovers, state
 from pdserve.deploy.backends.local import end_session, kill_all, marked, session_members
 from pdserve.deploy.supervise import STOP_ORDER
 
@@ -55,7 +55,7 @@ def sweep(deployment: state.Deployment, grace: float = GRACE_SECONDS) -> list[st
         done.append(f"ended {len(strays)} more process(es) of this deployment")
     for path in (Path(p) for record in fresh.processes for p in record.leftovers):
         if path.exists():
-            path.unlink(missing_ok=True)
+            leftovers.remove(path)
             done.append(f"removed {path}")
     if done:
         _mark_stopped(fresh)

@@ -34,7 +34,8 @@ class Process:
     cwd: Path
     depends: tuple[str, ...] = ()  # ready before this one is started
     start_timeout: float = 900.0
-    leftovers: tuple[Path, ...] = ()  # files to remove once it is gone, in case it could not
+    leftovers: tuple[Path, ...] = ()  # files and folders to remove once it is gone, in case it could not
+    folders: tuple[Path, ...] = ()  # made before it starts
     host: str = ""  # where there are several
     awaits: tuple[Elsewhere, ...] = ()  # processes of other hosts, ready before this one is started
     hidden: frozenset[str] = frozenset()  # variables in `env` whose values are never shown
@@ -222,6 +223,8 @@ def _cache(label: str, name: str, cache: Cache, context: Context, peers: list[st
 
 def _engine(instance: Instance, context: Context, depends: tuple[str, ...]) -> Process:
     engine = command(instance.engine.kind)
+    sockets = engine.sockets_folder(instance, context)
+    folders = (sockets,) if sockets is not None else ()
     return Process(
         name=instance.name,
         role=instance.role,
@@ -233,6 +236,8 @@ def _engine(instance: Instance, context: Context, depends: tuple[str, ...]) -> P
         cwd=context.run_dir,
         depends=depends if instance.role != "plain" else (),
         start_timeout=instance.engine.start_timeout,
+        leftovers=folders,
+        folders=folders,
     )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import httpx
 
-from pdserve.deploy import logtail, remedies, state
+from pdserve.deploy import leftovers, logtail, remedies, state
 from pdserve.deploy.backends.base import Backend, Handle
 from pdserve.deploy.backends.local import created_at
 from pdserve.deploy.hosts import Elsewhere
@@ -260,7 +260,7 @@ class Supervisor:
             remove(entry.process)
             return
         for path in entry.process.leftovers:
-            path.unlink(missing_ok=True)
+            leftovers.remove(path)
 
     # --- telling --------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,8 @@ class LocalBackend:
         self._started: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, process: Process) -> Handle:
-        process.log.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (process.log.parent, *process.folders):
+            folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **process.env, MARKER: str(process.cwd)}
         with process.log.open("ab") as log:
             log.write(f"{LOG_HEAD}{time.strftime('%Y-%m-%d %H:%M:%S')} {process.shell()}\n".encode())

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pdserve.deploy import leftovers
 from pdserve.deploy.backends.base import Handle
 from pdserve.deploy.backends.local import LocalBackend
 from pdserve.deploy.plan import Process
@@ -68,7 +69,7 @@ class RayAgent:
 
     def remove(self, paths: list[str]) -> None:
         for path in paths:
-            Path(path).unlink(missing_ok=True)
+            leftovers.remove(Path(path))
 
 
 class RayBackend:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pdserve.engines.body import Body
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pdserve.launching import Context
     from pdserve.topology import Instance
 
@@ -93,6 +95,9 @@ class Command(Protocol):
 
     def environment(self, instance: Instance, context: Context) -> dict[str, str]:
         """The variables to add to the environment."""
+
+    def sockets_folder(self, instance: Instance, context: Context) -> Path | None:
+        """A folder that must be there before it starts and goes when it has ended; None: it needs none."""
 
     def ready_url(self, instance: Instance, context: Context) -> str:
         """Answers 200 once the engine can serve."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def test_cpu_engine() -> None:
         "PYTHONSAFEPATH": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        "VLLM_RPC_BASE_PATH": "/run/x/sockets/prefill-0",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "0",
@@ -120,3 +122,14 @@ def test_what_engines_do_with_a_hit_and_another_connector_reach_the_command_line
     assert json.loads(argv[argv.index("--kv-transfer-config") + 1]) == {"kv_connector": "Other", "kv_role": "kv_both"}
     with pytest.raises(ConfigError, match="another connector"):
         topology.parse(f"{base.replace('kind: vllm', 'kv_transfer_config: {kv_connector: Other}')}cache: {{size: 1GiB}}\n")
+
+
+def test_vllms_own_sockets_lie_in_the_run_directory_and_go_with_the_process() -> None:
+    top = topology.parse("name: a\nmodel: demo\nengine: {device: cpu}\nboth: [{port: 8300}]\n")
+    (engine, *_) = plan.make(top, cores=[0]).processes
+    folder = Path(engine.env["VLLM_RPC_BASE_PATH"])
+    assert engine.folders == engine.leftovers == (folder,)
+    assert folder.parent.parent == engine.cwd
+    # zmq would refuse a longer path: then it is vLLM's own default.
+    far = dataclasses.replace(context(), run_dir=Path("/tmp/" + "deep/" * 20))
+    assert "VLLM_RPC_BASE_PATH" not in engines.command("vllm").environment(instance(engine="device: cpu"), far)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pdserve.launching import Context
 from pdserve.topology import Instance
 
@@ -16,6 +18,10 @@ def argv(instance: Instance, context: Context) -> list[str]:
 
 def environment(instance: Instance, context: Context) -> dict[str, str]:
     return {"PYTHONSAFEPATH": "1"} | instance.engine.env
+
+
+def sockets_folder(instance: Instance, context: Context) -> Path | None:
+    return None
 
 
 def ready_url(instance: Instance, context: Context) -> str:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from pdserve.launching import Context
 from pdserve.topology import CPU_KV_GIB, KV_ROLES, Engine, Instance
+
+# A unix socket's path may have 107 characters; vLLM adds 37.
+MAX_SOCKET_FOLDER = 70
 
 
 def argv(instance: Instance, context: Context) -> list[str]:
@@ -32,6 +36,8 @@ def environment(instance: Instance, context: Context) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
+    if (sockets := sockets_folder(instance, context)) is not None:
+        variables["VLLM_RPC_BASE_PATH"] = str(sockets)
     if context.model.local:
         variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if instance.engine.device == "cpu":
@@ -44,6 +50,13 @@ def environment(instance: Instance, context: Context) -> dict[str, str]:
     if context.otlp_traces and instance.role != "plain":
         variables |= {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_SERVICE_NAME": instance.name}
     return variables | instance.engine.env
+
+
+def sockets_folder(instance: Instance, context: Context) -> Path | None:
+    """Where vLLM's processes meet. It leaves its sockets behind, by default in the temporary folder, one more with each start.
+    None where their paths would become longer than a socket's may be."""
+    folder = context.run_dir / "sockets" / instance.name
+    return folder if len(str(folder)) <= MAX_SOCKET_FOLDER else None
 
 
 def ready_url(instance: Instance, context: Context) -> str:
