@@ -165,6 +165,8 @@ def test_without_a_daemon_nothing_waits_and_what_is_too_much_is_lost(
     assert not stores.failed
     assert teller._lost >= 44
     assert teller._queue.qsize() <= 5
+    teller.close()
+    assert not teller._thread.is_alive()
 
 
 def test_facts_reach_the_daemon_and_its_http_side(cache_daemon: Any) -> None:

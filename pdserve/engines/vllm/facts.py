@@ -56,6 +56,7 @@ class Teller:
         self._path, self._name = path, f"{instance}/facts"
         self._queue: queue.Queue[Callable[[int], telling.Span | telling.Leg | telling.Ended] | None]
         self._queue = queue.Queue(MOST_WAITING)
+        self._closing = threading.Event()
         self._lost = 0
         self._seed = 0
         self._socket: socket.socket | None = None
@@ -73,27 +74,27 @@ class Teller:
             self._lost += 1
 
     def close(self) -> None:
-        with contextlib.suppress(queue.Full):
+        self._closing.set()
+        with contextlib.suppress(queue.Full):  # full, it needs no waking
             self._queue.put_nowait(None)
-        self._thread.join(timeout=SEND_S)
+        self._thread.join(timeout=2 * SEND_S)
 
     # ---- the thread ----
 
     def _run(self) -> None:
         any_core()
         while (make := self._queue.get()) is not None:
-            time.sleep(EVERY_S)  # what comes meanwhile goes along
-            batch, ended = [make], False
-            while len(batch) < _TOGETHER and not ended:
+            self._closing.wait(EVERY_S)  # what comes meanwhile goes along
+            batch = [make]
+            while len(batch) < _TOGETHER:
                 try:
                     following = self._queue.get_nowait()
                 except queue.Empty:
                     break
-                ended = following is None
                 if following is not None:
                     batch.append(following)
             self._send(batch)
-            if ended:
+            if self._closing.is_set() and self._queue.empty():
                 break
         self._disconnect()
 
