@@ -37,6 +37,7 @@ engine:
   max_num_seqs: 8
   kv_cache_space_gib: 1
   env: {VLLM_SERVER_DEV_MODE: "1"}
+  extra_args: ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 prefill: [{port: 8110, cpus: "0"}]
 decode: [{port: 8210, cpus: "1"}]
 plain: [{port: 8310, cpus: "0"}]
