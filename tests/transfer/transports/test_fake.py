@@ -54,7 +54,9 @@ def test_a_cut_in_the_middle_of_a_segment():
         async with paired(subject) as pair:
             subject.network.faults("a", "b").cut_after = 1
             await raised(conformance.PeerLost, pair.there.push(pieces(pair.a, [100_000] * 3), soon()))
-            await pair.b.service.until(lambda: bool(pair.b.service.closed_because))
+            # Each end hears of it in its own time, in either order.
+            for end in (pair.a, pair.b):
+                await end.service.until(lambda end=end: bool(end.service.closed_because))
             assert "cut" in pair.a.service.closed_because[0]
             pair.check()
 
