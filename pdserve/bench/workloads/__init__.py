@@ -59,6 +59,28 @@ def plan_of(name: str, words: list[str] | None = None, **overrides: object) -> P
     return make(name, args)
 
 
+def add_inflight(parser: argparse.ArgumentParser, default: int) -> None:
+    parser.add_argument(
+        "--max-inflight-requests",
+        metavar="N",
+        type=int,
+        default=default,
+        help="requests at a time (default %(default)s)",
+    )
+
+
+def add_conversation_pace(parser: argparse.ArgumentParser) -> None:
+    """How fast the users of a chat workload ask."""
+    parser.add_argument(
+        "--think",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="seconds between an answer and the next question (default %(default)s)",
+    )
+    add_inflight(parser, 4)
+
+
 def scaled(tokens: int | float, args: argparse.Namespace, least: int = 1) -> int:
     """A length in tokens under --scale."""
     return max(least, round(tokens * args.scale))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pdserve.bench.plan import Piece, Plan, Stage, single
-from pdserve.bench.workloads import scaled
+from pdserve.bench.workloads import add_inflight, scaled
 
 HELP = "a few prompts again and again: all in the GPU's own cache"
 
@@ -15,9 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-requests", type=int, default=60, help="how many requests (default %(default)s)")
     parser.add_argument("--prompt-len", type=int, default=20000, help="tokens of a prompt (default %(default)s)")
     parser.add_argument("--output-len", type=int, default=64, help="tokens of an answer (default %(default)s)")
-    parser.add_argument(
-        "--max-inflight-requests", metavar="N", type=int, default=4, help="requests at a time (default %(default)s)"
-    )
+    add_inflight(parser, 4)
 
 
 def make(args: argparse.Namespace) -> Plan:

@@ -9,7 +9,7 @@ import argparse
 import random
 
 from pdserve.bench.plan import Piece, Plan, Stage, single
-from pdserve.bench.workloads import scaled
+from pdserve.bench.workloads import add_inflight, scaled
 from pdserve.errors import ConfigError
 
 HELP = "0 to 100 percent of each prompt in the cache, at a fixed working set"
@@ -30,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="different beginnings: the working set is this times the prompt (default %(default)s)",
     )
     parser.add_argument("--output-len", type=int, default=16, help="tokens of an answer (default %(default)s)")
-    parser.add_argument(
-        "--max-inflight-requests", metavar="N", type=int, default=1, help="requests at a time (default %(default)s)"
-    )
+    add_inflight(parser, 1)
 
 
 def rates(text: str) -> list[int]:

@@ -6,7 +6,7 @@ import argparse
 import random
 
 from pdserve.bench.plan import Piece, Plan, Session, Stage, Step
-from pdserve.bench.workloads import scaled
+from pdserve.bench.workloads import add_conversation_pace, scaled
 
 HELP = "conversations about 15 documents of 20k tokens"
 
@@ -20,16 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-rounds", type=int, default=3, help="questions of a conversation (default %(default)s)")
     parser.add_argument("--question-len", type=int, default=50, help="tokens of a question (default %(default)s)")
     parser.add_argument("--output-len", type=int, default=100, help="tokens of an answer (default %(default)s)")
-    parser.add_argument(
-        "--think",
-        type=float,
-        default=0.0,
-        metavar="S",
-        help="seconds between an answer and the next question (default %(default)s)",
-    )
-    parser.add_argument(
-        "--max-inflight-requests", metavar="N", type=int, default=4, help="requests at a time (default %(default)s)"
-    )
+    add_conversation_pace(parser)
 
 
 def make(args: argparse.Namespace) -> Plan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from pdserve.bench.plan import Piece, Plan, Stage, single
-from pdserve.bench.workloads import scaled
+from pdserve.bench.workloads import add_inflight, scaled
 
 HELP = "320 short documents of 400 tokens behind one instruction"
 
@@ -20,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--instruction-len", type=int, default=60, help="tokens that all requests share (default %(default)s)"
     )
     parser.add_argument("--output-len", type=int, default=50, help="tokens of an answer (default %(default)s)")
-    parser.add_argument(
-        "--max-inflight-requests", metavar="N", type=int, default=8, help="requests at a time (default %(default)s)"
-    )
+    add_inflight(parser, 8)
 
 
 def make(args: argparse.Namespace) -> Plan:

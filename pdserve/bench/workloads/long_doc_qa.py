@@ -10,7 +10,7 @@ import argparse
 import random
 
 from pdserve.bench.plan import Piece, Plan, Session, Stage, single
-from pdserve.bench.workloads import scaled
+from pdserve.bench.workloads import add_inflight, scaled
 from pdserve.errors import ConfigError
 
 HELP = "questions about long documents, each repeated (LMCache's long_doc_qa.py)"
@@ -31,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="order of the repeats (default %(default)s)",
     )
     parser.add_argument("--shuffle-seed", type=int, default=0, help="of the random order (default %(default)s)")
-    parser.add_argument(
-        "--max-inflight-requests", metavar="N", type=int, default=2, help="requests at a time (default %(default)s)"
-    )
+    add_inflight(parser, 2)
     parser.add_argument(
         "--hit-miss-ratio", metavar="H:M", help="mix misses into the query round, e.g. 3:1 (default: hits only)"
     )

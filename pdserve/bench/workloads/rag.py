@@ -10,7 +10,7 @@ import argparse
 import random
 
 from pdserve.bench.plan import Piece, Plan, Stage, single
-from pdserve.bench.workloads import scaled
+from pdserve.bench.workloads import add_inflight, scaled
 
 HELP = "templates with overlapping retrieved chunks"
 
@@ -32,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--question-len", type=int, default=30, help="tokens of a question (default %(default)s)")
     parser.add_argument("--output-len", type=int, default=100, help="tokens of an answer (default %(default)s)")
-    parser.add_argument(
-        "--max-inflight-requests", metavar="N", type=int, default=4, help="requests at a time (default %(default)s)"
-    )
+    add_inflight(parser, 4)
 
 
 def make(args: argparse.Namespace) -> Plan:

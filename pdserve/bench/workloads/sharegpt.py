@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pdserve.bench.plan import Piece, Plan, Session, Stage, Step
-from pdserve.bench.workloads import scaled
+from pdserve.bench.workloads import add_conversation_pace, scaled
 from pdserve.errors import ConfigError
 
 HELP = "conversations of a local ShareGPT file"
@@ -30,16 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-turn-characters", type=int, default=8000, help="longer turns are cut (default %(default)s)"
     )
     parser.add_argument("--output-len", type=int, help="tokens an answer (default: as long as the recorded one)")
-    parser.add_argument(
-        "--think",
-        type=float,
-        default=0.0,
-        metavar="S",
-        help="seconds between an answer and the next question (default %(default)s)",
-    )
-    parser.add_argument(
-        "--max-inflight-requests", metavar="N", type=int, default=4, help="requests at a time (default %(default)s)"
-    )
+    add_conversation_pace(parser)
 
 
 def make(args: argparse.Namespace) -> Plan:

@@ -9,7 +9,7 @@ import argparse
 import random
 
 from pdserve.bench.plan import Piece, Plan, Stage, single
-from pdserve.bench.workloads import scaled
+from pdserve.bench.workloads import add_inflight, scaled
 from pdserve.errors import ConfigError
 
 HELP = "one load over ever more documents: the crossover between the tiers"
@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--document-length", type=int, default=4000, help="tokens of a document (default %(default)s)")
     parser.add_argument("--num-requests", type=int, default=20, help="measured, per working set (default %(default)s)")
     parser.add_argument("--output-len", type=int, default=16, help="tokens of an answer (default %(default)s)")
-    parser.add_argument(
-        "--max-inflight-requests", metavar="N", type=int, default=1, help="requests at a time (default %(default)s)"
-    )
+    add_inflight(parser, 1)
 
 
 def make(args: argparse.Namespace) -> Plan:
