@@ -272,6 +272,7 @@ def _proxy(
         ("--api-keys", proxy.api_keys),
     ):
         words += [flag, f"{value:g}" if isinstance(value, float) else str(value)] if value is not None else []
+    words += ["--pd-adaptive"] if proxy.pd_adaptive else []
     words += ["--early-decode"] if proxy.early_decode else []
     if proxy.prefill_timeout is not None:
         words += ["--prefill-timeout", f"{proxy.prefill_timeout:g}"]

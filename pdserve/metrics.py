@@ -151,8 +151,8 @@ PROXY = {
     "split_decisions_total": Metric(
         Counter,
         "Completions by what was decided at first: pd, or why a consumer alone was asked (no-producer, "
-        "short-prompt, mostly-cached, producers-busy, several-prompts, prompt-logprobs, prompt-embeds, "
-        "beam-search, no-tokens)",
+        "short-prompt, mostly-cached, producers-busy, quicker-local, measuring, several-prompts, prompt-logprobs, "
+        "prompt-embeds, beam-search, no-tokens)",
         ("decision",),
         unit="requests",
         act="Much that is not `pd`: the label says why. no-producer: bring producers back; producers-busy: add some.",
@@ -472,11 +472,12 @@ PEERS = {
         act="Its rate near the link's: prefill/decode across hosts is bound by the network.",
     ),
     "peer_speed_bytes": Metric(
-        Gauge, "Bytes per second that the peer is expected to send, from what it sent lately", ("peer",), unit="bytes/s",
+        Gauge, "Bytes per second that the peer is expected to send from there (dram, disk), from what it sent lately",
+        ("peer", "tier"), unit="bytes/s",
         act="Low: fetching from that peer stops being worth it (peer_pull_decisions_total, too_slow).",
     ),
     "peer_directory_keys": Metric(
-        Gauge, "Chunks that the peer is known to hold", ("peer",), unit="chunks",
+        Gauge, "Chunks that the peer is known to hold in that tier (dram, disk)", ("peer", "tier"), unit="chunks",
         act="0 while the peer is up and busy: its events do not arrive.",
     ),
     "peer_resyncs_total": Metric(

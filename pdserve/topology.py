@@ -120,6 +120,7 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     decode_policy: Policy | None = None
     workers: Positive = 1  # processes that share the port
     pd_min_tokens: Annotated[int, Meta(ge=0)] = 0  # prompts with fewer uncached tokens are not split; 0: all are
+    pd_adaptive: bool = False  # consumers prefill what they were measured to answer sooner
     early_decode: bool = False  # send the decode leg while the prefill still runs
     slo_ttft: Seconds | None = None  # target for the first token; None: nobody waits or is refused for it
     slo_itl: Seconds | None = None  # target for the time between tokens

@@ -180,6 +180,11 @@ KEYS: dict[str, Key] = {
         "Prompts with fewer uncached tokens are prefilled by the consumer itself; 0: all are split. See [tuning](tuning.md).",
         "512",
     ),
+    "proxy.pd_adaptive": Key(
+        "Measures first tokens with and without a producer, and lets the consumer prefill by itself where that is sooner and "
+        "disturbs no running answer. See [proxy](proxy.md).",
+        "true",
+    ),
     "proxy.early_decode": Key(
         "Sends the decode leg while the prefill still runs: the consumer loads chunks as they come. Hides most of the handover; "
         "keeps room in the consumer's KV cache meanwhile.",

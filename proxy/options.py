@@ -27,6 +27,7 @@ class Settings:
     decode_policy: str = "round_robin"
     pd_min_tokens: int = 0
     pd_max_queue: int = 0
+    pd_adaptive: bool = False
     deadlines: Deadlines = field(default_factory=Deadlines)
     max_body: int = 64 * 1024 * 1024
     max_head: int = 64 * 1024
@@ -83,6 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pd-min-tokens", type=int, default=0, metavar="N", help=text)
     text = "consumers prefill themselves while every producer has N requests (default %(default)s: never)"
     parser.add_argument("--pd-max-queue", type=int, default=0, metavar="N", help=text)
+    text = "measure first tokens with and without a producer, and let the consumer prefill where that is sooner"
+    parser.add_argument("--pd-adaptive", action="store_true", help=text)
     text = "send the decode leg while the prefill still runs: it waits on its consumer for the chunks, as they come"
     parser.add_argument("--early-decode", action="store_true", help=text)
     text = "processes that share the port; SIGHUP replaces them without dropping a stream (default %(default)s)"
@@ -137,6 +140,7 @@ def settings(args: argparse.Namespace) -> Settings:
         decode_policy=args.decode_policy or args.policy,
         pd_min_tokens=args.pd_min_tokens,
         pd_max_queue=args.pd_max_queue,
+        pd_adaptive=args.pd_adaptive,
         early_decode=args.early_decode,
         deadlines=Deadlines(**seconds),
         max_head=args.max_head_kib * 1024,

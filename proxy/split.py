@@ -62,6 +62,8 @@ class Exchange:
     key: Key = field(default_factory=lambda: Key(ANYBODY))
     leave: Pass | None = None  # its place at the gate, until its first token
     facts: Facts = field(default_factory=lambda: Facts(""))
+    decided: float = 0.0  # when it was decided whether a producer takes part
+    uncached: tuple[float, float] = (0.0, 0.0)  # tokens to compute, then: with a producer, and without
     marked: bytes = b""  # the client's body, if there are cache_control markers in it
     # For its record (history.py).
     trail: Trail = field(default_factory=Trail)
@@ -153,7 +155,11 @@ class Splitter:
             return "no-producer"
         if why := self._dialect.why_local(exchange.endpoint, ask.body):
             return why
-        return self._routing.worth.why_not(exchange.facts, producers, self._fleet.consumers())
+        worth, consumers = self._routing.worth, self._fleet.consumers()
+        if worth.adaptive:
+            exchange.decided = time.perf_counter()
+            exchange.uncached = worth.uncached(exchange.facts, producers), worth.uncached(exchange.facts, consumers)
+        return worth.why_not(exchange.facts, producers, consumers)
 
     # The prefill leg.
 
@@ -293,6 +299,7 @@ class Splitter:
             first = await relay.first_events(answer, cutter, until)
             if not client.started:
                 client.start(answer.status, openai.headers_out(answer.headers))
+                self._measure(exchange)
             instance.went_well()
             await relay.stream(answer, first, cutter, client, takeover, self._deadlines.event)
             self._routing.learn(exchange.facts, instance, None, None)
@@ -320,6 +327,13 @@ class Splitter:
                 body = self._dialect.tell_cached(body, takeover.cached)
         await exchange.client.whole(answer.status, headers, body)
         exchange.client.lifetime.on(Event.END)
+
+    def _measure(self, exchange: Exchange) -> None:
+        """The first token of a decision that nothing has thwarted."""
+        if exchange.decided and not exchange.trail.recoveries:
+            local = exchange.route == "local"
+            took = time.perf_counter() - exchange.decided
+            self._routing.worth.took(local, exchange.uncached[local], took)
 
     def _open(
         self, instance: Instance, exchange: Exchange, body: bytes, until: float, path: bytes | None = None

@@ -2,7 +2,7 @@
 
 Handing a prompt over costs a second request and a load of its KV; a short one, or one whose beginning the consumer's
 own host has in its cache, is computed sooner than handed over. And when every producer has a line before its door, a
-consumer that has none is the quicker way.
+consumer that has none is the quicker way. Where the line lies is set by hand, or measured (quicker.py).
 """
 
 from __future__ import annotations
@@ -12,33 +12,51 @@ from collections.abc import Sequence
 from pdserve.proxy.facts import BLOCK
 from pdserve.proxy.policies import chunk_location
 from pdserve.proxy.policies.base import Candidate, Facts
+from pdserve.proxy.quicker import Quicker
 
 
 class Worth:
     """`min_tokens`: fewer uncached tokens are prefilled by the consumer. `max_queue`: requests on each producer from
-    which on consumers prefill themselves. 0 means never, for both."""
+    which on consumers prefill themselves. 0 means never, for both. `adaptive`: as measured first tokens advise."""
 
-    def __init__(self, min_tokens: int = 0, max_queue: int = 0) -> None:
+    def __init__(self, min_tokens: int = 0, max_queue: int = 0, adaptive: bool = False) -> None:
         self._min_tokens, self._max_queue = min_tokens, max_queue
+        self._quicker = Quicker() if adaptive else None
         self._where = chunk_location.Policy()
         self.bytes_per_token = 4.0
 
     @property
+    def adaptive(self) -> bool:
+        return self._quicker is not None
+
+    @property
     def wants_blocks(self) -> bool:
-        return self._min_tokens > 0
+        return self._min_tokens > 0 or self._quicker is not None
 
     def why_not(self, facts: Facts, producers: Sequence[Candidate], consumers: Sequence[Candidate]) -> str:
         """The reason for leaving the producers out, as one word; "" if they are to be used."""
         if self._min_tokens:
             if facts.prompt_bytes / self.bytes_per_token < self._min_tokens:
                 return "short-prompt"
-            matched = min((max(self._where.matched(facts, c)) for c in consumers), default=0)
-            if (facts.prompt_bytes - matched * BLOCK) / self.bytes_per_token < self._min_tokens:
+            if self.uncached(facts, consumers) < self._min_tokens:
                 return "mostly-cached"
         full = self._max_queue and all(p.load >= self._max_queue for p in producers)
         if full and min(c.load for c in consumers) < self._max_queue:
             return "producers-busy"
+        if self._quicker is not None:
+            sizes = self.uncached(facts, producers), self.uncached(facts, consumers)
+            return self._quicker.why_not(*sizes, producers, consumers)
         return ""
+
+    def uncached(self, facts: Facts, candidates: Sequence[Candidate]) -> float:
+        """Tokens of the prompt that whichever of them gets it has to compute, as far as is known."""
+        matched = min((max(self._where.matched(facts, c)) for c in candidates), default=0)
+        return max(0.0, facts.prompt_bytes - matched * BLOCK) / self.bytes_per_token
+
+    def took(self, local: bool, uncached: float, seconds: float) -> None:
+        """A request's first token came that long after its decision; `uncached` as it was then."""
+        if self._quicker is not None:
+            self._quicker.add(local, uncached, seconds)
 
     def learn(self, facts: Facts, candidate: Candidate, cached: int | None, tokens: int | None = None) -> None:
         """A reply came: the prompt is there now."""
