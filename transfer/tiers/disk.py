@@ -60,6 +60,7 @@ class DiskTier:
         self._fault = fault
         #: told, on the thread that writes, of the keys that were thrown away to keep under the cap
         self.on_evicted: Callable[[set[bytes]], object] | None = None
+        self._told: Callable[[list[bytes], bool], object] = lambda keys, here: None  # see watch(); self._lock is held
         self._log = log.get("disk")
         self._lock = threading.Lock()  # the index; never held across I/O
         self._writing = threading.Lock()  # whoever appends, evicts or rewrites files
@@ -75,12 +76,15 @@ class DiskTier:
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock_file = self._take_lock()
-            self._index, found = disk_index.load(path, self._log)
+            self._index, found, older = disk_index.load(path, self._log)
         except OSError as e:
             raise TierError(f"the disk tier cannot use {path}: {e}") from e
         for segment in found:
             self._segments[segment.number] = segment
             self._use(segment)
+        for entry in older:  # else a chunk that is deleted would come back from its older copy
+            with contextlib.suppress(OSError, TierError):
+                self._mark_dead(entry)
         self._saver = disk_index.Saver(self.save_index)
 
     # ---- the contract ----
@@ -201,10 +205,17 @@ class DiskTier:
         with self._lock:
             return [e.place.record for e in self._index.values()]
 
+    def watch(self, told: Callable[[list[bytes], bool], object]) -> list[bytes]:
+        """The keys that are here. From now on told(keys, whether they are here) says what changes, on any thread, in order."""
+        with self._lock:
+            self._told = told
+            return list(self._index)
+
     def clear(self) -> int:
         with self._writing, self._lock:
             (self.path / disk_index.FILE).unlink(missing_ok=True)
             count = len(self._index)
+            self._told(list(self._index), False)
             self._index.clear()
             self._current = None
             for segment in self._segments.values():
@@ -322,6 +333,7 @@ class DiskTier:
             for key in gone:
                 del self._index[key]
                 self._counts["evicted_chunks"] += 1
+            self._told(list(gone), False)
             victim.keys = set()  # an index that is being written may still look
             victim.listed = None
             del self._segments[victim.number]
@@ -343,6 +355,7 @@ class DiskTier:
         self._append(record, shards, deadline, entry)
         self._counts["moved_chunks"] += 1
         self._fault("disk.compact.moved")
+        self._mark_dead(entry)  # the file goes in a moment, unless we are killed before
 
     # ---- small things ----
 
@@ -358,6 +371,7 @@ class DiskTier:
             entry = self._index.pop(key, None)
             if entry is not None:
                 disk_index.forget(entry)
+                self._told([key], False)
             return entry
 
     def _mark_dead(self, entry: Entry) -> None:
@@ -398,6 +412,7 @@ class DiskTier:
 
     def _found(self, segment: Segment, place: Place) -> None:
         disk_index.note(self._index, segment, place)
+        self._told([place.record.key], True)
 
 
 def _in_time(deadline: float) -> None:

@@ -72,8 +72,8 @@ Index = dict[bytes, Entry]
 _places = msgspec.msgpack.Decoder(list[Place])
 
 
-def note(index: Index, segment: Segment, place: Place) -> None:
-    """The newest copy of a key is the one that counts."""
+def note(index: Index, segment: Segment, place: Place) -> Entry | None:
+    """The newest copy of a key is the one that counts; returns the one that it takes the place of."""
     key = place.record.key
     old = index.get(key)
     if old is not None:
@@ -81,6 +81,7 @@ def note(index: Index, segment: Segment, place: Place) -> None:
     index[key] = Entry(segment, place)
     segment.keys.add(key)
     segment.listed = None
+    return old
 
 
 def forget(entry: Entry) -> None:
@@ -152,12 +153,14 @@ def _read(path: Path) -> list[_Listed]:
     return content.segments if content.format == segments.DISK_FORMAT else []
 
 
-def load(folder: Path, log: logging.Logger) -> tuple[Index, list[Segment]]:
-    """Every chunk in the folder, and the segments, least used first. Headers are read only where the file says nothing."""
+def load(folder: Path, log: logging.Logger) -> tuple[Index, list[Segment], list[Entry]]:
+    """Every chunk in the folder, the segments, least used first, and older copies of the same chunks, of a daemon that was
+    killed while it moved them. Headers are read only where the file says nothing."""
     files = sorted(folder.glob("[0-9]*.seg"))
     known = {s.name: s for s in _read(folder / FILE)}
     index: Index = {}
     found: list[Segment] = []
+    older: list[Entry] = []
     told = time.monotonic()
     for done, file in enumerate(files):
         if time.monotonic() - told > 1:
@@ -165,14 +168,14 @@ def load(folder: Path, log: logging.Logger) -> tuple[Index, list[Segment]]:
             log.info("reading segments: %d of %d", done, len(files))
         segment = _open(file, log)
         if segment is not None:
-            _read_segment(index, segment, known.get(segment.name), log)
+            older += _read_segment(index, segment, known.get(segment.name), log)
             found.append(segment)
     # Segments that the file does not know are newer than those that it does.
     clocks = {name.number: s.used for name, s in known.items()}
     found.sort(key=lambda s: (s.number not in clocks, clocks.get(s.number, s.number)))
     if files:
         log.info("%d chunks in %d segments of %s", len(index), len(found), folder)
-    return index, found
+    return index, found, older
 
 
 def _known_places(known: _Listed) -> list[Place]:
@@ -209,22 +212,24 @@ def _open(file: Path, log: logging.Logger) -> Segment | None:
     return Segment(name, file, fd, direct)
 
 
-def _read_segment(index: Index, segment: Segment, known: _Listed | None, log: logging.Logger) -> None:
-    size = os.fstat(segment.fd).st_size
+def _read_segment(index: Index, segment: Segment, known: _Listed | None, log: logging.Logger) -> list[Entry]:
+    """Returns the older copies of what stands there."""
+    size, replaced = os.fstat(segment.fd).st_size, []
     if known is not None and known.end <= size:
         for place in _known_places(known):
             if place.end <= known.end:
-                note(index, segment, place)
+                replaced.append(note(index, segment, place))
         segment.end = known.end
     for item in _scan(segment, size, log):
         if isinstance(item, int):
             segment.end = item
         elif item.live:
-            note(index, segment, item.place)
+            replaced.append(note(index, segment, item.place))
     if size > segment.end:
         log.info("segment %s: a torn tail of %d bytes is cut off", segment.path.name, size - segment.end)
         with contextlib.suppress(OSError):
             os.ftruncate(segment.fd, segment.end)
+    return [entry for entry in replaced if entry is not None]
 
 
 def _scan(segment: Segment, size: int, log: logging.Logger) -> Iterator[segments.Scanned | int]:

@@ -222,6 +222,42 @@ def test_deleted_chunks_stay_deleted_after_a_crash(tmp_path):
     again.close()
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("point", ["disk.put.written", "disk.compact.moved", "disk.compact.unlink"])
+@pytest.mark.parametrize("index", ["kept", "removed"])
+def test_what_is_deleted_after_a_kill_in_mid_move_does_not_come_back(tmp_path, point, index):
+    """A chunk that is carried over stands in two segments for a moment: deleting it must reach both."""
+    moving = False
+
+    def fault(label):
+        nonlocal moving
+        moving = moving or label == "disk.compact.read"
+        if moving and label == point:
+            raise Killed
+
+    def gone_like_killed(tier):
+        os.close(tier._lock_file)
+
+    tier = open_tier(tmp_path, 8 * SEGMENT, fault=fault)
+    fill(tier, [0])
+    assert whole(tier, 0)
+    with pytest.raises(Killed):
+        fill(tier, range(1, 1000))
+    gone_like_killed(tier)
+    again = open_tier(tmp_path, 8 * SEGMENT)
+    assert whole(again, 0)
+    assert again.delete([chunk(0)[0].key]) == 1
+    gone_like_killed(again)
+    if index == "removed":
+        (tmp_path / disk_index.FILE).unlink(missing_ok=True)
+    last = open_tier(tmp_path, 8 * SEGMENT)
+    assert not whole(last, 0)
+    last.close()
+
+
 def test_segments_of_another_version_are_never_read_and_make_room(tmp_path, monkeypatch):
     tier = open_tier(tmp_path)
     fill(tier, range(6))
