@@ -19,7 +19,10 @@ from pdserve.proxy import app as proxy_app
 from pdserve.proxy.lifetime import Deadlines
 from pdserve.proxy.options import Settings
 
-QUICK = Deadlines(receive=2, connect=1, prefill=5, answer=5, event=5, send=2, resume=5, probe=1, drain=5, shutdown=1)
+#: Bounds that only a failing test meets. One that waits for a deadline to pass sets that one: see `quick`.
+QUICK = Deadlines(
+    receive=30, connect=20, prefill=60, answer=60, event=60, send=30, resume=60, probe=20, drain=20, shutdown=20
+)
 
 
 @pytest.fixture
@@ -36,6 +39,24 @@ def rig() -> Callable[..., contextlib.AbstractAsyncContextManager[Rig]]:
 @pytest.fixture
 def until() -> Callable[..., Any]:
     return _until
+
+
+@pytest.fixture
+def hold() -> Callable[[FakeEngine], asyncio.Event]:
+    """hold(engine): from now on its requests wait for the event that this returns."""
+
+    def made(engine: FakeEngine) -> asyncio.Event:
+        go, answer = asyncio.Event(), engine.answer
+
+        async def held(seen: Any, out: Any) -> None:
+            if seen.method != "GET":
+                await go.wait()
+            await answer(seen, out)
+
+        engine.answer = held  # type: ignore[method-assign]
+        return go
+
+    return made
 
 
 @pytest.fixture
@@ -134,7 +155,7 @@ class Rig:
         return found
 
 
-async def _until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def _until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     """Waits for a condition; its bound is generous because it is only ever reached when the test fails."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - what is waited for has no event to set
@@ -165,7 +186,7 @@ async def _rig(
         app = proxy_app.build(made_settings)
         async with (
             serving(app, made_settings) as (url, server),
-            httpx.AsyncClient(timeout=20, verify=False) as client,
+            httpx.AsyncClient(timeout=60, verify=False) as client,
         ):
             made = Rig(url, app, ps, ds + bs, client, server, set(asyncio.all_tasks()))
             yield made

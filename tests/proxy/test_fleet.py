@@ -41,7 +41,7 @@ async def test_health_follows_the_consumers(rig: Any, until: Any) -> None:
 
 
 async def test_one_late_probe_takes_nothing_down(rig: Any, until: Any) -> None:
-    async with rig(producers=0) as r:
+    async with rig(producers=0, probe_every=600) as r:  # none but those that are made here
         instance = r.fleet.instances[0]
         r.d.healthy = False
         await r.fleet.probe(instance)
@@ -79,18 +79,22 @@ async def test_in_flight_is_counted_and_least_load_uses_it(rig: Any, until: Any)
         await until(lambda: r.fleet.instances[0].in_flight == 0)
 
 
-async def test_an_engine_that_comes_back_is_on_trial_first(rig: Any, until: Any) -> None:
-    async with rig(producers=0, consumers=2, engine={"gap": 0.01}) as r:
+async def test_an_engine_that_comes_back_is_on_trial_first(rig: Any, until: Any, hold: Any) -> None:
+    async with rig(producers=0, consumers=2) as r:
         port = r.d.port
         await r.d.stop()
         await until(lambda: r.fleet.instances[0].state == "down")
         r.d.port = port
         await r.d.start()
         await until(lambda: r.fleet.instances[0].state == "trial")
-        replies = await asyncio.gather(*(r.complete(max_tokens=20) for _ in range(12)))
-        names = [reply.headers["x-pdserve-decode"] for reply in replies]
+        go = hold(r.d)  # the request on trial lasts until all others are through
+        asked = [asyncio.create_task(r.complete()) for _ in range(12)]
+        await until(lambda: sum(task.done() for task in asked) == 11)
+        assert {task.result().headers["x-pdserve-decode"] for task in asked if task.done()} == {"decode-1"}
+        go.set()
+        names = [(await task).headers["x-pdserve-decode"] for task in asked]
         assert names.count("decode-0") == 1
-        assert r.fleet.instances[0].state == "up"
+        await until(lambda: r.fleet.instances[0].state == "up")
 
 
 async def test_an_engine_that_fails_and_fails_has_to_rest(rig: Any) -> None:

@@ -18,7 +18,7 @@ async def connect(r: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
 
 async def told(reader: asyncio.StreamReader) -> tuple[int, Any]:
     """The status and the JSON of an answer that ends with its connection."""
-    raw = await asyncio.wait_for(reader.read(), 10)
+    raw = await asyncio.wait_for(reader.read(), 60)
     head, _, body = raw.partition(b"\r\n\r\n")
     return int(head.split()[1]), json.loads(body)
 
@@ -47,6 +47,9 @@ async def test_a_drop_at_a_time_does_not_help(rig: Any, quick: Any) -> None:
         reader, writer = await connect(r)
         answer = asyncio.create_task(told(reader))
         for byte in b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" * 3:
+            # A byte to one that has answered and closed would reset the connection, and the answer with it.
+            for _ in range(9):
+                await asyncio.sleep(0)
             if answer.done():
                 break
             writer.write(bytes([byte]))
@@ -56,12 +59,12 @@ async def test_a_drop_at_a_time_does_not_help(rig: Any, quick: Any) -> None:
 
 
 async def test_a_body_that_takes_its_time_is_not_a_head(rig: Any, quick: Any) -> None:
-    async with rig(deadlines=quick(head=0.2, receive=5), max_head=1000) as r:
+    async with rig(deadlines=quick(head=0.5), max_head=1000) as r:
         raw = json.dumps({"prompt": "a " * 1000, "max_tokens": 2}).encode()
         reader, writer = await connect(r)
         for _ in range(2):  # and the same on a connection that is used again
             writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(raw))
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.7)
             writer.write(raw)
             head = await reader.readuntil(b"\r\n\r\n")
             assert head.split()[1] == b"200"
@@ -87,7 +90,7 @@ async def test_a_hundred_megabytes_are_refused_before_they_are_held(rig: Any) ->
             writer.write(b"x" * 65536)
             sent += 65536
             try:
-                await asyncio.wait_for(writer.drain(), 0.5)
+                await asyncio.wait_for(writer.drain(), 5)
             except (TimeoutError, ConnectionError):
                 break
         assert (await reader.readline()).split()[1] == b"413"

@@ -60,18 +60,18 @@ def test_so_many_a_minute() -> None:
     assert passed == 6 + 29  # what may come at once, and one a second
 
 
-async def _streams(rig: Any, tmp_path: Path, until: Any) -> None:
+async def _streams(rig: Any, tmp_path: Path, until: Any, hold: Any) -> None:
     file = tmp_path / "keys"
     file.write_text(f"alice {HASH['k-alice']} streams=1\n")
-    async with rig(api_keys=str(file), engine={"gap": 0.01}) as r:
+    async with rig(api_keys=str(file)) as r:
         assert (await r.complete()).status == 401
-        first = asyncio.create_task(
-            r.post("/v1/completions", {"prompt": "a", "max_tokens": 40}, X_Pdserve_Key="k-alice")
-        )
-        await until(lambda: bool(r.p.seen))
+        go = hold(r.d)
+        first = asyncio.create_task(r.post("/v1/completions", {"prompt": "a"}, X_Pdserve_Key="k-alice"))
+        await until(lambda: bool(r.d.seen))
         second = await r.post("/v1/completions", {"prompt": "a"}, Authorization="Bearer k-alice")
         assert (second.status, second.headers["retry-after"]) == (429, "1")
         assert second.json()["error"]["code"] == "too_many_streams"
+        go.set()
         assert (await first).status == 200
         third = await r.post("/v1/completions", {"prompt": "a"}, Authorization="Bearer k-alice", X_Other="1")
         assert third.status == 200
@@ -81,8 +81,8 @@ async def _streams(rig: Any, tmp_path: Path, until: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_streams_at_once_and_keys_that_stay_here(rig: Any, tmp_path: Path, until: Any) -> None:
-    await _streams(rig, tmp_path, until)
+async def test_streams_at_once_and_keys_that_stay_here(rig: Any, tmp_path: Path, until: Any, hold: Any) -> None:
+    await _streams(rig, tmp_path, until, hold)
 
 
 def test_keys_of_the_environment_and_the_file_add_up(tmp_path: Path) -> None:

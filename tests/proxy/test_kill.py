@@ -29,7 +29,7 @@ async def engine() -> AsyncIterator[tuple[subprocess.Popen[bytes], str]]:
     words = [sys.executable, "-m", "pdserve.engines.fake.server", "--port", str(port), "--gap", "0.02"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)  # noqa: ASYNC220
     try:
-        async with httpx.AsyncClient() as client, asyncio.timeout(30):
+        async with httpx.AsyncClient() as client, asyncio.timeout(90):
             while True:
                 with contextlib.suppress(httpx.HTTPError):
                     await client.get(f"http://127.0.0.1:{port}/health")
@@ -75,13 +75,13 @@ async def test_a_consumer_is_killed_in_mid_stream(rig: Any) -> None:
     async with FakeEngine() as producer, engine() as (first, one), engine() as (second, two):
         instances = (("p", "prefill", producer.url), ("d-0", "decode", one), ("d-1", "decode", two))
         async with rig(producers=0, consumers=0, instances=instances, decode_policy="session") as r:
-            shared = {"model": "fake", "max_tokens": 60, "stream": True, "temperature": 0}
+            shared = {"model": "fake", "max_tokens": 120, "stream": True, "temperature": 0}
             usage = {"stream_options": {"include_usage": True}}
             asked: list[tuple[str, dict[str, Any]]] = [
                 ("/v1/completions", {**shared, "prompt": "one two three", **usage}),
                 ("/v1/chat/completions", {**shared, "messages": [{"role": "user", "content": "a"}], **TOOLS}),
             ]
-            quiet = [told((await read(r.url, path, body))[1]) for path, body in asked]
+            quiet = [told(events) for _, events in await asyncio.gather(*(read(r.url, *a) for a in asked))]
             began = [asyncio.Event() for _ in asked]
             tasks = [asyncio.create_task(read(r.url, *a, e)) for a, e in zip(asked, began, strict=True)]
             async with asyncio.timeout(30):

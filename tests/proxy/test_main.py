@@ -45,7 +45,7 @@ async def test_the_process_starts_serves_and_stops_in_order(number: signal.Signa
             sys.executable, "-c", START, *words, stderr=asyncio.subprocess.PIPE
         )
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 while not await answers(url + "/health"):
                     assert process.returncode is None
                     await asyncio.sleep(0.05)
@@ -55,7 +55,7 @@ async def test_the_process_starts_serves_and_stops_in_order(number: signal.Signa
                 await until(lambda: len(engine.seen) == 1)
                 process.send_signal(number)
                 assert (await running).text.endswith("data: [DONE]\n\n")
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 _, said = await process.communicate()
             assert (process.returncode, b"Traceback" in said) == (0, False), said.decode()
         finally:
@@ -69,7 +69,7 @@ async def test_a_stop_does_not_wait_for_ever_for_a_stream(rig: Any, quick: Any, 
         r.d.always = Fault("mute", after=1)
         reader, writer = await r.open("/v1/completions", {"prompt": "a", "stream": True})
         await reader.readuntil(b"data: ")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await r.server.shutdown()
             told = (await reader.readuntil(b"data: [DONE]")).decode()
         writer.close()

@@ -18,7 +18,7 @@ from pdserve.proxy import endpoint
 from pdserve.proxy.keys import hashed
 from pdserve.proxy.lifetime import Event, Lifetime
 
-BOUND = 20.0  # what all deadlines of a request together may take here, and more
+BOUND = 60.0  # what all deadlines of a request together may take here, and more
 
 FAULT = st.one_of(
     st.none(),

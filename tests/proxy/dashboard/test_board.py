@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from pdserve.proxy.dashboard import board
-from pdserve.proxy.dashboard.board import LENGTH, Board, Folder, Memory
+from pdserve.proxy.dashboard.board import Board, Folder, Memory
+
+LENGTH = 60  # of samples, here: each is a file written anew
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "LENGTH", LENGTH)
 
 
 @pytest.fixture(params=["memory", "folder"])
@@ -33,7 +40,7 @@ def test_what_was_published_is_there(make: Callable[[], Board]) -> None:
     assert one.samples() == [b'{"t":1}', b'{"t":2}']
 
 
-def test_an_hour_is_kept_and_no_more(make: Callable[[], Board]) -> None:
+def test_so_many_are_kept_and_no_more(make: Callable[[], Board]) -> None:
     one = make()
     assert one.leads()
     for n in range(2 * LENGTH + 10):
