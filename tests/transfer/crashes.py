@@ -284,9 +284,12 @@ def main() -> None:
     kernels.path()  # loaded before the forks
     first = args.seed if args.seed is not None else random.randrange(2**31)
     labels = [*faults.LABELS, "nowhere"]
-    began, done = time.monotonic(), 0
+    began, done, told = time.monotonic(), 0, time.monotonic()
     for done in range(args.schedules):
         schedule(first + done, labels[(first + done) % len(labels)])
+        if time.monotonic() - told > 60:
+            told = time.monotonic()
+            print(f"{done + 1} schedules from seed {first} after {told - began:.0f} s", flush=True)
         if time.monotonic() - began > args.minutes * 60:
             break
     print(f"{done + 1} schedules from seed {first} in {time.monotonic() - began:.0f} s: all as it must be")

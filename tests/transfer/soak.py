@@ -44,7 +44,7 @@ def run(client: CacheClient, cache: RunningCache, operations: int) -> None:
     client.connect(60)
     payload = np.full(SHARD, 3, np.uint8)
     digest = kernels.digest(payload)
-    done, start, began = 0, (0, 0), time.monotonic()
+    done, start, began, told = 0, (0, 0), time.monotonic(), 0
     while done < operations:
         first = int(np.random.default_rng(done).integers(60_000)) * 16
         keys = [(first + i).to_bytes(32, "little") for i in range(PER_CALL)]
@@ -60,6 +60,13 @@ def run(client: CacheClient, cache: RunningCache, operations: int) -> None:
         done += 1 + 1 + 2 * PER_CALL
         if not any(start) and done > operations // 4:  # everything is full, every path was taken
             start = cache.weight()
+        if done >= told:
+            told += operations // 20
+            kib, descriptors = cache.weight()
+            print(
+                f"{done:>9} operations, {time.monotonic() - began:5.0f} s: {kib} KiB, {descriptors} descriptors",
+                flush=True,
+            )
     end = cache.weight()
     print(f"{done} operations in {time.monotonic() - began:.0f} s; KiB, descriptors: {start} -> {end}")
     assert end[0] < start[0] + 24 * 1024, "memory grows"
