@@ -31,6 +31,7 @@ from pdserve.proxy.access import Access
 from pdserve.proxy.admin import Admin
 from pdserve.proxy.admin_requests import AdminRequests
 from pdserve.proxy.admission import Admission
+from pdserve.proxy.began import Began
 from pdserve.proxy.dashboard.dashboard import Dashboard
 from pdserve.proxy.endpoint import Doors, Endpoint
 from pdserve.proxy.exposition import joined
@@ -69,7 +70,8 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
     routing = Routing(settings.prefill_policy, settings.decode_policy, worth)
     fleet.on_new_life = routing.forget
     locating = Locating(routing, settings.caches, settings.admin_token)
-    splitter = Splitter(fleet, dialect, routing, settings.deadlines, settings.early_decode)
+    began = Began(settings.caches, settings.admin_token)
+    splitter = Splitter(fleet, dialect, routing, settings.deadlines, settings.early_decode, began)
     admission = Admission(settings.classes, settings.max_waiting, counted=made["slo_total"])
     known = keys.read(settings.api_keys, settings.api_keys_env)
     _check_classes(known, settings.classes)
@@ -90,6 +92,7 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
         await dashboard.start()
         await siblings.start()
         await locating.start()
+        await began.start()
         try:
             yield
         finally:
@@ -98,6 +101,7 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
             await caches.stop()
             await pinning.stop()
             await locating.stop()
+            await began.stop()
             await admin.stop()
             await fleet.stop()
             if tracing is not None:
@@ -113,6 +117,7 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
             front[name.encode(), path.encode()] = endpoint
     app.state.front, app.state.history, app.state.requests = front, history, requests
     app.state.dashboard, app.state.routing, app.state.admission = dashboard, routing, admission
+    app.state.began = began
     admin.add_to(app)
     dashboard.add_to(app)
     requests.add_to(app)

@@ -21,11 +21,13 @@ import asyncio
 import time
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 from pdserve.engines.base import Dialect
 from pdserve.errors import RequestError, UpstreamError
 from pdserve.proxy import openai, relay
 from pdserve.proxy.admission import Pass
+from pdserve.proxy.began import Began
 from pdserve.proxy.budget import Budget
 from pdserve.proxy.early import EarlyLeg
 from pdserve.proxy.fleet import Fleet
@@ -79,15 +81,28 @@ class Exchange:
         kept = [header for header in self.client.extra if not header[0].startswith(b"x-pdserve-")]
         self.client.extra = kept + [(b"x-pdserve-" + key.encode(), value.encode()) for key, value in said if value]
 
+    def tell_cached(self, told: dict[str, Any] | None) -> None:
+        """What the engine that answers alone had of the prompt, if it told."""
+        if told is not None:
+            self.trail.handed = told
+            self.tell_route(self.reason)
+
 
 class Splitter:
     """Runs requests. Holds what they share and no state of any one of them."""
 
     def __init__(
-        self, fleet: Fleet, dialect: Dialect, routing: Routing, deadlines: Deadlines, early: bool = False
+        self,
+        fleet: Fleet,
+        dialect: Dialect,
+        routing: Routing,
+        deadlines: Deadlines,
+        early: bool = False,
+        began: Began | None = None,
     ) -> None:
         self._fleet, self._dialect, self._deadlines, self._metrics = fleet, dialect, deadlines, fleet.metrics
         self._routing, self._budget, self._early = routing, Budget(), early
+        self._began = Began((), "") if began is None else began
 
     @property
     def models(self) -> frozenset[str]:
@@ -123,7 +138,15 @@ class Splitter:
             takeover.cached = self._dialect.cached_tokens(handover)
         body = self._dialect.decode_body(exchange.endpoint, ask.body, handover, takeover.ask_ids)
         takeover.sent = body
-        await self._decode(exchange, body, why, takeover, consumer, leg)
+        # The producer's reply tells of route "pd"; of several prompts the first event does not tell which they are.
+        told = bool(why) and self._dialect.why_local(exchange.endpoint, ask.body) != "several-prompts"
+        if told:
+            self._began.expect(exchange.request_id)
+        try:
+            await self._decode(exchange, body, why, takeover, consumer, leg)
+        finally:
+            if told:
+                self._began.forget(exchange.request_id)
 
     def _plan_consumer(self, exchange: Exchange) -> Instance | None:
         """Who is to decode, where that must be known before the prefill; else it is chosen after it, by newer facts."""
@@ -298,6 +321,8 @@ class Splitter:
             cutter = relay.EventCutter(openai.LAST.get(exchange.endpoint, ()))
             first = await relay.first_events(answer, cutter, until)
             if not client.started:
+                if exchange.route == "local":
+                    exchange.tell_cached(self._began.of(exchange.request_id, instance.name))
                 client.start(answer.status, openai.headers_out(answer.headers))
                 self._measure(exchange)
             instance.went_well()
@@ -323,6 +348,8 @@ class Splitter:
         else:
             instance.went_well()
             self._routing.learn(exchange.facts, instance, None, None)
+            if exchange.route == "local":
+                exchange.tell_cached(await self._began.of_whole(exchange.request_id, instance.name))
             if takeover is not None and takeover.cached is not None:
                 body = self._dialect.tell_cached(body, takeover.cached)
         await exchange.client.whole(answer.status, headers, body)

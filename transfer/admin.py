@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
@@ -101,6 +101,13 @@ def _looking(app: FastAPI, daemon: Daemon) -> None:
     async def requests(body: RequestsBody) -> dict[str, Any]:
         """What engines told of these requests, and what is known of the chunks that they missed."""
         return {"requests": daemon.requests.told(body.ids)}
+
+    @app.get("/began")
+    async def began() -> Response:
+        """A line of JSON for each prompt that begins to be computed: what of it was cached. Stays open."""
+        if daemon.requests.listeners.full:
+            raise HTTPException(503, "too many listen already")
+        return StreamingResponse(daemon.requests.listeners.stream(), media_type="application/x-ndjson")
 
     @app.get("/requests/{request_id:path}")
     async def request(request_id: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pdserve.chunk import tenant_tag
 from pdserve.transfer import telling, why
+from pdserve.transfer.began import Listeners
 from pdserve.transfer.gone import Gone
 from pdserve.transfer.prompts import Prompt, Prompts
 
@@ -52,6 +53,7 @@ class Requests:
         self.lost = 0
         #: told of (instance, leg, spans of it, whether the leg is new) once both are known; for tracing
         self.on_told: Callable[[str, telling.Leg, list[telling.Span], bool], None] | None = None
+        self.listeners = Listeners()
 
     def __len__(self) -> int:
         return len(self._legs)
@@ -69,6 +71,9 @@ class Requests:
     def take(self, facts: telling.Facts, instance: str) -> None:
         self.lost += facts.lost
         for item in facts.items:
+            if isinstance(item, telling.Began):
+                self.listeners.tell(client_id(item.leg), instance, item)
+                continue
             leg = self._leg(item.leg, instance)
             match item:
                 case telling.Leg():

@@ -80,6 +80,7 @@ async def serve(
         server.close()
         for connection in list(daemon.clients.values()):
             connection.abort()
+        daemon.requests.listeners.close()
         http.should_exit = True
         await asyncio.wait([http_task, expirer, scrubbing], timeout=5)
         listener.close()

@@ -84,8 +84,20 @@ class Ended(_Told, frozen=True, tag=3):
     edges: Annotated[bytes, msgspec.Meta(max_length=MOST_CHUNKS * EDGE_BYTES)] = b""
 
 
+class Began(_Told, frozen=True, tag=4):
+    """What was cached of a prompt, told at once when its own tokens begin to be computed. What else is told of it follows."""
+
+    leg: LegId
+    #: unix time
+    at: Seconds
+    #: tokens that are not computed, by where they were; "gpu" is the engine's own cache
+    cached: Annotated[dict[Text, Count], msgspec.Meta(max_length=64)]
+    load_ms: Seconds | None = None
+    saved_ms: float | None = None
+
+
 class Facts(_Told, frozen=True, tag=9):
     """Is not answered. `lost`: facts that were not told, because there was no room for them."""
 
-    items: Annotated[list[Span | Leg | Ended], msgspec.Meta(max_length=MOST_ITEMS)]
+    items: Annotated[list[Span | Leg | Ended | Began], msgspec.Meta(max_length=MOST_ITEMS)]
     lost: Count = 0

@@ -15,7 +15,7 @@ from pdserve.chunk import KEY_BYTES
 from pdserve.errors import ProtocolError
 from pdserve.transfer.telling import Facts
 
-VERSION = 3
+VERSION = 4
 MAX_FRAME = 8 << 20
 MAX_ITEMS = 65536
 MAX_SHARDS = 1024

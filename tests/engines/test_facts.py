@@ -30,6 +30,10 @@ class Told:
 
     requests: Requests = field(default_factory=lambda: Requests(Gone(), lambda: [], 0.0))
     closed: bool = False
+    first: list[telling.Began] = field(default_factory=list)
+
+    def put_first(self, began: telling.Began) -> None:
+        self.first.append(began)
 
     def put(self, make: Any) -> None:
         self.requests.take(telling.Facts([make(marks.seed("x"))]), "prefill-0")
@@ -89,6 +93,9 @@ def test_a_hit_from_its_lookup_to_its_end(legs: LegFacts, told: Told) -> None:
         "load_ms": 50.0,
         "saved_ms": 200.0,
     }
+    (began,) = told.first
+    assert (began.leg, began.cached) == ("cmpl-a-0-0123abcd", {"gpu": 0, "dram": CHUNK, "disk": 2 * CHUNK})
+    assert (began.load_ms, began.saved_ms) == (50.0, 200.0)
     it.request.num_tokens += 9
     legs.finished(it)
     legs.finished(it)
@@ -128,12 +135,14 @@ def test_a_load_that_failed_and_one_that_was_not_worth_it(legs: LegFacts, told: 
 
 def test_a_handover_is_a_transfer_and_saves_nothing(legs: LegFacts, told: Told) -> None:
     it = tracked("a", list(range(CHUNK)))
+    it.request.kv_transfer_params = {"do_remote_prefill": True}
     legs.decided(it, hit(0, promised=CHUNK), CHUNK)
     legs.loaded(it, hit(0, promised=CHUNK), result(), CHUNK, ["dram"], 0.02)
     legs.scheduled(it, CHUNK)
     shown = told.of("a")
     assert [s["name"] for s in shown["spans"]] == ["queue", "transfer"]
     assert (shown["saved_ms"], shown["load_ms"]) == (None, 0.0)
+    assert told.first == []  # its producer's reply tells
 
 
 def test_nothing_that_goes_wrong_leaves(legs: LegFacts, caplog: pytest.LogCaptureFixture) -> None:
@@ -165,6 +174,34 @@ def test_without_a_daemon_nothing_waits_and_what_is_too_much_is_lost(
     assert not stores.failed
     assert teller._lost >= 44
     assert teller._queue.qsize() <= 5
+    teller.close()
+    assert not teller._thread.is_alive()
+
+
+def test_what_may_not_wait_goes_first(cache_daemon: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "EVERY_S", 600.0)
+    with httpx.stream("GET", f"http://127.0.0.1:{cache_daemon.port}/began", timeout=30) as heard:
+        lines = heard.iter_lines()
+        assert next(lines) == ""
+        teller = Teller(str(cache_daemon.socket), "prefill-0")
+        for number in range(2):
+            teller.put_first(telling.Began(f"cmpl-r{number}-0-0123abcd", 1.0, {"dram": 256}, 2.5))
+            teller.put(lambda _: telling.Ended("cmpl-r-0-0123abcd", 1, "stop"))
+            line = json.loads(next(line for line in lines if line))
+            shown = {"cached": {"dram": 256}, "load_ms": 2.5, "saved_ms": None}
+            assert line == {"request": f"r{number}", "instance": "prefill-0", "at": 1.0, **shown}
+        teller.close()
+        assert not teller._thread.is_alive()
+
+
+def test_what_may_not_wait_is_bounded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "MOST_WAITING", 5)
+    monkeypatch.setattr(facts, "EVERY_S", 60.0)
+    teller = Teller(str(tmp_path / "none.sock"), "prefill-0")
+    for _ in range(50):
+        teller.put_first(telling.Began("r", 1.0, {}))
+    assert len(teller._first) == 5
+    assert teller._lost == 45
     teller.close()
     assert not teller._thread.is_alive()
 

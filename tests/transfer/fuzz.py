@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FunctionType
 
 from pdserve.errors import ProtocolError
-from pdserve.transfer import journal, wire
+from pdserve.transfer import journal, telling, wire
 from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.tiers import segments
 from pdserve.transfer.tiers.base import ChunkRecord
@@ -103,6 +103,7 @@ def make_seeds() -> dict[str, list[bytes]]:
         wire.Ping(6),
         wire.Prefetch(7, [KEY]),
         wire.Push(8, "host", [KEY]),
+        wire.Facts([telling.Began("cmpl-r-0-0123abcd", 1.0, {"gpu": 0, "dram": 256}, 1.5, -2.0), telling.Ended("r", 1, "stop")]),
     ]
     replies: list[wire.Reply] = [
         wire.Welcome(wire.VERSION, "d", "/dev/shm/x", 1 << 20, 256),

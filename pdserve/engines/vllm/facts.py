@@ -13,6 +13,7 @@ import queue
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -56,7 +57,8 @@ class Teller:
         self._path, self._name = path, f"{instance}/facts"
         self._queue: queue.Queue[Callable[[int], telling.Span | telling.Leg | telling.Ended] | None]
         self._queue = queue.Queue(MOST_WAITING)
-        self._closing = threading.Event()
+        self._first: deque[telling.Began] = deque()
+        self._closing, self._hurry = threading.Event(), threading.Event()
         self._lost = 0
         self._seed = 0
         self._socket: socket.socket | None = None
@@ -73,8 +75,17 @@ class Teller:
         except queue.Full:
             self._lost += 1
 
+    def put_first(self, began: telling.Began) -> None:
+        """Sent before anything else and without delay; something is put() right after it."""
+        if len(self._first) < MOST_WAITING:
+            self._first.append(began)
+            self._hurry.set()
+        else:
+            self._lost += 1
+
     def close(self) -> None:
         self._closing.set()
+        self._hurry.set()
         with contextlib.suppress(queue.Full):  # full, it needs no waking
             self._queue.put_nowait(None)
         self._thread.join(timeout=2 * SEND_S)
@@ -84,7 +95,7 @@ class Teller:
     def _run(self) -> None:
         any_core()
         while (make := self._queue.get()) is not None:
-            self._closing.wait(EVERY_S)  # what comes meanwhile goes along
+            self._collect(time.monotonic() + EVERY_S)
             batch = [make]
             while len(batch) < _TOGETHER:
                 try:
@@ -98,17 +109,36 @@ class Teller:
                 break
         self._disconnect()
 
+    def _collect(self, until: float) -> None:
+        """What comes until then goes along; what may not wait is sent meanwhile."""
+        while (left := until - time.monotonic()) > 0 and not self._closing.is_set():
+            if self._hurry.wait(left):
+                self._hurry.clear()
+                self._send([])
+
     def _send(self, batch: list[Callable[[int], Any]]) -> None:
         try:
             there = self._connected()
-            items = [made for make in batch if (made := self._made(make)) is not None]
-            lost, self._lost = self._lost, 0
-            there.sendall(wire.encode(telling.Facts(items, lost)))
+            self._send_first(there)
+            items = []
+            for make in batch:
+                if (made := self._made(make)) is not None:
+                    items.append(made)
+                self._send_first(there)  # making the marks of a long prompt takes milliseconds
+            if items:
+                lost, self._lost = self._lost, 0
+                there.sendall(wire.encode(telling.Facts(items, lost)))
         except (OSError, ProtocolError) as e:
-            self._lost += len(batch)
+            self._lost += len(batch) + len(self._first)
+            self._first.clear()
             self._disconnect()
             self._not_before = time.monotonic() + REST_S
             self._log.debug("not told: %s", e)
+
+    def _send_first(self, there: socket.socket) -> None:
+        while self._first:
+            together = min(len(self._first), _TOGETHER)
+            there.sendall(wire.encode(telling.Facts([self._first.popleft() for _ in range(together)])))
 
     def _made(self, make: Callable[[int], Any]) -> Any:
         try:
@@ -154,6 +184,9 @@ class Nobody:
     """A teller that tells nobody."""
 
     def put(self, make: Callable[[int], Any]) -> None:
+        pass
+
+    def put_first(self, began: telling.Began) -> None:
         pass
 
     def close(self) -> None:
@@ -217,6 +250,9 @@ class LegFacts:
         if known is None or known.get("told"):
             return
         known["told"] = True
+        params = request.kv_transfer_params or {}
+        if not (params.get("do_remote_decode") or params.get("do_remote_prefill")):  # of those the handover tells
+            self._teller.put_first(telling.Began(request.request_id, time.time(), **(self.handed(tracked) or {"cached": {}})))
         tokens = request.prompt_token_ids
         tail = chain.tail(tokens)
         keys = chain.full(tokens) if tail is None else [*chain.full(tokens), tail]
