@@ -5,6 +5,7 @@ gpu-cache   the engines alone with their own prefix cache: plain vLLM
 cache       the same with pdserve's cache below it
 pd          producers and consumers; only what is handed over is loaded, nothing is looked up
 pd+cache    producers and consumers with pdserve's cache
+pd+adaptive the same, and the proxy leaves the producers out where it measured that to be sooner
 lmcache     plain vLLM with LMCache's multi-process mode below it, as large as pdserve's cache
 nixl        producers and consumers over vLLM's NixlConnector
 offloading  plain vLLM with its own OffloadingConnector, as large as pdserve's cache
@@ -23,8 +24,8 @@ Raw = dict[str, Any]
 PortMaker = Callable[[], int]
 
 ALONE = ("no-cache", "gpu-cache", "lmcache", "offloading")
-SPLIT = ("pd", "pd+cache", "nixl")
-NAMES = ("no-cache", "gpu-cache", "pd", "pd+cache", "cache", "lmcache", "nixl", "offloading")
+SPLIT = ("pd", "pd+cache", "pd+adaptive", "nixl")
+NAMES = ("no-cache", "gpu-cache", "pd", "pd+cache", "pd+adaptive", "cache", "lmcache", "nixl", "offloading")
 #: fixed strategies of the connector, for `bench regimes`: what the adaptive one is judged against
 LOADS = {"cache": "adaptive", "cache-always": "always", "cache-never": "never"}
 
@@ -71,7 +72,7 @@ def make(arm: str, base: Raw, port: PortMaker, service_port: int = 0) -> Raw:
     else:
         raw["both"] = machines
     raw["engine"] = {**(raw.get("engine") or {}), "enable_prefix_caching": arm != "no-cache"}
-    raw["proxy"] = {**(raw.get("proxy") or {}), "port": port()}
+    raw["proxy"] = {**(raw.get("proxy") or {}), "port": port(), "pd_adaptive": arm == "pd+adaptive"}
     _cache(arm, raw, port)
     if arm in ("lmcache", "nixl", "offloading"):
         _connector(arm, raw, base, port, service_port)

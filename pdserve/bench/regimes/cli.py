@@ -13,7 +13,6 @@ from pdserve.bench import arms, facts, records_of, results, runner, variants
 from pdserve.bench.load import Options
 from pdserve.bench.progress import Progress
 from pdserve.bench.regimes import grid, judge
-from pdserve.bench.regimes.judge import ADAPTIVE
 from pdserve.bench.results import Result, Run
 from pdserve.bench.runner import Server
 from pdserve.bench.show import print_table
@@ -24,7 +23,8 @@ from pdserve.target import Target
 DECISIONS = "pdserve_engine_load_decisions_total"
 EXAMPLES = """examples:
   pdserve bench regimes --topology local-cpu-both --working-sets 8000,60000 --lengths 1000,3000 --reuse 0,90 --users 1
-  pdserve bench regimes --topology gpu.yaml --arms gpu-cache,cache-always,pd,cache --repetitions 5 --out res
+  pdserve bench regimes --topology gpu.yaml --arms gpu-cache,cache-always,cache --repetitions 5 --out res
+  pdserve bench regimes --topology local-cpu --arms cache,pd+cache,pd+adaptive --lengths 100,2500 --users 1,2
 """
 
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--arms", default="gpu-cache,cache-always,cache", metavar="A,B,...",
-        help="fixed arms and the adaptive one, `cache` (default %(default)s)",
+        help="fixed arms and an adaptive one, `cache` or `pd+adaptive` (default %(default)s)",
     )  # fmt: skip
     parser.add_argument("--working-sets", default="8000,60000", metavar="N,...", help="tokens (default %(default)s)")
     parser.add_argument(
@@ -62,10 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     points = grid.points(*(_numbers(args, name) for name in ("working_sets", "lengths", "reuse", "users")))
     names = variants.parse(args.arms)
-    if ADAPTIVE not in names or len(names) < 2:
-        raise ConfigError(
-            "--arms", f"{args.arms!r} has no adaptive arm and a fixed one", f"Name {ADAPTIVE} and others."
-        )
+    if not judge.adaptive_of(names) or len(names) < 2:
+        known = " or ".join(judge.ADAPTIVES)
+        raise ConfigError("--arms", f"{args.arms!r} has no adaptive arm and a fixed one", f"Name {known}, and others.")
     base = arms.read_base(args.topology)
     names, notes = arms.usable(names, base)
     result = Result(
@@ -129,8 +128,9 @@ def decisions(target: Target) -> dict[str, int]:
 
 
 def _finish(args: argparse.Namespace, result: Result) -> int:
-    judged = judge.judge(result, ADAPTIVE)
-    said = judge.sentences(result, ADAPTIVE, judged)
+    adaptive = judge.adaptive_of(result.arms)
+    judged = judge.judge(result, adaptive)
+    said = judge.sentences(result, adaptive, judged)
     if args.out:
         from pdserve.bench.report import page
 

@@ -14,7 +14,7 @@ from pdserve.bench.results import Result
 from pdserve.bench.stats import Ratio, Sample
 from pdserve.bench.summary import measured, ttft
 
-ADAPTIVE = "cache"  # the arm that decides by itself
+ADAPTIVES = ("pd+adaptive", "cache")  # the arms that decide by themselves; of two, the first is judged
 WORDS = {True: "ahead", False: "behind"}
 
 
@@ -39,6 +39,11 @@ class Judged:
         """What the engines decided at this point, the most frequent first."""
         ordered = sorted(self.decisions.items(), key=lambda item: -item[1])
         return ", ".join(f"{name} {count}" for name, count in ordered if count) or "no hit"
+
+
+def adaptive_of(arms: Sequence[str]) -> str:
+    """The arm that is judged; "" if all are fixed."""
+    return next((arm for arm in ADAPTIVES if arm in arms), "")
 
 
 def judge(result: Result, adaptive: str) -> list[Judged]:

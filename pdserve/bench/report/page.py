@@ -115,11 +115,12 @@ def _tables(result: Result) -> str:
 
 def _judgement(result: Result) -> str:
     """Of a sweep: every point in a line."""
-    judged = judge.judge(result, judge.ADAPTIVE)
+    adaptive = judge.adaptive_of(result.arms)
+    judged = judge.judge(result, adaptive)
     columns, rows = judge.table(result, judged)
     head = "".join(f"<th>{_e(c)}</th>" for c in columns)
     body = "".join(f"<tr>{''.join(f'<td>{_e(c)}</td>' for c in row)}</tr>" for row in rows)
-    items = "".join(f"<li>{_e(s)}</li>" for s in judge.sentences(result, judge.ADAPTIVE, judged))
+    items = "".join(f"<li>{_e(s)}</li>" for s in judge.sentences(result, adaptive, judged))
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div><ul>{items}</ul>'
 
 

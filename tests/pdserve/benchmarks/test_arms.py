@@ -46,15 +46,16 @@ def test_every_arm_is_a_topology_of_the_same_engines(arm: str) -> None:
     assert {i.engine.dtype for i in top.instances} == {"bfloat16"}
     assert top.proxy is not None
     assert top.proxy.policy == "session"
-    split = arm in ("pd", "pd+cache", "nixl")
+    split = arm in ("pd", "pd+cache", "pd+adaptive", "nixl")
     assert (len(top.of("prefill")), len(top.of("decode")), len(top.of("both"))) == ((1, 1, 0) if split else (0, 0, 2))
     assert all(i.engine.enable_prefix_caching is (arm != "no-cache") for i in top.instances)
-    assert (top.cache is not None) == (arm in ("pd", "pd+cache", "cache"))
+    assert (top.cache is not None) == (arm in ("pd", "pd+cache", "pd+adaptive", "cache"))
 
 
 def test_what_differs_is_the_kv_strategy() -> None:
     assert topology.parse(yaml.safe_dump(make("pd"))).cache.load == "never"  # type: ignore[union-attr]
     assert topology.parse(yaml.safe_dump(make("pd+cache"))).cache.load == "adaptive"  # type: ignore[union-attr]
+    assert [topology.parse(yaml.safe_dump(make(arm))).proxy.pd_adaptive for arm in ("pd+cache", "pd+adaptive")] == [False, True]  # type: ignore[union-attr]
     assert topology.parse(yaml.safe_dump(make("cache-always"))).cache.load == "always"  # type: ignore[union-attr]
     lmcache = make("lmcache")["engine"]["kv_transfer_config"]
     assert lmcache["kv_connector_extra_config"] == {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": 7777}

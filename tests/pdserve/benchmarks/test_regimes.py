@@ -86,6 +86,12 @@ def test_over_the_mix_no_point_drowns_the_others() -> None:
     assert sum("strictly better than" in s for s in said) == 2
 
 
+def test_which_arm_is_judged() -> None:
+    assert judge.adaptive_of(["gpu-cache", "cache"]) == "cache"
+    assert judge.adaptive_of(["cache", "pd+cache", "pd+adaptive"]) == "pd+adaptive"
+    assert judge.adaptive_of(["gpu-cache", "pd"]) == ""
+
+
 def test_one_turn_is_too_little() -> None:
     result = swept({"a": {"gpu-cache": 100, "cache": 10}}, repetitions=1)
     assert [j.verdict for j in judge.judge(result, "cache")] == ["too little to say"]
