@@ -162,6 +162,13 @@ def test_a_password_goes_through_the_environment_and_is_shown_nowhere() -> None:
     assert "PDSERVE_TIER_0_PASSWORD=..." in cache.shell()
 
 
+def test_the_measured_choice_between_both_ways_reaches_the_proxy() -> None:
+    from pdserve.proxy import options
+
+    assert options.parse(of(planned(PD.replace("prefill_timeout: 30}", "pd_adaptive: true}")), "proxy").argv[5:]).pd_adaptive
+    assert not options.parse(of(planned(PD), "proxy").argv[5:]).pd_adaptive
+
+
 def test_targets_and_classes_reach_the_proxy() -> None:
     from pdserve.proxy import options
 
