@@ -25,6 +25,9 @@ FILE = "index"
 _MAGIC = b"pdserveJ"
 #: how long close() waits for an index that is being written
 _SAVE_S = 10.0
+#: the least time between two savings: packing holds Python's lock, and requests wait for that. What the file does not know
+#: after a crash is read from its headers, a few thousand in a fraction of a second.
+EVERY_S = 5.0
 
 
 class Segment:
@@ -93,28 +96,30 @@ def forget(entry: Entry) -> None:
 class Saver:
     """Writes the index down in a thread of its own: whoever stores a chunk does not wait for that."""
 
-    def __init__(self, save: Callable[[], None]) -> None:
-        self._save = save
-        self._asked, self._ending = threading.Event(), False
+    def __init__(self, save: Callable[[], None], every_s: float = EVERY_S) -> None:
+        self._save, self._every_s = save, every_s
+        self._asked, self._ending = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="pdserve-disk-index", daemon=True)
         self._thread.start()
 
     def ask(self) -> None:
+        """At once, or when the last time is long enough ago."""
         self._asked.set()
 
     def close(self) -> None:
         """What was asked for and not begun is not done any more."""
-        self._ending = True
+        self._ending.set()
         self._asked.set()
         self._thread.join(_SAVE_S)
 
     def _run(self) -> None:
         while self._asked.wait():
             self._asked.clear()
-            if self._ending:
+            if self._ending.is_set():
                 return
             with contextlib.suppress(OSError):  # without it the next start reads the headers
                 self._save()
+            self._ending.wait(self._every_s)
 
 
 def write(folder: Path, index: Index, found: list[Segment], lock: threading.Lock, fault: faults.Fault) -> None:

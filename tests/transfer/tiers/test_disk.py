@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import queue
 import time
 
 import numpy as np
@@ -195,6 +196,22 @@ def test_a_damaged_header_costs_its_own_record_only(tmp_path):
     again.close()
 
 
+def test_an_index_is_saved_when_asked_but_not_again_and_again():
+    saved = queue.Queue()
+    seldom = disk_index.Saver(lambda: saved.put("seldom"), 3600.0)
+    seldom.ask()
+    assert saved.get(timeout=30) == "seldom"
+    for _ in range(5):
+        seldom.ask()
+    seldom.close()  # does not wait for the hour to pass
+    assert saved.empty()
+    often = disk_index.Saver(lambda: saved.put("often"), 0.0)
+    for _ in range(3):
+        often.ask()
+        assert saved.get(timeout=30) == "often"
+    often.close()
+
+
 def test_an_index_of_another_time_does_no_harm(tmp_path):
     """Segments are thrown away and their numbers used again; the old index then speaks of other files."""
     tier = open_tier(tmp_path)
@@ -310,6 +327,34 @@ def test_what_is_read_survives_its_segment(tmp_path):
     again = open_tier(tmp_path, 8 * SEGMENT)
     assert whole(again, 0)
     again.close()
+
+
+def test_whoever_watches_knows_what_is_there_whatever_happens_to_it(tmp_path):
+    """Put, evicted and moved, deleted, quarantined, cleared: what was told is what stands in the index, each time."""
+    tier = open_tier(tmp_path, size=4 * SEGMENT)
+    fill(tier, range(3))
+    known = set()
+
+    def told(keys, here):
+        known.update(keys) if here else known.difference_update(keys)
+
+    def agrees():
+        return known == {record.key for record in tier.records()}
+
+    known.update(tier.watch(told))
+    assert len(known) == 3
+    assert whole(tier, 1)  # read since it was written: it is carried over when its segment goes
+    fill(tier, range(3, 60))
+    assert agrees()
+    assert len(known) < 60
+    kept = [i for i in range(60) if i.to_bytes(32, "little") in known]
+    assert tier.delete([kept[0].to_bytes(32, "little")]) == 1
+    tier.quarantine(kept[1].to_bytes(32, "little"))
+    assert agrees()
+    assert len(known) == len(kept) - 2
+    tier.clear()
+    assert known == set()
+    tier.close()
 
 
 def test_a_chunk_larger_than_the_cap_is_refused_and_nothing_goes_for_it(tmp_path):
