@@ -201,7 +201,7 @@ class Daemon:
             case wire.Ping():
                 reply = wire.Ok(message.id)
             case wire.Push():
-                reply = wire.Ok(message.id, self.node.push(message.target, message.keys, now) if self.node else 0)
+                reply = wire.Ok(message.id, self.node.giving.push(message.target, message.keys, now) if self.node else 0)
             case _:
                 raise ProtocolError(f"a {type(message).__name__} is not expected here")
         self.journal.flush()  # before anybody learns of it: space that is granted anew must not count as the old chunk's
@@ -216,7 +216,7 @@ class Daemon:
 
     def _lookup(self, message: wire.Lookup, client: int, now: float) -> wire.LookupReply:
         if self.node is not None and message.prefill_speed:
-            self.node.prefill_speed = message.prefill_speed
+            self.node.fetching.prefill_speed = message.prefill_speed
         began = time.perf_counter()
         lease, found, pending = self.store.lookup(message.keys, client, now)
         if self.spans is not None:

@@ -121,6 +121,34 @@ class Tiering:
         """Whether a lower tier has it, as far as is known."""
         return self._find(key) is not None
 
+    # ---- for other hosts, which may be given what is on this one's disk (peers/giving.py) ----
+
+    def on_disk(self, key: bytes) -> bool:
+        """Whether a tier has it that is this host's own."""
+        return any(lower.indexed and lower.tier.contains([key])[0] is not None for lower in self.lowers)
+
+    def bring_up(self, key: bytes, now: float) -> bool:
+        """Begins to; whether it is on its way."""
+        if self.store.peek(key) is None:
+            self._start(key, now)
+        return key in self._loads
+
+    def watch_disk(self, told: Callable[[bytes, bool], None]) -> bool:
+        """Tells of every key that is on disk, comes or goes, in the loop; False where there is no disk."""
+
+        def tell(keys: list[bytes], here: bool) -> None:
+            for key in keys:
+                told(key, here)
+
+        watching = [watch for lower in self.lowers if (watch := getattr(lower.tier, "watch", None)) is not None]
+        for watch in watching:
+            tell(watch(lambda keys, here: self.post(lambda: tell(keys, here))), True)
+        return bool(watching)
+
+    def disk_speed(self) -> float:
+        """Bytes per second that came from it lately."""
+        return max((lower.rate for lower in self.lowers if lower.indexed), default=0.0)
+
     def _from_beyond(self, keys: list[bytes], i: int, now: float) -> bool:
         if self.beyond is None or self._closing:
             return False

@@ -40,11 +40,11 @@ def attach(daemon: Daemon, args: argparse.Namespace) -> None:
         transport=registry.build(listen, Local(name, daemon.arena.bytes), security),
         listen=listen,
         source=lambda own: sources.build(args.peer, args.peers_from or "", own, name, daemon.log.warning),
-        below=daemon.tiering.below,
+        lower=daemon.tiering,
         after=daemon.journal.flush,
         state_file=Path(args.state) if args.state else None,
     )
-    daemon.tiering.beyond = daemon.node
+    daemon.tiering.beyond = daemon.node.fetching
 
 
 def _secret(file: str | None) -> bytes:

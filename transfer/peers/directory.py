@@ -3,7 +3,7 @@
 EventLog is the speaking side: it numbers what comes and goes here and answers from any number on; who is too far behind,
 or knows an earlier start of this daemon, gets everything anew, in parts. Directory is the listening side: whatever does
 not follow without a gap on what it has makes it forget that peer and begin again, so an entry is never older than the
-peer's present start.
+peer's present start. There is a pair of them for memory and one for disk.
 
 A directory may be wrong for a moment in both directions; whoever relies on it finds out and computes. Keys are kept as
 their first eight bytes: keys are hashes, so that two meet about once in 2**64/n.
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from pdserve.transfer.peers.messages import MAX_KEYS, Changes, Page, Sync
+from pdserve.transfer.peers.messages import MAX_KEYS, MEMORY, Changes, Page, Sync
 
 #: changes that are kept to be told; who is further behind starts anew
 LOG_LENGTH = 1 << 16
@@ -93,13 +93,8 @@ class EventLog:
         self._present = KeySet()
         self._waiting: dict[int, bool] = {}
 
-    def added(self, key: bytes) -> None:
-        self._note(short(key), True)
-
-    def removed(self, key: bytes) -> None:
-        self._note(short(key), False)
-
-    def _note(self, value: int, here: bool) -> None:
+    def note(self, value: int, here: bool) -> None:
+        """short(key) is here now, or is not any more."""
         self.seq += 1
         self._events.append((value, here))
         self._waiting[value] = here
@@ -112,12 +107,12 @@ class EventLog:
         self._present.update(np.array(added, np.uint64), np.array(removed, np.uint64))
         self._waiting.clear()
 
-    def answer(self, ask: Sync, draining: bool = False, chunk_bytes: int = 0) -> Changes | Page:
+    def answer(self, ask: Sync, draining: bool = False, chunk_bytes: int = 0, speed: int = 0) -> Changes | Page:
         behind = self.seq - ask.seq
         if ask.cursor >= 0 or ask.epoch != self.epoch or not 0 <= behind <= len(self._events):
             # From where it says only if that was a part of this start's; else from the beginning.
             cursor = min(max(ask.cursor, 0), 2**64 - 1) if ask.epoch == self.epoch else 0
-            return self._page(cursor, draining, chunk_bytes)
+            return self._page(cursor, draining, chunk_bytes, speed)
         count = min(behind, MAX_KEYS)
         start = len(self._events) - behind
         last: dict[int, bool] = {}
@@ -128,16 +123,16 @@ class EventLog:
             self.epoch, ask.seq, ask.seq + count,
             np.array([v for v, here in last.items() if here], np.uint64).tobytes(),
             np.array([v for v, here in last.items() if not here], np.uint64).tobytes(),
-            draining, chunk_bytes,
+            draining, chunk_bytes, speed,
         )  # fmt: skip
 
-    def _page(self, cursor: int, draining: bool, chunk_bytes: int) -> Page:
+    def _page(self, cursor: int, draining: bool, chunk_bytes: int, speed: int) -> Page:
         self._settle()
         everything = self._present.array()
         start = int(np.searchsorted(everything, np.uint64(cursor)))
         part = everything[start : start + MAX_KEYS]
         following = int(everything[start + MAX_KEYS]) if everything.size > start + MAX_KEYS else -1
-        return Page(self.epoch, self.seq, cursor, part.tobytes(), following, draining, chunk_bytes)
+        return Page(self.epoch, self.seq, cursor, part.tobytes(), following, draining, chunk_bytes, speed)
 
 
 class _Known:
@@ -155,10 +150,10 @@ class Directory:
         self._limit, self._on_resync = limit, on_resync
         self._peers: dict[str, _Known] = {}
 
-    def ask(self, peer: str) -> Sync:
+    def ask(self, peer: str, place: int = MEMORY) -> Sync:
         """What to ask that peer next."""
-        known = self._peers.get(peer)
-        return Sync(known.epoch, known.seq, known.cursor) if known else Sync("", 0, 0)
+        known = self._peers.get(peer) or _Known()
+        return Sync(known.epoch, known.seq, known.cursor, place)
 
     def take(self, peer: str, reply: Changes | Page) -> bool:
         """Its answer. True: ask again at once, there is more."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pdserve.errors import ProtocolError
 from pdserve.transfer.peers import messages
 from pdserve.transfer.peers.membership import Member
+from pdserve.transfer.peers.messages import DISK, MEMORY
 from pdserve.transfer.peers.push import MAX_WANTED, Outbox
 from pdserve.transfer.resident import Chunk
 from pdserve.transfer.transports.base import Connection, DeadlinePassed, Outcome, Piece, TransportError
@@ -51,9 +52,9 @@ class Link:
 
     # ---- asking ----
 
-    async def call(self, request: messages.Request, seconds: float = CALL_S) -> messages.Reply:
-        """Its answer. Raises TransportError; who does not answer in time is left alone for a while."""
-        ticket = self._allow()
+    async def call(self, request: messages.Request, seconds: float = 0.0) -> messages.Reply:
+        """Its answer. Raises TransportError; who does not answer in time (CALL_S) is left alone for a while."""
+        ticket, seconds = self._allow(), seconds or CALL_S
         try:
             async with asyncio.timeout(seconds + 0.5):  # the transport keeps the deadline; this one keeps the transport
                 connection = await self._connected(time.monotonic() + seconds)
@@ -111,19 +112,27 @@ class Link:
     # ---- what it has ----
 
     async def _sync(self) -> None:
-        directory, url = self.node.directory, self.member.url
         while not self.member.ourselves:
             more = False
             try:
-                reply = await self.call(directory.ask(url))
-                if isinstance(reply, messages.Changes | messages.Page):
-                    more = directory.take(url, reply)
-                    self.member.draining, self.member.gone = reply.draining, False
-                    self.member.chunk_bytes = reply.chunk_bytes
+                for place in (MEMORY, DISK) if self.member.disk else (MEMORY,):
+                    more |= await self._look(place)
             except TransportError:
                 if time.monotonic() - self._reached > FORGET_S:
-                    directory.forget(url)
+                    self.node.forget(self.member.url)
             await asyncio.sleep(0 if more else SYNC_EVERY_S)
+
+    async def _look(self, place: int) -> bool:
+        """What has changed there; True: there is more."""
+        directory, url, member = self.node.directories[place], self.member.url, self.member
+        goodbyes = member.goodbyes
+        reply = await self.call(directory.ask(url, place))
+        if not isinstance(reply, messages.Changes | messages.Page) or member.goodbyes != goodbyes:
+            return False  # an answer from before its goodbye must not bring it back
+        member.draining, member.gone, member.chunk_bytes = reply.draining, False, reply.chunk_bytes
+        if place == DISK:
+            member.disk_told = float(reply.bytes_per_s)
+        return directory.take(url, reply)
 
     # ---- sending ----
 
@@ -134,7 +143,7 @@ class Link:
         if not self.member.takes(time.monotonic()):
             self.node.count(self.member, "out", "dropped")
             return False
-        if self._later or not self.node.may_queue(chunk.size):
+        if self._later or not self.node.giving.may_queue(chunk.size):
             self._later.append(chunk.key)
             return True
         self._hold(chunk)
@@ -151,7 +160,7 @@ class Link:
             chunk = self.node.store.peek(self._later[0])
             there = chunk is not None and chunk.committed and chunk.key not in self.outbox.keys
             if there and chunk is not None:
-                if not self.node.may_queue(chunk.size):
+                if not self.node.giving.may_queue(chunk.size):
                     return
                 self._hold(chunk)
             self._later.popleft()
@@ -173,7 +182,7 @@ class Link:
             finally:
                 for chunk in batch:
                     self._let_go(chunk)
-                self.node.refill()
+                self.node.giving.refill()
                 self.node.after()
 
     async def _push(self, batch: list[Chunk]) -> list[list[Outcome]]:

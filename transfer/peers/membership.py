@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from pdserve.transfer.peers.messages import DISK, MEMORY
 from pdserve.transfer.tiers.breaker import CLOSED, Breaker, BreakerOptions
 
 #: one failure is enough to leave a peer alone for a moment; it is tried again for ever
@@ -35,10 +36,13 @@ class Member:
     ourselves: bool = False
     draining: bool = False
     gone: bool = False
+    goodbyes: int = 0
     greeted: bool = False
     last_error: str = ""
     chunk_bytes: int = 0  # of one of its chunks, roughly
-    speed: float = FIRST_SPEED
+    disk: bool = False  # it has one
+    disk_told: float = 0.0  # bytes per second at which it says that its disk gives
+    speeds: list[float] = field(default_factory=lambda: [FIRST_SPEED, 0.0])  # seen, by place; 0: nothing seen yet
     breaker: Breaker = field(default_factory=lambda: Breaker(CAREFUL))
 
     def state(self, now: float) -> str:
@@ -60,18 +64,31 @@ class Member:
         """Whether chunks may be sent to it. One that has not answered yet may: the attempt decides."""
         return self.state(now) in ("up", "joining")
 
-    def observed(self, nbytes: int, seconds: float) -> None:
+    def goodbye(self) -> None:
+        self.gone = True
+        self.goodbyes += 1
+
+    def speed(self, place: int = MEMORY) -> float:
+        """Bytes per second that it is expected to send from there; from its disk no faster than over the link."""
+        link = self.speeds[MEMORY]
+        return link if place == MEMORY else min(link, self.speeds[DISK] or self.disk_told or FIRST_SPEED)
+
+    def observed(self, nbytes: int, seconds: float, place: int = MEMORY) -> None:
         """So much came from it in that time. What is averaged is the time for a byte: that is what predictions need."""
         if nbytes > 0:
-            self.speed = 1 / ((1 - _WEIGHT) / self.speed + _WEIGHT * max(seconds, 1e-4) / nbytes)
+            self.speeds[place] = 1 / ((1 - _WEIGHT) / self.speed(place) + _WEIGHT * max(seconds, 1e-4) / nbytes)
 
     def at_least(self, nbytes: int, seconds: float) -> None:
         """A single chunk came in that time, by its own will: the link can do that much, and perhaps more."""
-        self.speed = max(self.speed, nbytes / max(seconds, 1e-3))
+        self.speeds[MEMORY] = max(self.speeds[MEMORY], nbytes / max(seconds, 1e-3))
 
-    def too_slow(self) -> None:
+    def too_slow(self, place: int = MEMORY) -> None:
         """What was asked of it did not come in time."""
-        self.speed = max(1e4, self.speed / 2)
+        self.speeds[place] = max(1e4, self.speed(place) / 2)
+
+    def second_chance(self, place: int) -> None:
+        """It was not asked because it is slow: a speed that was once seen low must not stay so for ever."""
+        self.speeds[place] = 1.05 * self.speed(place)
 
     def failed(self, ticket: int | None, now: float, why: str) -> None:
         self.last_error = why

@@ -13,7 +13,7 @@ import msgspec
 from pdserve.errors import ProtocolError
 from pdserve.transfer.wire import MAX_SHARDS, Key, Name, OptionalKey, Tag
 
-VERSION = 1
+VERSION = 2
 #: keys in one request to pull
 MAX_CHUNKS = 4096
 #: 64-bit key prefixes in one answer, as bytes
@@ -21,6 +21,12 @@ MAX_KEYS = 65536
 _Keys64 = Annotated[bytes, msgspec.Meta(max_length=8 * MAX_KEYS)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Url = Annotated[str, msgspec.Meta(max_length=300)]
+#: where a peer has a chunk; each is told of with numbers of its own
+MEMORY, DISK = 0, 1
+PLACES = ("dram", "disk")
+_Place = Annotated[int, msgspec.Meta(ge=MEMORY, le=DISK)]
+#: how long somebody may wait for what was asked for
+_Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=60.0)]
 
 
 class _Message(msgspec.Struct, array_like=True, frozen=True):
@@ -40,18 +46,20 @@ class Greet(_Message, frozen=True, tag=1):
 
 
 class Sync(_Message, frozen=True, tag=2):
-    """What has changed since `seq` of `epoch`; with a cursor, the part of everything that begins there."""
+    """What has changed in that place since `seq` of `epoch`; with a cursor, the part of everything that begins there."""
 
     epoch: Name
     seq: Count
     cursor: Annotated[int, msgspec.Meta(ge=-1)] = -1
+    place: _Place = MEMORY
 
 
 class Pull(_Message, frozen=True, tag=3):
-    """Please push these to me."""
+    """Please push these to me; what is on disk only if it is here within so many seconds."""
 
     url: Url
     keys: Annotated[list[Key], msgspec.Meta(max_length=MAX_CHUNKS)]
+    seconds: _Seconds
 
 
 class Bye(_Message, frozen=True, tag=4):
@@ -64,6 +72,13 @@ class AskState(_Message, frozen=True, tag=5):
     """What runs on that host, for `pdserve status`."""
 
 
+class Missing(_Message, frozen=True, tag=6):
+    """These were promised in answer to a Pull and do not come after all."""
+
+    url: Url
+    keys: Annotated[list[Key], msgspec.Meta(max_length=MAX_CHUNKS)]
+
+
 # ---- replies ----
 
 
@@ -73,6 +88,8 @@ class Greeting(_Message, frozen=True, tag=20):
     url: Url
     epoch: Name
     chunk_tokens: int
+    #: whether there is a disk that chunks may be on
+    disk: bool
 
 
 class Changes(_Message, frozen=True, tag=21):
@@ -86,6 +103,8 @@ class Changes(_Message, frozen=True, tag=21):
     draining: bool = False
     #: bytes of a chunk, roughly
     chunk_bytes: Count = 0
+    #: at which they come up from that place to be sent; 0: at once
+    bytes_per_s: Count = 0
 
 
 class Page(_Message, frozen=True, tag=22):
@@ -98,6 +117,7 @@ class Page(_Message, frozen=True, tag=22):
     next: Annotated[int, msgspec.Meta(ge=-1)]
     draining: bool = False
     chunk_bytes: Count = 0
+    bytes_per_s: Count = 0
 
 
 class Pulling(_Message, frozen=True, tag=23):
@@ -120,7 +140,7 @@ class State(_Message, frozen=True, tag=26):
     json: Annotated[bytes, msgspec.Meta(max_length=1 << 20)]
 
 
-Request = Greet | Sync | Pull | Bye | AskState
+Request = Greet | Sync | Pull | Bye | AskState | Missing
 Reply = Greeting | Changes | Page | Pulling | Done | No | State
 
 

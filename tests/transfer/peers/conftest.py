@@ -11,12 +11,15 @@ from prometheus_client import CollectorRegistry
 from pdserve import kernels, metrics
 from pdserve.chunk import FORMAT_VERSION
 from pdserve.transfer.eviction import LeafFirstLru
+from pdserve.transfer.lower import Rules
 from pdserve.transfer.peers import link as link_module
 from pdserve.transfer.peers import node as node_module
 from pdserve.transfer.peers.node import Node
 from pdserve.transfer.peers.sources import Static
 from pdserve.transfer.store import Store
+from pdserve.transfer.tiering import Tiering
 from pdserve.transfer.tiers.base import ChunkRecord
+from pdserve.transfer.tiers.disk import DiskTier
 from pdserve.transfer.transports.base import Local
 from pdserve.transfer.transports.fake import FakeNetwork, FakeTransport
 from pdserve.transfer.transports.session import Limits
@@ -36,17 +39,21 @@ def content(i, shard=0):
 
 
 class Host:
-    """`listed` may be changed at any time: it is what the source says next."""
+    """`listed` may be changed at any time: it is what the source says next. `disk`: a folder for a disk tier."""
 
-    def __init__(self, network, name, pages=400, epoch="1"):
+    def __init__(self, network, name, pages=400, epoch="1", disk=None):
         self.name, self.network = name, network
         self.arena = np.zeros(pages * PAGE, np.uint8)
         registry = CollectorRegistry()
         self.metrics = metrics.build(metrics.CACHE, registry) | metrics.build(metrics.PEERS, registry)
         self.store = Store(self.arena.size, LeafFirstLru(), self.metrics)
-        self.transport = FakeTransport(network, Local(name, self.arena), Limits(silence_s=1.5))
+        self.transport = FakeTransport(network, Local(name, self.arena), Limits())
         self.listed = {}
-        self.below = set()
+        self.tiering = Tiering(self.store, lambda: self.arena, self.metrics, self.post)
+        self.disk = None
+        if disk is not None:
+            self.disk = DiskTier(disk / name, 64 << 20, min_free=0, segment_bytes=1 << 20)
+            self.tiering.add(self.disk, Rules())
         self.node = Node(
             name=name,
             epoch=f"{name}-{epoch}",
@@ -56,11 +63,18 @@ class Host:
             transport=self.transport,
             listen=f"fake://{name}",
             source=lambda own: types.SimpleNamespace(peers=lambda: dict(self.listed), close=lambda: None),
-            below=self.below.__contains__,
+            lower=self.tiering,
             after=lambda: None,
         )
+        self.tiering.beyond = self.node.fetching
+        self.loop = None
+
+    def post(self, function):
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(function)
 
     async def start(self, *others):
+        self.loop = asyncio.get_running_loop()
         self.listed = {f"fake://{name}": name for name in (self.name, *others)}
         await self.node.start()
         self.ticking = asyncio.create_task(self._tick())
@@ -71,10 +85,13 @@ class Host:
             await asyncio.sleep(0.05)
             self.node.tick(time.monotonic())
             self.store.expire(time.monotonic())
+            self.tiering.tick(time.monotonic())
 
     async def stop(self):
         self.ticking.cancel()
         await self.node.stop()
+        await asyncio.to_thread(self.tiering.close, 2.0)
+        await asyncio.sleep(0)  # what its threads have posted
 
     def put(self, i, client=1):
         """An engine stores chunk i."""
@@ -103,9 +120,9 @@ class Host:
         now = time.monotonic()
         keys = [key(i) for i in numbers if not self.has(i)]
         if keys:
-            self.node.prefill_speed = prefill_speed
-            self.node.ask(keys, now)
-        return sum(self.node.coming(k, now) for k in keys)
+            self.node.fetching.prefill_speed = prefill_speed
+            self.node.fetching.ask(keys, now)
+        return sum(self.node.fetching.coming(k, now) for k in keys)
 
     def state(self, peer):
         return next((p["state"] for p in self.node.status()["peers"] if p["name"] == peer), None)
@@ -119,7 +136,7 @@ class Host:
         assert [c.key.hex()[:16] for c in chunks if not c.committed or c.leases] == []
         assert self.store.stats()["reservations"] == 0
         status = self.node.status()
-        assert (status["incoming"], status["pulling"]) == (0, 0)
+        assert (status["incoming"], status["pulling"], status["rising"]) == (0, 0, 0)
         assert [p["outgoing"] for p in status["peers"] if p["outgoing"]] == []
         assert self.node.inbox.nbytes == 0
 
@@ -133,16 +150,23 @@ async def until(condition, what="it happens", patience=20.0):
 
 @pytest.fixture
 def network(monkeypatch):
+    """Looks often, and patient: on a busy machine nobody counts as silent."""
     monkeypatch.setattr(link_module, "SYNC_EVERY_S", 0.02)
-    monkeypatch.setattr(link_module, "CALL_S", 0.3)
-    monkeypatch.setattr(link_module, "PUSH_S", 1.0)
+    monkeypatch.setattr(link_module, "CALL_S", 20.0)
+    monkeypatch.setattr(link_module, "PUSH_S", 30.0)
     monkeypatch.setattr(node_module, "LIST_EVERY_S", 0.05)
     return FakeNetwork()
+
+
+def hurry(monkeypatch):
+    """For tests in which somebody does not answer: that is found out soon."""
+    monkeypatch.setattr(link_module, "CALL_S", 0.5)
+    monkeypatch.setattr(link_module, "PUSH_S", 1.0)
 
 
 @pytest.fixture
 def helpers():
     return types.SimpleNamespace(
         Host=Host, key=key, content=content, until=until, Static=Static, ChunkRecord=ChunkRecord,
-        FORMAT_VERSION=FORMAT_VERSION, SHARD=SHARD,
+        FORMAT_VERSION=FORMAT_VERSION, SHARD=SHARD, hurry=hurry,
     )  # fmt: skip

@@ -24,7 +24,7 @@ def daemon():
     """What attach() uses of a daemon."""
     registry = CollectorRegistry()
     made = metrics.build(metrics.CACHE, registry)
-    tiering = SimpleNamespace(below=lambda key: False, beyond=None)
+    tiering = SimpleNamespace(beyond=None)
     return SimpleNamespace(
         registry=registry, metrics=made, daemon_id="e", chunk_tokens=256, store=Store(1 << 20, LeafFirstLru(), made),
         arena=SimpleNamespace(bytes=np.zeros(1 << 20, np.uint8)), tiering=tiering, node=None, log=log.get("test"),
@@ -55,7 +55,7 @@ def test_the_secret_comes_from_a_file_or_the_environment(daemon, tmp_path, monke
     monkeypatch.setenv("PDSERVE_PEER_SECRET", "x" * 32)
     attach(daemon, options())
     assert daemon.node.name == "a"
-    assert daemon.tiering.beyond is daemon.node
+    assert daemon.tiering.beyond is daemon.node.fetching
 
 
 def test_a_scheme_that_is_none_is_said_so(daemon, monkeypatch):

@@ -70,10 +70,10 @@ def test_directory_ends_up_with_what_the_peer_has(steps, log_length):
     for what, number in steps:
         match what:
             case "add":
-                log.added(key(number))
+                log.note(number, True)
                 real.add(number)
             case "remove":
-                log.removed(key(number))
+                log.note(number, False)
                 real.discard(number)
             case "sync":
                 last = log.answer(book.ask("p"))
@@ -85,7 +85,7 @@ def test_directory_ends_up_with_what_the_peer_has(steps, log_length):
             case "restart":
                 starts += 1
                 log, real = EventLog(f"start-{starts}", log_length), set()
-                log.added(key(number))
+                log.note(number, True)
                 real.add(number)
     settle(book, "p", log)
     assert holds(book, "p", range(31)) == [i in real for i in range(31)]
@@ -96,11 +96,11 @@ def test_everything_comes_in_parts_while_it_changes(monkeypatch):
     monkeypatch.setattr(directory, "MAX_KEYS", 10)
     log, book = EventLog("e"), Directory()
     for i in range(95):
-        log.added(key(i))
+        log.note(i, True)
     parts = 0
     while book.take("p", log.answer(book.ask("p"))):
-        log.removed(key(parts))  # one that has been told
-        log.added(key(1000 - parts))  # one that is still to be told
+        log.note(parts, False)  # one that has been told
+        log.note(1000 - parts, True)  # one that is still to be told
         parts += 1
         if parts >= 12:
             break
@@ -113,10 +113,10 @@ def test_what_a_restarted_host_had_dies_at_once():
     resyncs = []
     log, book = EventLog("first"), Directory(on_resync=resyncs.append)
     for i in range(20):
-        log.added(key(i))
+        log.note(i, True)
     settle(book, "p", log)
     again = EventLog("second")
-    again.added(key(5))
+    again.note(5, True)
     book.take("p", again.answer(book.ask("p")))
     assert holds(book, "p", range(20)) == [i == 5 for i in range(20)]
     assert resyncs == ["p"]
@@ -141,7 +141,7 @@ def test_memory_of_one_peer_is_bounded():
     book = Directory(limit=100)
     log = EventLog("e")
     for i in range(500):
-        log.added(key(i))
+        log.note(i, True)
     settle(book, "p", log)
     assert book.size("p") <= 100
 
@@ -150,7 +150,7 @@ def test_peers_do_not_mix():
     book = Directory()
     for name, number in (("a", 1), ("b", 2)):
         log = EventLog(name)
-        log.added(key(number))
+        log.note(number, True)
         settle(book, name, log)
     assert holds(book, "a", [1, 2]) == [True, False]
     assert holds(book, "b", [1, 2]) == [False, True]

@@ -1,6 +1,7 @@
 """Who takes part: joining, draining, leaving, a crash and a wedge, with time handed in."""
 
-from pdserve.transfer.peers.membership import CAREFUL, Members
+from pdserve.transfer.peers.membership import CAREFUL, FIRST_SPEED, Members
+from pdserve.transfer.peers.messages import DISK, MEMORY
 
 A, B = "tcp://10.0.0.1:7900", "tcp://10.0.0.2:7900"
 
@@ -73,16 +74,35 @@ def test_speed_follows_what_is_seen():
     b = members.get(B)
     for _ in range(20):
         b.observed(5_000_000, 1.0)
-    assert 4.9e6 < b.speed < 5.2e6
+    assert 4.9e6 < b.speed() < 5.2e6
     b.at_least(1_000_000, 1.0)  # a lower bound that is known already
-    assert 4.9e6 < b.speed < 5.2e6
+    assert 4.9e6 < b.speed() < 5.2e6
     b.at_least(20_000_000, 1.0)
-    assert b.speed == 20e6
+    assert b.speed() == 20e6
     for _ in range(20):
         b.observed(5_000_000, 1.0)
     b.too_slow()
-    assert 2.4e6 < b.speed < 2.7e6
+    assert 2.4e6 < b.speed() < 2.7e6
     for _ in range(20):
         b.observed(5_000_000, 1.0)
     b.observed(0, 1.0)
-    assert 4.9e6 < b.speed < 5.2e6
+    assert 4.9e6 < b.speed() < 5.2e6
+
+
+def test_from_a_disk_nothing_comes_faster_than_over_the_link_and_what_is_seen_counts():
+    members = Members(own=A)
+    members.listed({B: "b"})
+    b = members.get(B)
+    assert b.speed(DISK) == b.speed(MEMORY) == FIRST_SPEED
+    b.disk_told = 20e6
+    assert b.speed(DISK) == 20e6
+    b.disk_told = 10 * FIRST_SPEED
+    assert b.speed(DISK) == FIRST_SPEED
+    for _ in range(30):
+        b.observed(5_000_000, 1.0, DISK)
+    assert 4.9e6 < b.speed(DISK) < 5.1e6  # whatever it says
+    assert b.speed(MEMORY) == FIRST_SPEED
+    b.too_slow(DISK)
+    assert b.speed(DISK) < 2.6e6
+    b.second_chance(DISK)
+    assert 2.5e6 < b.speed(DISK) < 2.8e6
