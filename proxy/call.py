@@ -8,6 +8,7 @@ engine's endpoint; uvicorn sees it as one of its request cycles, which is why so
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,11 +36,14 @@ class _Unheard:
         pass
 
 
+_UNHEARD: Final = _Unheard()
+
+
 class Call:
     """Reads one request, writes one answer."""
 
     __slots__ = (
-        "_chunked", "_error", "_head", "_parts", "_protocol", "_size", "_task", "_waiter", "_whole", "disconnected",
+        "_chunked", "_error", "_head", "_parts", "_protocol", "_size", "_task", "_waiter", "_whole", "came", "disconnected",
         "headers", "http_1_0", "keep_alive", "left", "message_event", "method", "path", "response_complete", "target",
     )  # fmt: skip
 
@@ -50,7 +54,8 @@ class Call:
         self.keep_alive = True
         self.http_1_0 = False
         self.disconnected = self.response_complete = self.left = False
-        self.message_event = _Unheard()
+        self.came = time.perf_counter()
+        self.message_event = _UNHEARD
         self._parts: list[bytes] = []
         self._size = 0
         self._whole = False

@@ -45,7 +45,7 @@ class Endpoint:
 
     async def __call__(self, call: Call) -> None:
         rid = openai.request_id(call.headers)
-        client = Client(call, Lifetime(), self._settings.deadlines)
+        client = Client(call, Lifetime(call.came), self._settings.deadlines)
         client.extra.append((b"x-request-id", rid.encode()))
         method = b"POST" if call.method == b"POST" else b"GET"  # for HEAD: it is the call that writes no body
         exchange = Exchange(method, self._path, call.target, [], rid, client)
@@ -55,6 +55,7 @@ class Endpoint:
         try:
             await self._live(exchange, call)
         finally:
+            client.on_first = None  # it holds the exchange, which holds the client: a circle that only the collector would find
             self._running.dec()
             self._count(exchange)
             self._doors.history.end(exchange)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 from urllib.parse import unquote_to_bytes
 
@@ -18,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pdserve.proxy import openai
 from pdserve.proxy.call import Call
+from pdserve.proxy.turns import Turns
 
 _REASONS = {408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
 LINGER = 0.5  # seconds that an idle connection is left open when the server stops
@@ -39,10 +41,13 @@ class Guarded(HttpToolsProtocol):
 
     limits: ClassVar[Limits]
     front: ClassVar[Mapping[tuple[bytes, bytes], Endpoint]]  # by method and path; all else is the ASGI app's
+    turns: ClassVar[Turns]
 
     _head = 0  # bytes of the head that is being received
     _in_head = True
     _timer: asyncio.TimerHandle | None = None
+    _idle_timer: asyncio.TimerHandle | None = None
+    _idle_since = 0.0
     _leaving = False  # the server stops
     _fresh: tuple[Call, Endpoint] | None = None  # the request whose head has just come
 
@@ -55,6 +60,8 @@ class Guarded(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         calls = [self.cycle, *(cycle for cycle, _ in self.pipeline)]
         super().connection_lost(exc)
         for call in calls:
@@ -64,15 +71,16 @@ class Guarded(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._in_head:
             self._head += len(data)
-            if self._timer is None:
-                self._start_timer()
         super().data_received(data)
         if self._fresh is not None:
             (call, endpoint), self._fresh = self._fresh, None
-            self._start_asgi_task(cast(Any, call), cast(Any, endpoint))
+            self.turns.begin(self.loop, partial(self._start_asgi_task, cast(Any, call), cast(Any, endpoint)))
         # What came with the head of its body is counted too, which is why only an unfinished head is judged.
-        if self._in_head and self._head > self.limits.head and not self.transport.is_closing():
-            self._refuse(431, f"The head of the request is larger than {self.limits.head} bytes.")
+        if self._in_head and self._head and not self.transport.is_closing():
+            if self._head > self.limits.head:
+                self._refuse(431, f"The head of the request is larger than {self.limits.head} bytes.")
+            elif self._timer is None:
+                self._start_timer()
 
     def shutdown(self) -> None:
         """The server stops. A request may be on its way to a connection that carries none, and would be lost without a
@@ -147,6 +155,29 @@ class Guarded(HttpToolsProtocol):
             self.transport.close()
         self.on_response_complete()
 
+    def on_response_complete(self) -> None:
+        """As uvicorn does it, but for its timer, which it sets and cancels for each request."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_since = self.loop.time()
+        if self._idle_timer is None:
+            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._look_idle)
+
+    def _look_idle(self) -> None:
+        self._idle_timer = None
+        if self._head or not self._in_head or (self.cycle is not None and not self.cycle.response_complete):
+            return  # the end of the next answer begins anew
+        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if left > 0:
+            self._idle_timer = self.loop.call_later(left, self._look_idle)
+        else:
+            self.timeout_keep_alive_handler()
+
     def _start_timer(self) -> None:
         self._timer = self.loop.call_later(self.limits.head_time, self._late)
 
@@ -183,5 +214,6 @@ def guarded(limits_: Limits, front_: Mapping[tuple[bytes, bytes], Endpoint]) -> 
     class Bound(Guarded):
         limits = limits_
         front = front_
+        turns = Turns()
 
     return Bound

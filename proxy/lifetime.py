@@ -31,6 +31,8 @@ class State(Enum):
     FAILED = "failed"
     ABORTED = "aborted"
 
+    __hash__ = object.__hash__  # Enum's own is Python code, and these are looked up all the time
+
 
 class Event(Enum):
     QUEUE = "queue"
@@ -42,6 +44,8 @@ class Event(Enum):
     END = "end"
     ERROR = "error"
     GONE = "gone"
+
+    __hash__ = object.__hash__
 
 
 LIVE = (State.RECEIVING, State.QUEUED, State.PREFILLING, State.DECODING, State.STREAMING, State.CONTINUING)
@@ -88,9 +92,9 @@ class Lifetime:
 
     __slots__ = ("state", "times")
 
-    def __init__(self) -> None:
+    def __init__(self, began: float | None = None) -> None:
         self.state = State.RECEIVING
-        self.times = [(State.RECEIVING, time.perf_counter())]
+        self.times = [(State.RECEIVING, time.perf_counter() if began is None else began)]
 
     def on(self, event: Event) -> None:
         self.state = TRANSITIONS[self.state, event]

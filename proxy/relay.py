@@ -31,7 +31,7 @@ class Client:
         self._call = call
         self._deadline = deadlines.send
         self.lifetime = lifetime
-        self.arrived = self._last = time.perf_counter()
+        self.arrived = self._last = call.came
         self.status = 0
         self.extra: Headers = []  # headers of ours for the answer
         self.on_first: Callable[[float], None] | None = None
@@ -129,9 +129,13 @@ async def first_events(answer: Answer, cutter: EventCutter, until: float) -> byt
 
 
 class Editor(Protocol):
-    """What happens to whole events on their way. `error` is the event with which the engine itself gave up."""
+    """What happens to whole events on their way. `error` is the event with which the engine itself gave up; `over` says
+    that the answer has ended with them, whatever the engine still says."""
 
     error: bytes
+
+    @property
+    def over(self) -> bool: ...
 
     def edit(self, data: bytes) -> bytes: ...
 
@@ -150,11 +154,12 @@ async def stream(
         nonlocal ended
         if editor is not None:
             whole = edited(editor, whole, answer.instance)
-        ended = complete and (editor is None or (cutter.done and not editor.error))
-        keeps_up = client.events(whole + cutter.rest if ended else whole, ended) if whole or ended else True
+        over = editor is not None and editor.over
+        ended = over or (complete and (editor is None or (cutter.done and not editor.error)))
+        keeps_up = client.events(whole + cutter.rest if ended and not over else whole, ended) if whole or ended else True
         if editor is not None and editor.error:
             raise LegFailure(502, "it gave up in mid-stream", answer.instance, "broken", editor.error)
-        return keeps_up
+        return keeps_up and not over
 
     def take(data: bytes, complete: bool) -> bool:
         whole = cutter.feed(data)
@@ -167,7 +172,7 @@ async def stream(
         if await answer.passed_to(take, gap):
             break
         keeps_up = False
-    if editor is not None and not cutter.done:
+    if editor is not None and not cutter.done and not editor.over:
         raise LegFailure(502, "it ended the stream early", answer.instance, "broken")
     if not ended:
         await client.end(cutter.rest)
@@ -184,7 +189,8 @@ def edited(editor: Editor, data: bytes, instance: str) -> bytes:
 
 async def broken_off(client: Client, endpoint: str, failure: UpstreamError) -> None:
     """Tells a client whose stream has begun that it is over, in the engine's own words if it had any."""
+    if failure.body.startswith(b"event: "):
+        return await client.end(failure.body)
     if failure.body.startswith(b"data: "):
-        await client.end(failure.body if failure.body.endswith(openai.DONE) else failure.body + openai.DONE)
-        return
+        return await client.end(failure.body if failure.body.endswith(openai.DONE) else failure.body + openai.DONE)
     await client.end(openai.error_event(endpoint, openai.error_json(failure.status, str(failure))))

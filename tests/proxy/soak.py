@@ -2,8 +2,8 @@
 
     python tests/proxy/soak.py [--requests 1000000] [--streams 64] [--every 10000]
 
-Prints resident memory as it goes; exit 1 if the last tenth used more than `--slack` MiB above the second tenth's. Streams,
-whole answers, sessions, failing producers and clients that leave take turns.
+Prints resident memory and open descriptors as it goes; exit 1 if the last tenth used more than `--slack` MiB above the
+second tenth's. Streams, whole answers, sessions, failing producers and clients that leave take turns.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ HEADERS = [(b"content-type", b"application/json")]
 
 def resident(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 async def one(upstream: Upstream, number: int, chance: random.Random) -> None:
@@ -82,7 +86,8 @@ async def measured(
                 print(f"request {number}: {exc}")
             if number % args.every == 0:
                 seen.append(resident(pid))
-                print(f"{number:>9} requests  {seen[-1]:7.1f} MiB  {time.monotonic() - began:7.0f} s", flush=True)
+                files, took = descriptors(pid), time.monotonic() - began
+                print(f"{number:>9} requests  {seen[-1]:7.1f} MiB  {files:4} descriptors  {took:7.0f} s", flush=True)
 
     await asyncio.gather(*(client() for _ in range(args.streams)))
     early, late = max(seen[len(seen) // 10 : len(seen) // 5 + 1]), max(seen[-max(1, len(seen) // 10) :])

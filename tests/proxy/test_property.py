@@ -60,8 +60,8 @@ class Watched(Lifetime):
     made: ClassVar[list[Watched]] = []
     __slots__ = ("ends",)
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, began: float | None = None) -> None:
+        super().__init__(began)
         self.ends = 0
         self.made.append(self)
 
