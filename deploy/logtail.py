@@ -68,18 +68,20 @@ def cause(log: Path) -> str:
 
 
 def _strip(line: str) -> str:
-    if line.startswith('{"time"'):
-        line = _message(line)
     return _OUR_HEAD.sub("", _VLLM_HEAD.sub("", line.rstrip())).strip()
 
 
-def _message(line: str) -> str:
-    """What a JSON line says."""
+def _plain(line: str) -> list[str]:
+    """A JSON line as the text lines that would say the same, its traceback included; another line as it is."""
+    if not line.startswith('{"time"'):
+        return [line]
     try:
         told = json.loads(line)
-        return f"{told['part'].removeprefix('pdserve.')} {told['message']}"
+        part = "" if told["part"].startswith("vllm") else told["part"].removeprefix("pdserve.") + " "
+        head = f"{told['level']} {told['time'][5:10]} {told['time'][11:19]} {part}"
+        return [*f"{head}{told['message']}".split("\n"), *told.get("exception", "").split("\n")]
     except (ValueError, KeyError, TypeError, AttributeError):
-        return line
+        return [line]
 
 
 def _this_start(log: Path) -> list[str]:
@@ -90,6 +92,7 @@ def _this_start(log: Path) -> list[str]:
             text = file.read().decode(errors="replace")
     except OSError:
         return []
-    lines = [line.rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n")]
+    raw = [line.rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n")]
+    lines = [one for line in raw for one in _plain(line)]
     heads = [i for i, line in enumerate(lines) if line.startswith(LOG_HEAD)]
     return lines[heads[-1] + 1 :] if heads else lines

@@ -100,6 +100,7 @@ def make(
         cache_load=topology.cache.load if topology.cache else "adaptive",
         has_proxy=whole.proxy is not None,
         otlp_traces=trace.endpoint(whole.tracing.endpoint) if whole.tracing else "",
+        log_format=env.log_format(),
     )
     topology = msgspec.structs.replace(topology, instances=_assign(topology.instances, cores))
     processes = []

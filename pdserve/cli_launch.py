@@ -19,7 +19,7 @@ from typing import IO, Any
 import msgspec
 import yaml
 
-from pdserve import topology
+from pdserve import log, topology
 from pdserve.deploy import cleanup, preflight, state
 from pdserve.deploy.backends.base import Backend
 from pdserve.deploy.backends.local import LocalBackend
@@ -52,11 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=("local", "ray"), default="local",
         help="where processes run: on this machine, or on the hosts of a Ray cluster, all started from here",
     )  # fmt: skip
+    log.add_argument(parser)
     parser.add_argument("--force", action="store_true", help="start although the estimate of memory says no")
     parser.add_argument("--supervise", action="store_true", help=argparse.SUPPRESS)  # the background half of --detach
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.log_format:
+        os.environ["PDSERVE_LOG_FORMAT"] = args.log_format  # for every process that is started from here
     cores = sorted(os.sched_getaffinity(0))
     top = _load(args.topology)
     plan = _plan_everywhere(top, cores, args) if args.backend == "ray" else make(top, cores, host=args.host)

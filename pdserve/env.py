@@ -41,6 +41,11 @@ def log_level() -> str:
     return value
 
 
+def instance() -> str:
+    """PDSERVE_INSTANCE: what an engine process is called in its log lines; set by the launcher."""
+    return os.environ.get("PDSERVE_INSTANCE", "")
+
+
 def log_format() -> str:
     """PDSERVE_LOG_FORMAT: text or json (default text)."""
     value = os.environ.get("PDSERVE_LOG_FORMAT", "text").lower()

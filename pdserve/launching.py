@@ -20,6 +20,7 @@ class Context:
     has_proxy: bool = True
     otlp_traces: str = ""  # where engines send their spans, path included
     cache_load: str = "adaptive"  # the topology's cache.load
+    log_format: str = "text"
 
     def script(self, name: str) -> str:
         """An entry point of this environment, such as `vllm`; PATH could lead to another one's."""

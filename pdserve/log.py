@@ -16,6 +16,7 @@ import time
 from typing import Final
 
 from pdserve import env
+from pdserve.request_id import client_id
 
 FORMATS: Final = ("text", "json")
 #: the parts of a text line, for whoever reads one
@@ -50,9 +51,9 @@ def setup(process: str = "pdserve", instance: str = "", form: str | None = None,
 
 
 def request_of(message: str) -> str | None:
-    """The request that a message is about."""
+    """The request that a message is about, by its client's id."""
     found = _REQUEST.search(message)
-    return None if found is None else found[1] or found[2]
+    return None if found is None else client_id(found[1] or found[2])
 
 
 class Text(logging.Formatter):
@@ -83,12 +84,15 @@ class Json(logging.Formatter):
             "instance": self._instance,
             "pid": record.process or os.getpid(),
             "part": record.name,
-            "request_id": request_of(message),
+            "request_id": self.request(message),
             "message": message,
         }
         if record.exc_info:
             made["exception"] = self.formatException(record.exc_info)
         return json.dumps(made, ensure_ascii=False)
+
+    def request(self, message: str) -> str | None:
+        return request_of(message)
 
 
 def utc(at: float) -> str:

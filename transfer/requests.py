@@ -6,13 +6,13 @@ computed and stored the chunk itself. The daemon's loop owns all of this.
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from pdserve.chunk import tenant_tag
+from pdserve.request_id import client_id
 from pdserve.transfer import telling, why
 from pdserve.transfer.began import Listeners
 from pdserve.transfer.gone import Gone
@@ -21,14 +21,7 @@ from pdserve.transfer.prompts import Prompt, Prompts
 MOST, MOST_BYTES = 4096, 32 << 20
 MOST_SPANS = 64
 NOBODY = tenant_tag("")
-#: vLLM's names for a request: the endpoint's word, the client's id, for completions the prompt's number, eight random digits
-_VLLM = tuple(re.compile(p) for p in (r"^cmpl-(.+)-\d+-[0-9a-f]{8}$", r"^cmpl-(.+)-\d+$", r"^chatcmpl-(.+?)(?:-[0-9a-f]{8})?$"))
 Run = tuple[int, int, str, str]  # first chunk, how many, source, why
-
-
-def client_id(leg: str) -> str:
-    """The client's id of an engine's request."""
-    return next((found[1] for pattern in _VLLM if (found := pattern.match(leg))), leg)
 
 
 @dataclass(slots=True)

@@ -133,3 +133,11 @@ def test_vllms_own_sockets_lie_in_the_run_directory_and_go_with_the_process() ->
     # zmq would refuse a longer path: then it is vLLM's own default.
     far = dataclasses.replace(context(), run_dir=Path("/tmp/" + "deep/" * 20))
     assert "VLLM_RPC_BASE_PATH" not in engines.command("vllm").environment(instance(engine="device: cpu"), far)
+
+
+def test_log_lines_in_json_are_asked_of_vllm_too() -> None:
+    one = instance()
+    assert "VLLM_LOGGING_CONFIG_PATH" not in command.environment(one, context())
+    variables = command.environment(one, dataclasses.replace(context(), log_format="json"))
+    assert json.loads(Path(variables["VLLM_LOGGING_CONFIG_PATH"]).read_text())["version"] == 1
+    assert (variables["PDSERVE_LOG_FORMAT"], variables["PDSERVE_INSTANCE"]) == ("json", one.name)

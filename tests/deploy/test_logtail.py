@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def log(tmp_path: Path) -> Path:
         (INFO + "  ▄▄ ▄█ █\n" + INFO + "\n" + INFO + "Something of its own\n", "Something of its own"),
         ("01:15:52 INFO pdserve.cache touching the arena\n", "cache touching the arena"),
         ("2026-01-01 01:15:52.003 INFO cache[7] pdserve.cache touching the arena\n", "cache touching the arena"),
-        ('{"time": "x", "part": "pdserve.cache", "message": "touching the arena"}\n', "cache touching the arena"),
+        ('{"time": "2026-11-22T05:00:01Z", "level": "INFO", "part": "pdserve.cache", "message": "touching it"}\n', "cache touching it"),
     ],
 )
 def test_doing(log: Path, text: str, doing: str) -> None:
@@ -63,3 +64,20 @@ def test_long_and_odd_logs(log: Path) -> None:
     assert logtail.tail(log) == []  # not there yet
     log.write_bytes(b"\xff\xfe\n" * 100_000 + b"last\n")
     assert logtail.tail(log, 2)[-1] == "last"
+
+
+def test_lines_in_json_say_as_much_as_text(tmp_path: Path) -> None:
+    def line(level: str, part: str, message: str, **more: str) -> str:
+        told = {"time": "2026-11-22T05:00:01.250Z", "level": level, "process": "engine", "instance": "e", "pid": 1, "part": part}
+        return json.dumps({**told, "request_id": None, "message": message, **more}) + "\n"
+
+    file = tmp_path / "e.log"
+    file.write_text(
+        line("INFO", "vllm.v1.core", "Loading weights took 1.5 seconds") + line("WARNING", "vllm.config", "something is odd")
+    )
+    assert logtail.doing(file) == "making room for the KV cache"
+    with file.open("a") as more:
+        more.write(line("ERROR", "vllm.v1.engine.core", "EngineCore failed", exception="Traceback:\n  File x\nMemoryError: no room"))
+        more.write(line("CRITICAL", "vllm", "ended by RuntimeError", exception="RuntimeError: Engine core initialization failed"))
+    assert logtail.cause(file) == "MemoryError: no room"
+    assert logtail.tail(file, 2) == ["CRITICAL 11-22 05:00:01 ended by RuntimeError", "RuntimeError: Engine core initialization failed"]

@@ -25,7 +25,7 @@ def as_it_was() -> Iterator[None]:
 def said(form: str | None = None, process: str = "engine", instance: str = "prefill-0") -> str:
     stream = io.StringIO()
     log.setup(process, instance, form, stream)
-    log.get("connector").info("retrieved %d tokens request_id=%s", 5, "cmpl-a-0-1")
+    log.get("connector").info("retrieved %d tokens request_id=%s", 5, "cmpl-a-0-0123abcd")
     log.get("proxy").warning("request %s: it broke\nin two", "my-id")
     try:
         raise ValueError("no")
@@ -41,7 +41,7 @@ def test_text_lines_have_time_level_process_instance_and_part() -> None:
     assert (found["level"], found["process"], found["instance"], found["part"]) == (
         "INFO", "engine", "prefill-0", "pdserve.connector",
     )  # fmt: skip
-    assert first.endswith(" retrieved 5 tokens request_id=cmpl-a-0-1")
+    assert first.endswith(" retrieved 5 tokens request_id=cmpl-a-0-0123abcd")
     own = log.HEAD.match(said(process="proxy", instance="").splitlines()[0])
     assert own is not None
     assert (own["process"], own["instance"]) == (None, "proxy")
@@ -49,7 +49,7 @@ def test_text_lines_have_time_level_process_instance_and_part() -> None:
 
 def test_json_lines_are_one_object_each() -> None:
     lines = [json.loads(line) for line in said("json").splitlines()]
-    assert [line["request_id"] for line in lines] == ["cmpl-a-0-1", "my-id", None]
+    assert [line["request_id"] for line in lines] == ["a", "my-id", None]
     assert {(line["process"], line["instance"]) for line in lines} == {("engine", "prefill-0")}
     assert lines[0].keys() == {"time", "level", "process", "instance", "pid", "part", "request_id", "message"}
     assert lines[0]["time"].endswith("Z")

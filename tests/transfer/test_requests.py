@@ -9,10 +9,11 @@ import pytest
 
 from pdserve import marks
 from pdserve.chunk import KeyChain, tenant_tag
+from pdserve.request_id import client_id
 from pdserve.transfer import telling
 from pdserve.transfer.gone import Gone
 from pdserve.transfer.prompts import Prompt, Prompts
-from pdserve.transfer.requests import Requests, client_id
+from pdserve.transfer.requests import Requests
 
 CHUNK, SEED = 64, marks.seed("daemon")
 BASE = b"b" * 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pdserve.engines.vllm import lines
 from pdserve.launching import Context
 from pdserve.topology import CPU_KV_GIB, KV_ROLES, Engine, Instance
 
@@ -36,6 +37,8 @@ def environment(instance: Instance, context: Context) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
+    if context.log_format == "json":
+        variables |= {"PDSERVE_LOG_FORMAT": "json", "PDSERVE_INSTANCE": instance.name, "VLLM_LOGGING_CONFIG_PATH": str(lines.CONFIG)}
     if (sockets := sockets_folder(instance, context)) is not None:
         variables["VLLM_RPC_BASE_PATH"] = str(sockets)
     if context.model.local:
