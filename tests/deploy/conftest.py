@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from ports import free_port
 
 from pdserve import topology
 from pdserve.deploy.backends.local import kill_all, marked
@@ -17,7 +17,7 @@ from pdserve.launching import Context
 from pdserve.model import Model
 
 SERVER = """
-import http.server, os, subprocess, sys, time
+import os, sys, time
 port, mode, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 if mode == "exit":
     print("ValueError: no such weights"); print("RuntimeError: Engine core initialization failed."); sys.exit(3)
@@ -25,6 +25,7 @@ if mode == "silent":
     print("still loading", flush=True); time.sleep(600)
 if mode == "once" and os.path.exists(folder + "/died"):
     print("OSError: it does not come back"); sys.exit(4)
+import http.server, subprocess
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 if mode == "deaf":
     import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -42,13 +43,6 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 Make = Callable[..., Plan]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Iterator[Path]:
     """The run directory of a deployment; fails the test when a process of it outlives it."""
@@ -64,7 +58,7 @@ def run_dir(tmp_path: Path) -> Iterator[Path]:
 def make_plan(run_dir: Path) -> Make:
     """make_plan(cache="ok", engine="exit", ...): one process per role, each in a mode of the server above."""
 
-    def make(start_timeout: float = 20.0, **modes: str) -> Plan:
+    def make(start_timeout: float = 120.0, **modes: str) -> Plan:
         processes = []
         for name, mode in modes.items():
             role = {"cache": "cache", "proxy": "proxy"}.get(name, "both")

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from ports import free_port
 
 from pdserve.deploy.backends.local import kill_all, marked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-WAIT = 60.0
+WAIT = 180.0
 PORTS = ("PREFILL", "DECODE", "ADMIN", "PROXY")
 FAKE = """
 name: NAME
@@ -54,12 +55,8 @@ class Cli:
 
     def file(self, text: str = FAKE) -> str:
         """A topology with free ports; the demo model is there as far as anyone looks."""
-        sockets = [socket.socket() for _ in PORTS]
-        for word, sock in zip(PORTS, sockets, strict=True):
-            sock.bind(("127.0.0.1", 0))
-            text = text.replace(word, str(sock.getsockname()[1]))
-        for sock in sockets:
-            sock.close()
+        for word in PORTS:
+            text = text.replace(word, str(free_port()))
         path = self.base / "t.yaml"
         path.write_text(text.replace("NAME", self.name).replace("model: demo", f"model: {self.model()}"))
         return str(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from ports import free_port
 
 from pdserve.engines.fake.server import FakeEngine
 
@@ -23,9 +23,7 @@ TOOLS = {"tools": [{"type": "function", "function": {"name": "look"}}], "tool_ch
 @contextlib.asynccontextmanager
 async def engine() -> AsyncIterator[tuple[subprocess.Popen[bytes], str]]:
     """A fake engine in a process of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     words = [sys.executable, "-m", "pdserve.engines.fake.server", "--port", str(port), "--gap", "0.02"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)  # noqa: ASYNC220
     try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from ports import free_port
 
 from pdserve.engines.fake.server import FakeEngine, Fault
 from pdserve.errors import ConfigError
@@ -19,12 +20,6 @@ START = (
     "import argparse, sys; from pdserve.proxy import app; p = argparse.ArgumentParser(); app.add_arguments(p); "
     "sys.exit(app.main(p.parse_args()))"
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def answers(url: str) -> bool:

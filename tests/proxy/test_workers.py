@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from ports import free_port
 
 from pdserve.engines.fake.server import FakeEngine
 from pdserve.proxy.shared import Together
@@ -53,9 +53,7 @@ def test_what_one_is_told_of_instances_the_others_hear_once(tmp_path: Path) -> N
 
 @contextlib.asynccontextmanager
 async def running(engine: FakeEngine, *words: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     argv = ["--port", str(port), "--both", f"both-0={engine.url}", "--workers", "2", "--shutdown-timeout", "5", *words]
     environment = {**os.environ, "PDSERVE_ADMIN_TOKEN": "boss"}
     process = await asyncio.create_subprocess_exec(

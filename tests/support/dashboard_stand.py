@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 
 from pdserve import kernels
@@ -29,20 +30,9 @@ from pdserve.errors import CacheUnavailable
 from pdserve.transfer import telling, wire
 from pdserve.transfer.client import CacheClient
 
-PORTS = range(23500, 24000)
 CHUNK = 256
 SHARD = 64 * 1024
-START_S = 60.0
-_taken: set[int] = set()
-
-
-def free_port() -> int:
-    for port in PORTS:
-        if port not in _taken:
-            with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-                _taken.add(port)
-                return port
-    raise RuntimeError(f"no free port in {PORTS}")
+START_S = 120.0
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = START_S) -> Any:
@@ -55,14 +45,14 @@ def until(condition: Callable[[], Any], what: str, seconds: float = START_S) -> 
 
 def get(url: str, key: str = "") -> Any:
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as reply:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as reply:
         text = reply.read().decode()
     return json.loads(text) if "json" in reply.headers["content-type"] else text
 
 
 def answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as reply:
+        with urllib.request.urlopen(url, timeout=10) as reply:
             return bool(reply.status == 200)
     except OSError:
         return False
@@ -104,7 +94,7 @@ class Stand:
                 process.terminate()
         for process in self.processes.values():
             try:
-                process.wait(20)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -163,7 +153,7 @@ class Stand:
         sent = {"content-type": "application/json", **headers}
         request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode(), sent)
         try:
-            with urllib.request.urlopen(request, timeout=30) as reply:
+            with urllib.request.urlopen(request, timeout=60) as reply:
                 reply.read()
                 return reply.status, {name.lower(): value for name, value in reply.headers.items()}
         except urllib.error.HTTPError as error:
@@ -209,10 +199,10 @@ class Shadow:
             for i, key in enumerate(keys)
         ]
         client = self._clients[0]
-        grants = client.reserve(self._names[0], items, 5.0)
+        grants = client.reserve(self._names[0], items, 30.0)
         kept = [grant for grant in grants if grant.status == wire.GRANTED]
         client.commit(
-            [wire.CommitItem(grant.reservation, self._fill(client, grant.offset, size)) for grant in kept], 5.0
+            [wire.CommitItem(grant.reservation, self._fill(client, grant.offset, size)) for grant in kept], 30.0
         )
         self.keys = keys
         return keys
@@ -226,10 +216,10 @@ class Shadow:
 
     def load(self, keys: list[bytes]) -> int:
         client = self._clients[1]
-        found = client.lookup(keys, 5.0)
+        found = client.lookup(keys, 30.0)
         count = len(found.found)
         if found.lease:
-            client.release(found.lease, 5.0, loaded_chunks=count)
+            client.release(found.lease, 30.0, loaded_chunks=count)
         return count
 
     def tell(
@@ -263,7 +253,7 @@ class Shadow:
     def _say(self, name: str, items: list[Any]) -> None:
         """As engines do it: a greeting on a line of its own, then what is to be told, which nobody answers."""
         with socket.socket(socket.AF_UNIX) as line:
-            line.settimeout(5)
+            line.settimeout(30)
             line.connect(str(self._socket))
             line.sendall(wire.encode(wire.Hello(wire.VERSION, f"{name}/shadow", os.getpid())))
             line.recv(65536)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterable
@@ -27,7 +24,7 @@ PEER_PORT, ADMIN_PORT = 22501, 22502
 SECRET = "a secret that only tests know"
 MIB = 1 << 20
 CHUNK = MIB
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 def key(i: int) -> bytes:
@@ -74,6 +71,13 @@ class Daemon:
 
     def began(self) -> None:
         self.process = self.host.start(self.words, self.log, PDSERVE_PEER_SECRET=SECRET, PYTHONSAFEPATH="1")
+
+    def again(self) -> None:
+        """Another start of it, after its end."""
+        self.client.close()
+        self.client = CacheClient(self.socket, f"test-{self.name}")
+        self.began()
+        self.ready()
 
     def ready(self) -> None:
         def there() -> bool:
@@ -143,6 +147,15 @@ class Daemon:
             assert time.monotonic() < deadline, f"{found} found, {loading} promised for ever"
             time.sleep(0.02)
 
+    def gets(self, numbers: Iterable[int]) -> None:
+        """All of them come from other hosts, be it not at the first attempt: on a busy machine a fetch may be given up."""
+        numbers = list(numbers)
+        until(lambda: self.fetch(numbers) == len(numbers), f"{self.name} has all {len(numbers)} chunks")
+
+    def promised(self, numbers: Iterable[int]) -> None:
+        numbers = list(numbers)
+        until(lambda: self.find(numbers)[1] > 0, f"something is on its way to {self.name}")
+
     def has_all(self, numbers: Iterable[int]) -> bool:
         numbers = list(numbers)
         return self.find(numbers)[0] == len(numbers)
@@ -184,76 +197,3 @@ class Daemon:
 
     def __repr__(self) -> str:
         return f"daemon {self.name}"
-
-
-class Relay:
-    """Carries TCP on with a delay each way, since this kernel may have no netem. Listens on `host`, goes on to `target`."""
-
-    def __init__(self, host: netns.Host, port: int, target: tuple[str, int], delay: float) -> None:
-        self.host, self.target, self.delay = host, target, delay
-        with host.inside():
-            self._listener = socket.create_server((host.address, port))
-        self.url = f"tcp://{host.address}:{port}"
-        self._sockets: list[socket.socket] = [self._listener]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                one, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            try:
-                with self.host.inside():
-                    other = socket.create_connection(self.target, 5)
-            except OSError:
-                one.close()
-                continue
-            other.settimeout(None)
-            self._sockets += [one, other]
-            for source, sink in ((one, other), (other, one)):
-                self._carry(source, sink)
-
-    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
-        waiting: list[tuple[float, bytes]] = []
-        more = threading.Condition()
-
-        def read() -> None:
-            data = b"."
-            while data:
-                try:
-                    data = source.recv(1 << 16)
-                except OSError:
-                    data = b""
-                with more:
-                    more.wait_for(lambda: len(waiting) < 256, 60)  # not more under way than a long cable holds
-                    waiting.append((time.monotonic() + self.delay, data))
-                    more.notify_all()
-
-        def write() -> None:
-            while True:
-                with more:
-                    more.wait_for(lambda: bool(waiting), 3600)
-                    when, data = waiting.pop(0)
-                    more.notify_all()
-                time.sleep(max(0.0, when - time.monotonic()))
-                try:
-                    if not data:
-                        sink.shutdown(socket.SHUT_WR)
-                        return
-                    sink.sendall(data)
-                except OSError:
-                    return
-
-        threading.Thread(target=read, daemon=True).start()
-        threading.Thread(target=write, daemon=True).start()
-
-    def close(self) -> None:
-        for s in self._sockets:
-            try:
-                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                s.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
-            finally:
-                s.close()

@@ -99,6 +99,15 @@ class Host:
         shape = ("rate", rate, "burst", "256kb", "latency", "50ms")  # a switch of today, not a deep buffer
         _do("tc", "-n", self.namespace, "qdisc", "replace", "dev", "eth0", "root", "tbf", *shape)
 
+    def redirect(self, port: int, mark: int) -> None:
+        """Every TCP connection that would leave this host goes to that port of its own, unless its socket has the mark."""
+        wanted = ("-o", "eth0", "-p", "tcp", "-m", "mark", "!", "--mark", str(mark))
+        words = ("-t", "nat", "-A", "OUTPUT", *wanted, "-j", "REDIRECT", "--to-ports", str(port))
+        _do("ip", "netns", "exec", self.namespace, "iptables", *words)
+
+    def redirect_no_more(self) -> None:
+        _try("ip", "netns", "exec", self.namespace, "iptables", "-t", "nat", "-F", "OUTPUT")
+
     def mend(self) -> None:
         """All is well again."""
         _try("ip", "netns", "exec", self.namespace, "iptables", "-F")

@@ -6,19 +6,15 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
 
-START_S = 60.0
+from ports import free_port
 
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        return s.getsockname()[1]
+START_S = 120.0
 
 
 class RunningCache:
@@ -46,7 +42,7 @@ class RunningCache:
             time.sleep(0.05)
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as r:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as r:
             return r.read().decode()
 
     def status(self) -> dict:
@@ -67,5 +63,5 @@ class RunningCache:
         """Ends it, if it still runs, and returns what it logged."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-            self.process.wait(20)
+            self.process.wait(60)
         return self.log.read_text()

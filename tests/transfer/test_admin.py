@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ports import free_port
 from starlette.testclient import TestClient
 
 from pdserve import __main__ as command
@@ -40,7 +41,7 @@ def serving(tmp_path, monkeypatch):
     from multiprocessing import get_context
 
     name = f"test-{os.getpid()}-{time.monotonic_ns()}"
-    port = _free_port()
+    port = free_port()
     args = SimpleNamespace(
         socket=str(tmp_path / "c.sock"), size=32 << 20, chunk_tokens=256, admin_host="127.0.0.1", admin_port=port, name=name,
         disk=str(tmp_path / "kv"), disk_size=128 << 20, disk_min_free=0, disk_write="write-through", scrub_rate=0,
@@ -57,20 +58,13 @@ def serving(tmp_path, monkeypatch):
             return json.load(answer)
 
     client = CacheClient(args.socket, "t")
-    _until(lambda: _works(lambda: ask("GET", "/healthz")), 30)
+    _until(lambda: _works(lambda: ask("GET", "/healthz")), 90)
     yield SimpleNamespace(ask=ask, client=client, port=port, process=process, folder=tmp_path / "kv")
     client.close()
     process.terminate()
-    process.join(20)
+    process.join(60)
     process.close()
     arena.path_for(name).unlink(missing_ok=True)
-
-
-def _free_port():
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        return s.getsockname()[1]
 
 
 def _works(call):
@@ -81,7 +75,7 @@ def _works(call):
     return True
 
 
-def _until(what, patience=20.0):
+def _until(what, patience=60.0):
     ends = time.monotonic() + patience
     while not what():
         assert time.monotonic() < ends, "it did not come to that"
@@ -91,22 +85,22 @@ def _until(what, patience=20.0):
 def put(client, i, parent=0, tag=b""):
     data = np.full(SIZE, i % 251, np.uint8)
     item = wire.ReserveItem(key(i), key(parent) if parent else b"", 0, 1, SIZE, 256, tag)
-    (g,) = client.reserve("w", [item], 5)
+    (g,) = client.reserve("w", [item], 30)
     assert g.status == wire.GRANTED
     client.arena.bytes[g.offset : g.offset + SIZE] = data
-    client.commit([wire.CommitItem(g.reservation, kernels.digest(data))], 5)
+    client.commit([wire.CommitItem(g.reservation, kernels.digest(data))], 30)
     return g.offset
 
 
 def hits(client, *ids):
     """How long a run is found, waiting for what is on its way up."""
-    ends = time.monotonic() + 20
+    ends = time.monotonic() + 60
     while True:
-        reply = client.lookup([key(i) for i in ids], 5)
+        reply = client.lookup([key(i) for i in ids], 30)
         for i, f in zip(ids, reply.found, strict=False):
             assert (client.arena.bytes[f.offset : f.offset + SIZE] == i % 251).all()
         if reply.lease:
-            client.release(reply.lease, 5, len(reply.found), 0)
+            client.release(reply.lease, 30, len(reply.found), 0)
         if not reply.loading:
             return len(reply.found)
         assert time.monotonic() < ends
@@ -146,7 +140,7 @@ def test_prefetch_brings_up_what_memory_has_lost(serving):
     keys = {"keys": [key(1).hex()]}
     _until(lambda: serving.ask("POST", "/cache/prefetch", keys)["loading"] == 0)
     assert serving.ask("GET", "/cache/objects?limit=3")["total"] >= 30
-    reply = serving.client.lookup([key(1)], 5)
+    reply = serving.client.lookup([key(1)], 30)
     assert [f.tier for f in reply.found] == ["disk"]
 
 

@@ -33,7 +33,7 @@ def right(client, i, found):
     return kernels.digest(data) == found.digests[0] and bool((data == i).all())
 
 
-def until(what, patience=20.0):
+def until(what, patience=60.0):
     ends = time.monotonic() + patience
     while not what():
         assert time.monotonic() < ends, "it did not come to that"
@@ -82,7 +82,7 @@ def test_a_killed_daemon_is_connected_to_again_without_any_request_and_hits_from
     stop.set()
     for t in threads:
         t.join(30)
-    assert not any(c.connected for c in clients)
+    until(lambda: not any(c.connected for c in clients))
     second = start_cache(tmp_path, name, 16 << 20, *disk)
     until(lambda: all(c.connected for c in clients))
     assert sorted(label.split()[0] for label in second.status()["clients"]) == ["engine-0", "engine-1", "engine-2"]
@@ -106,8 +106,7 @@ def test_the_lease_of_a_lookup_that_was_given_up_goes_back_without_another_call(
     with pytest.raises(CacheUnavailable, match="did not answer within 50 ms"):
         client.lookup([key(1)], 0.05)
     go_on()
-    metrics = cache_daemon.get("/metrics")  # answered after the lookup was
-    assert 'pdserve_cache_op_seconds_count{op="lookup"} 1.0' in metrics
+    until(lambda: 'pdserve_cache_op_seconds_count{op="lookup"} 1.0' in cache_daemon.get("/metrics"))
     until(lambda: 'pdserve_cache_op_seconds_count{op="release"} 1.0' in cache_daemon.get("/metrics"))
     assert cache_daemon.status()["leases"] == 0
     client.close()
@@ -169,7 +168,7 @@ def test_closing_ends_the_thread_and_the_files(cache_daemon):
         assert mine() == []
         with pytest.raises(CacheUnavailable, match="is closed"):
             client.ping(1)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_client_that_nobody_answers_can_be_closed(tmp_path):

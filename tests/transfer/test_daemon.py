@@ -26,22 +26,22 @@ def key(i: int) -> bytes:
 
 
 def store(client: CacheClient, i: int, data: np.ndarray, parent: bytes = b"") -> bool:
-    (grant,) = client.reserve("w", [wire.ReserveItem(key(i), parent, 0, 1, data.size, 256)], 5)
+    (grant,) = client.reserve("w", [wire.ReserveItem(key(i), parent, 0, 1, data.size, 256)], 30)
     if grant.status != wire.GRANTED:
         return False
     client.arena.bytes[grant.offset : grant.offset + data.size] = data
-    client.commit([wire.CommitItem(grant.reservation, kernels.digest(data))], 5)
+    client.commit([wire.CommitItem(grant.reservation, kernels.digest(data))], 30)
     return True
 
 
 def load(client: CacheClient, i: int) -> np.ndarray | None:
-    reply = client.lookup([key(i)], 5)
+    reply = client.lookup([key(i)], 30)
     if not reply.found:
         return None
     (f,) = reply.found
     data = client.arena.bytes[f.offset : f.offset + f.shard_bytes].copy()
     assert kernels.digest(data) == f.digests[0]
-    client.release(reply.lease, 5, 1, data.size)
+    client.release(reply.lease, 30, 1, data.size)
     return data
 
 
@@ -72,8 +72,8 @@ def test_a_client_that_dies_leaves_no_lease_and_no_reservation(cache_daemon):
         "import os,sys\nfrom pdserve.transfer.client import CacheClient\nfrom pdserve.transfer import wire\n"
         f"c=CacheClient({str(cache_daemon.socket)!r},'dies')\n"
         "k=[i.to_bytes(32,'little') for i in range(2)]\n"
-        "g=c.reserve('w',[wire.ReserveItem(k[0],b'',0,1,4096,256)],5)\nc.commit([wire.CommitItem(g[0].reservation,1)],5)\n"
-        "c.reserve('w',[wire.ReserveItem(k[1],b'',0,1,4096,256)],5)\nassert c.lookup(k,5).pending==1\n"
+        "g=c.reserve('w',[wire.ReserveItem(k[0],b'',0,1,4096,256)],30)\nc.commit([wire.CommitItem(g[0].reservation,1)],30)\n"
+        "c.reserve('w',[wire.ReserveItem(k[1],b'',0,1,4096,256)],30)\nassert c.lookup(k,30).pending==1\n"
         "print('ready',flush=True)\nsys.stdin.read()"
     )
     with subprocess.Popen(
@@ -83,7 +83,7 @@ def test_a_client_that_dies_leaves_no_lease_and_no_reservation(cache_daemon):
         before = cache_daemon.status()
         assert (before["leases"], before["reservations"], len(before["clients"])) == (1, 1, 1)
         child.kill()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (after := cache_daemon.status())["clients"] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert (after["leases"], after["reservations"], after["chunks"], after["used_bytes"]) == (0, 0, 1, 4096)
@@ -107,7 +107,7 @@ def test_a_client_reconnects_to_a_new_daemon_by_itself(tmp_path, start_cache):
     with pytest.raises(CacheUnavailable):
         client.lookup([key(1)], 1)
     second = start_cache(tmp_path, name)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while True:
         try:
             if (got := load(client, 1)) is not None:  # a miss until its digest is verified, then a hit again
@@ -135,19 +135,22 @@ def test_a_hung_daemon_costs_one_deadline_and_then_nothing(cache_daemon):
     finally:
         os.kill(cache_daemon.process.pid, signal.SIGCONT)
     time.sleep(1.1)
-    assert client.lookup([key(9)], 5).found == []  # the late answer to the first call is not taken for this one's
-    client.ping(5)
-    assert cache_daemon.status()["leases"] == 0  # and the lease that it brought went back
+    assert client.lookup([key(9)], 30).found == []  # the late answer to the first call is not taken for this one's
+    client.ping(30)
+    deadline = time.monotonic() + 60
+    while cache_daemon.status()["leases"]:  # and the lease that it brought goes back
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     client.close()
 
 
 def test_garbage_and_wrong_versions_are_refused_in_words_and_hurt_nobody(cache_daemon):
     good = CacheClient(cache_daemon.socket, "good")
-    good.ping(5)
+    good.ping(30)
 
     def talk(data: bytes) -> bytes:
         with socket.socket(socket.AF_UNIX) as s:
-            s.settimeout(10)
+            s.settimeout(60)
             s.connect(str(cache_daemon.socket))
             s.sendall(data)
             return s.recv(65536)
@@ -161,7 +164,7 @@ def test_garbage_and_wrong_versions_are_refused_in_words_and_hurt_nobody(cache_d
     assert "first message must be a greeting" in refusal(wire.encode(wire.Ping(1)))
     assert "over the bound" in refusal(b"GET / HTTP/1.1\r\n\r\n")
     assert "not a request" in refusal(b"\x02\x00\x00\x00\xc1\xc1")
-    good.ping(5)
+    good.ping(30)
     good.close()
 
 
@@ -211,7 +214,7 @@ def test_concurrent_clients_see_only_whole_chunks(cache_daemon):
         t.join(120)
     assert not errors
     assert loaded
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (status := cache_daemon.status())["clients"] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert (status["leases"], status["reservations"]) == (0, 0)

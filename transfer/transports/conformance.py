@@ -474,7 +474,8 @@ async def a_push_ends_at_its_deadline(subject: Subject) -> None:
         pair.a.arena[:] = 1  # nobody reads it any more
         await pair.b.service.all_ended()
         subject.resume("a", "b")
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.3)  # for bytes that come late
+        await pair.b.service.all_ended()
         pair.check()
 
 

@@ -7,6 +7,7 @@ import time
 
 import httpx
 import pytest
+from ports import free_port
 
 from pdserve.errors import ConfigError
 from pdserve.transfer.peers import sources
@@ -70,11 +71,7 @@ def etcd(tmp_path_factory):
     if program is None:
         pytest.skip("etcd is not installed (Debian: etcd-server)")
     folder = tmp_path_factory.mktemp("etcd")
-    ports = []
-    for _ in range(2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
+    ports = [free_port() for _ in range(2)]
     client, peer = (f"http://127.0.0.1:{port}" for port in ports)
     words = [program, "--data-dir", str(folder), "--listen-client-urls", client, "--advertise-client-urls", client]
     words += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}"]
@@ -84,7 +81,7 @@ def etcd(tmp_path_factory):
         deadline = time.monotonic() + 60
         while True:
             try:
-                if httpx.get(f"{client}/health", trust_env=False, timeout=1).json()["health"] == "true":
+                if httpx.get(f"{client}/health", trust_env=False, timeout=10).json()["health"] == "true":
                     break
             except (httpx.HTTPError, ValueError):
                 pass
@@ -118,7 +115,7 @@ def test_a_crashed_member_of_etcd_ends_with_its_lease(etcd, monkeypatch):
     crashed.peers()
     assert len(a.peers()) == 2
     crashed._http.close()  # no goodbye
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while len(a.peers()) == 2:
         assert time.monotonic() < deadline
         time.sleep(0.2)

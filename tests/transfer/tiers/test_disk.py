@@ -134,6 +134,46 @@ def on_disk(folder):
     return total
 
 
+# ---- several at once ----
+
+
+def test_several_at_once_are_stored_like_one_by_one_over_segments_and_restarts(tmp_path):
+    tier = open_tier(tmp_path)
+    fill(tier, [2])
+    assert tier.put_many([chunk(i) for i in (0, 1, 2, 3, 1)], soon()) == [True] * 5
+    assert tier.put_many([chunk(i) for i in range(4, 60)], soon()) == [True] * 56  # more than a segment takes
+    assert tier.stats()["segments"] > 3
+    assert all(s.end <= SEGMENT for s in tier._segments.values())
+    tier.delete([chunk(1)[0].key])
+    os.close(tier._lock_file)  # as if killed
+    again = open_tier(tmp_path)
+    assert present(again, range(60)) == [i for i in range(60) if i != 1]
+    again.close()
+
+
+def test_of_several_at_once_what_has_no_room_is_refused_and_the_rest_stored(tmp_path):
+    tier = open_tier(tmp_path, 4 * SEGMENT)
+    small, large = chunk(0), chunk(1, pages=4 * 64)
+    assert tier.put_many([small, large, chunk(2)], soon()) == [True, False, True]
+    assert present(tier, [0, 2]) == [0, 2]
+    tier.close()
+
+
+def test_several_at_once_that_fail_leave_nothing_and_say_so(tmp_path, monkeypatch):
+    tier = open_tier(tmp_path)
+    fill(tier, [0])
+    whole_call = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda fd, views, at: whole_call(fd, views[:5], at) and _fail(errno.EIO))
+    with pytest.raises(TierError, match="failing"):
+        tier.put_many([chunk(i) for i in range(1, 5)], soon())
+    monkeypatch.undo()
+    assert present(tier, range(5)) == [0]
+    tier.close()
+    again = open_tier(tmp_path)
+    assert present(again, range(5)) == [0]
+    again.close()
+
+
 # ---- restarts ----
 
 

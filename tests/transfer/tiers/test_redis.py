@@ -125,7 +125,7 @@ def test_a_wrong_password_is_named_and_not_shown(redis_server):
 
 
 def test_nobody_there():
-    assert "refused" in conformance.nobody_there_is_an_error(RedisTier(RedisOptions(port=1)))
+    assert "refused" in conformance.nobody_there_is_an_error(RedisTier(RedisOptions(port=1, timeout=20.0)))
 
 
 def test_everything_has_a_time_to_live_and_the_record_ends_first(subject, tier):

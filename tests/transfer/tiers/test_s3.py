@@ -271,7 +271,7 @@ def test_but_not_after_the_deadline(odd, odd_tier):
     odd.script = [(503, "SlowDown")] * 1000
     with pytest.raises(TierError):
         odd_tier.put(record, payload, time.monotonic() + 0.5)
-    assert 1 < len(odd.seen) < 20
+    assert 1 <= len(odd.seen) < 20
     assert "SlowDown" in odd_tier.stats()["state"]
 
 

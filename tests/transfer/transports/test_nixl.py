@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import SECRET, NetSubject
+from net_subject import SECRET, NetSubject
 
 from pdserve.errors import ConfigError
 from pdserve.transfer.transports import conformance, nixl

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import SECRET
+from net_subject import SECRET
 
 from pdserve.errors import ConfigError
 from pdserve.transfer.transports import registry

@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 import uvloop
-from conftest import SECRET, NetSubject
+from net_subject import SECRET, NetSubject
 
 from pdserve.transfer.transports import conformance
 from pdserve.transfer.transports.conformance import end, paired, pieces, raised, soon

@@ -4,7 +4,7 @@ import importlib.util
 import sys
 
 import pytest
-from conftest import SECRET, NetSubject
+from net_subject import SECRET, NetSubject
 
 from pdserve.errors import ConfigError
 from pdserve.transfer.transports import conformance, ucx
