@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import msgspec
 
 from pdserve.proxy.given import Given, Mark, Path, events, pieces_of
+from pdserve.proxy.stops import Stops
 
 DONE = b"data: [DONE]\n\n"
 
@@ -23,6 +24,10 @@ class Diverged(Exception):
 
 
 class Seam(Protocol):
+    @property
+    def over(self) -> bool:
+        """The answer has ended here; nothing that the engine still says is part of it."""
+
     def feed(self, data: bytes) -> bytes: ...
 
 
@@ -31,6 +36,8 @@ def encoded(event: dict[str, Any]) -> bytes:
 
 
 class Replay:
+    over = False
+
     def __init__(self, given: Given) -> None:
         self._given = given
         self._old = dict(given.parts)
@@ -108,13 +115,17 @@ def put(choice: dict[str, Any], path: Path, rest: Any) -> None:
 
 
 class Resume:
-    """`ahead` characters of what will come have been given already."""
+    """`ahead` characters of what will come have been given already. With `stops` the engine looks for no stop strings."""
 
-    def __init__(self, given: Given, mark: Mark, ahead: int, chat: bool) -> None:
-        self._given, self._chat = given, chat
+    def __init__(
+        self, given: Given, mark: Mark, ahead: int, chat: bool, stops: Stops | None = None, usage: bool = False
+    ) -> None:
+        self._given, self._chat, self._stops, self._usage = given, chat, stops, usage
         self._prompt = given.prompt_ids.count(b",") + 1
         self._base = mark.ids
+        self._tokens = 0
         self._expected = given.text[len(given.text) - ahead :] if ahead else ""
+        self.over = False
 
     def feed(self, data: bytes) -> bytes:
         out = []
@@ -129,18 +140,22 @@ class Resume:
             if choice is not None:
                 event["choices"] = [choice]
                 out.append(encoded(event))
+            if self.over:
+                return b"".join((*out, *self._end(), DONE))
         return b"".join(out) + (DONE if data.endswith(b"[DONE]\n\n") else b"")
 
     def _choice(self, choice: dict[str, Any]) -> dict[str, Any] | None:
-        text: str = choice["text"]
+        ids = choice.get("token_ids") or ()
+        self._tokens += len(ids)
         choice["prompt_token_ids"] = None
+        text = self._stopped(choice, len(ids))
         if self._expected:
             n = min(len(text), len(self._expected))
             if text[:n] != self._expected[:n]:
                 raise Diverged("it goes on differently from the engine before it")
             text, self._expected = text[n:], self._expected[n:]
             if not text and choice["finish_reason"] is None:
-                self._given.again(choice.get("token_ids") or ())
+                self._given.again(ids)
                 return None
         if not self._chat:
             choice["text"] = text
@@ -148,6 +163,24 @@ class Resume:
         made = {"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": choice["finish_reason"]}
         end = {"stop_reason": choice.get("stop_reason")} if choice["finish_reason"] else {}
         return {**made, **end, "token_ids": choice.get("token_ids")}
+
+    def _stopped(self, choice: dict[str, Any], ids: int) -> str:
+        """The event's text, as far as it may be given; a stop string that is found ends the answer."""
+        text: str = choice["text"]
+        if self._stops is None:
+            return text
+        text, word = self._stops.take(text, ids, choice["finish_reason"] is not None)
+        if word is not None:
+            choice |= {"finish_reason": "stop", "stop_reason": word}
+            self.over = True
+        return text
+
+    def _end(self) -> Iterator[bytes]:
+        if not self._usage:
+            return
+        usage: dict[str, Any] = {"completion_tokens": self._tokens, "prompt_tokens_details": None}
+        self._correct(usage)
+        yield encoded({**self._given.head, "choices": [], "usage": usage})
 
     def _correct(self, usage: dict[str, Any]) -> None:
         """Tokens that were moved into the prompt are the answer's."""

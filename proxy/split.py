@@ -37,7 +37,8 @@ from pdserve.proxy.lifetime import Deadlines, Event, State
 from pdserve.proxy.policies.base import Facts
 from pdserve.proxy.relay import Client
 from pdserve.proxy.routing import Routing
-from pdserve.proxy.takeover import Takeover
+from pdserve.proxy.takeover import Plan, Takeover
+from pdserve.proxy.takeover import takeover as made_takeover
 from pdserve.proxy.trail import Trail, headers
 from pdserve.proxy.upstream import Answer, LegFailure
 
@@ -116,8 +117,8 @@ class Splitter:
         exchange.facts = self._routing.facts(exchange.endpoint, exchange.headers, ask.body)
         why = self._why_local(exchange, ask)
         self._metrics["split_decisions_total"].labels(why or "pd").inc()
-        keep = ask.stream and exchange.endpoint in openai.CHOICES and len(self._fleet.consumers()) > 1
-        takeover = Takeover(self._dialect, exchange.endpoint, ask.body, exchange.endpoint == openai.CHAT, keep)
+        keep = ask.stream and len(self._fleet.consumers()) > 1
+        takeover = made_takeover(self._dialect, exchange.endpoint, ask.body, keep)
         handover, consumer, leg = None, None, None
         if not why:
             exchange.client.lifetime.on(Event.SPLIT)
@@ -283,17 +284,40 @@ class Splitter:
                     if failure.reason == "timeout":
                         raise
                     continue
-                affordable = takeover is not None and self._budget.spend(failure.reason)
-                plan = takeover.plan() if takeover is not None and affordable else None
-                self._metrics["takeovers_total"].labels(plan.how if plan else "none").inc()
-                if plan is None:
-                    raise
+                plan = await self._plan_on(exchange, takeover, failure, instance)
                 if not plan.body:
                     return await self._say_the_end(exchange, plan.last)
-                if exchange.client.lifetime.state is State.STREAMING:
-                    exchange.client.lifetime.on(Event.LOST)
                 path, body, tried = plan.path or exchange.path, plan.body, [instance]
         raise last or RequestError(503, NOBODY, "service_unavailable")
+
+    async def _plan_on(
+        self, exchange: Exchange, takeover: Takeover | None, failure: LegFailure, instance: Instance
+    ) -> Plan:
+        """How to go on with a stream that `instance` has broken off. Raises the failure if it cannot go on."""
+        plan = None
+        if takeover is not None and self._budget.spend(failure.reason):
+            if exchange.client.lifetime.state is State.STREAMING:
+                exchange.client.lifetime.on(Event.LOST)
+            plan = takeover.plan()
+            if plan is not None and plan.questions:
+                plan = takeover.answered(await self._answers(exchange, plan, instance))
+        self._metrics["takeovers_total"].labels(plan.how if plan else "none").inc()
+        if plan is None:
+            raise failure
+        return plan
+
+    async def _answers(self, exchange: Exchange, plan: Plan, lost: Instance) -> list[bytes]:
+        """What another engine says to the plan's questions."""
+        other = self._fleet.choose(self._routing.decode, exchange.facts, self._fleet.consumers(), [lost])
+        if other is None:
+            raise RequestError(503, NOBODY, "service_unavailable")
+        until = asyncio.get_running_loop().time() + self._deadlines.resume
+        replies = []
+        with other.serving():
+            for path, body in plan.questions:
+                async with self._open(other, exchange, body, until, path) as answer:
+                    replies.append(await answer.read(REPLY_LIMIT, until))
+        return replies
 
     async def _say_the_end(self, exchange: Exchange, last: bytes) -> None:
         await exchange.client.end(last)

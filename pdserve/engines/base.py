@@ -68,7 +68,7 @@ class Dialect(Protocol):
     def resumable(self, endpoint: str, body: Body) -> bool:
         """The tokens so far say everything about where a stream of this request is."""
 
-    def repeatable(self, body: Body) -> bool:
+    def repeatable(self, endpoint: str, body: Body) -> bool:
         """Asked once more, the request gives the same answer."""
 
     def greedy(self, body: Body) -> bool:
@@ -80,11 +80,23 @@ class Dialect(Protocol):
     def held_back(self, body: Body) -> int:
         """Characters at the end of what is generated that a running stream has not been given yet."""
 
+    def stop_strings(self, body: Body) -> tuple[Sequence[str], bool, int]:
+        """The strings that end the answer, whether they stay in its text, and the number of tokens before which none counts."""
+
+    def detokenize(self, body: Body, ids: Sequence[int]) -> tuple[bytes, bytes]:
+        """A path and a body: the question what these tokens say."""
+
+    def detokenized(self, reply: bytes) -> str | None:
+        """The answer to it; None if it is none."""
+
     def hide_ids(self, data: bytes) -> bytes:
         """Whole events as they would be if no token ids had been asked for."""
 
-    def resume_body(self, endpoint: str, body: Body, prompt_ids: bytes, ids: Sequence[int]) -> bytes:
-        """A streamed request that goes on behind the tokens `ids` of the answer; `prompt_ids` is a JSON list."""
+    def resume_body(
+        self, endpoint: str, body: Body, prompt_ids: bytes, ids: Sequence[int], without: Sequence[str] = ()
+    ) -> bytes:
+        """A streamed request that goes on behind the tokens `ids` of the answer; `prompt_ids` is a JSON list. `without`:
+        fields of the client's that are left out."""
 
 
 class Command(Protocol):

@@ -123,6 +123,42 @@ async def test_stop_strings_across_the_seam(run: Any, stop: Any) -> None:
         assert ends[0]["stop_reason"] == ends[1]["stop_reason"]
 
 
+@pytest.mark.parametrize("stop", ["w99", ["w994 w995"], "5 w99", "never"])
+@pytest.mark.parametrize("extra", [{}, {"include_stop_str_in_output": True}, {"min_tokens": 9}, {"return_token_ids": True}])
+async def test_stop_strings_across_the_seam_of_a_sampled_stream(run: Any, stop: Any, extra: dict[str, Any]) -> None:
+    """What the client has not been given yet must not be generated again: another engine says what it was."""
+    ways = set()
+    for after in (1, 3, 4, 5, 7, 10):
+        body = {**COMPLETION, "prompt": "x44", "max_tokens": 12, "stop": stop, **extra}
+        disturbed, quiet = await run.both(body, Fault("cut", after=after), *([Fault("cut", after=2)] * (after == 3)))
+        assert said(disturbed) == said(quiet)
+        assert disturbed.events()[-2:] == quiet.events()[-2:]
+        ends = [reply.events()[-3]["choices"][0] for reply in (disturbed, quiet)]
+        assert [ends[0][key] for key in ("finish_reason", "stop_reason")] == [ends[1][key] for key in ("finish_reason", "stop_reason")]
+        ways |= set(run.went_on())
+    assert "resume" in ways
+    assert "none" not in ways
+
+
+async def test_what_the_hidden_tokens_say_must_fit(run: Any) -> None:
+    for engine in run.r.consumers:
+        engine.says = lambda token: "?"
+    reply, _ = await run.both({**COMPLETION, "stop": "nowhere"}, Fault("cut", after=4))
+    assert reply.events()[-2]["error"]["code"] == 502
+    assert run.went_on() == ["none"]
+
+
+async def test_nobody_is_left_to_say_what_the_hidden_tokens_are(rig: Any) -> None:
+    async with rig(consumers=2) as r:
+        r.d.faults.append(Fault("cut", after=4))
+        r.consumers[1].faults.append(Fault("cut", after=4))
+        await r.complete(stream=True, stop="nowhere")  # whichever is asked first
+        r.d.always = r.consumers[1].always = Fault("cut", after=4)
+        reply = await r.complete(stream=True, stop="nowhere")
+        assert "error" in reply.events()[-2]
+        assert reply.events()[-1] == "[DONE]"
+
+
 async def test_a_tool_call_is_repeated_and_joined(run: Any) -> None:
     for after in range(1, 9):
         disturbed, quiet = await run.both({**CHAT, **TOOL, "temperature": 0}, Fault("cut", after=after))

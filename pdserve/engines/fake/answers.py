@@ -20,6 +20,12 @@ _GENERATED = 10**9  # ids from here on are generated: _GENERATED + seed * _SPAN 
 _SPAN = 10**6
 
 
+def said(token: int, shift: int) -> str:
+    """The text of a generated token."""
+    seed, place = divmod(token - _GENERATED, _SPAN)
+    return f" w{(seed + place + shift) % 1000}"
+
+
 class Refusal(Exception):
     def __init__(self, status: int, message: str, kind: str = "BadRequestError", param: str | None = None) -> None:
         self.status = status
@@ -57,6 +63,8 @@ class Job:
         self.params = body.get("kv_transfer_params") or {}
         stop = body.get("stop") or []
         self.stop: list[str] = [stop] if isinstance(stop, str) else stop
+        self.stop_shown = body.get("include_stop_str_in_output") is True
+        self.least = int(body.get("min_tokens") or 0)
         self.places = [_place(prompt) for prompt in self.prompts]
         self.generated = 0
 
@@ -76,16 +84,16 @@ class Job:
     def steps(self, choice: int) -> Iterator[Step]:
         """As vLLM: with stop strings, the last characters are kept back in case that one has begun in them."""
         seed, place = self.places[choice // self.n]
-        keep = max((len(word) for word in self.stop), default=1) - 1
+        keep = 0 if self.stop_shown else max((len(word) for word in self.stop), default=1) - 1
         full, sent = "", 0
         for i in range(self.tokens):
             began, token = len(full), _GENERATED + seed * _SPAN + place + i
-            full += f" w{(seed + place + i + self.engine.shift) % 1000}"
+            full += said(token, self.engine.shift)
             self.generated += 1
             self.engine.tokens["generated"] += 1
-            for word in self.stop:
+            for word in self.stop if i >= self.least else ():
                 if (at := full.find(word, max(0, began - len(word) + 1))) >= 0:
-                    yield Step(full[sent:at], token, "stop", word)
+                    yield Step(full[sent : at + len(word) if self.stop_shown else at], token, "stop", word)
                     return
             last = i == self.tokens - 1
             upto = len(full) if last else max(sent, len(full) - keep)

@@ -23,7 +23,7 @@ from typing import Any, cast
 import httptools
 
 from pdserve.engines.fake import apis, exposed
-from pdserve.engines.fake.answers import Job, Refusal
+from pdserve.engines.fake.answers import Job, Refusal, said
 
 _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 500: "Internal Server Error", 503: "Service Unavailable"}
 
@@ -150,6 +150,10 @@ class FakeEngine:
     def pop_fault(self) -> Fault | None:
         return self.faults.popleft() if self.faults else self.always
 
+    def says(self, token: int) -> str:
+        """The text of a token that was generated."""
+        return said(token, self.shift)
+
     def note(self, seen: Seen) -> None:
         if len(self.seen) < self.keep:
             self.seen.append(seen)
@@ -168,6 +172,8 @@ class FakeEngine:
                 await self._generate(seen, out, fault)
             elif seen.path == "/v1/messages/count_tokens" or (seen.path == "/tokenize" and "messages" in seen.body):
                 out.whole(200, apis.counted(seen.body))
+            elif seen.path == "/detokenize" and "tokens" in seen.body:
+                out.whole(200, {"prompt": "".join(map(self.says, seen.body["tokens"]))})
             elif seen.path in ("/v1/embeddings", "/tokenize", "/detokenize"):
                 await self._echo(seen, out)
             else:

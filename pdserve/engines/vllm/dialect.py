@@ -18,18 +18,21 @@ from pdserve.engines.vllm import apis
 from pdserve.engines.vllm.resume import (
     RESUME_PATH,
     counts_apart,
+    detokenize,
+    detokenized,
     greedy,
     held_back,
     hide_ids,
     repeatable,
     resumable,
     resume_body,
+    stop_strings,
 )
 
 __all__ = [
-    "RESUME_PATH", "cached_tokens", "counts_apart", "decode_body", "early_handover", "greedy", "handed", "held_back",
-    "hide_ids", "prefill_body", "prompt_tokens", "read_handover", "repeatable", "resumable", "resume_body", "tell_cached",
-    "why_local",
+    "RESUME_PATH", "cached_tokens", "counts_apart", "decode_body", "detokenize", "detokenized", "early_handover", "greedy",
+    "handed", "held_back", "hide_ids", "prefill_body", "prompt_tokens", "read_handover", "repeatable", "resumable",
+    "resume_body", "stop_strings", "tell_cached", "why_local",
 ]  # fmt: skip
 
 CHAT: Final = "/v1/chat/completions"

@@ -23,6 +23,7 @@ import msgspec
 from pdserve.engines.body import Body
 
 CHAT: Final = "/v1/chat/completions"
+MESSAGES: Final = "/v1/messages"
 RESUME_PATH: Final = "/v1/completions"
 
 # Fields that mean the same in both endpoints and go into the resuming request as they are.
@@ -53,6 +54,10 @@ _IDS: Final = re.compile(rb'"((?:prompt_)?token_ids)":\[[0-9,]*\]')
 _IDLE: Final = re.compile(rb'data: \{[^\n]*"delta":\{\},"logprobs":null,"finish_reason":null[^\n]*\n\n')
 
 
+class _Said(msgspec.Struct):
+    prompt: str
+
+
 def resumable(endpoint: str, body: Body) -> bool:
     """The tokens say everything about where this stream is."""
     for name, value in _HARMLESS.items():
@@ -72,9 +77,9 @@ def greedy(body: Body) -> bool:
     return isinstance(temperature, int | float) and not isinstance(temperature, bool) and temperature == 0
 
 
-def repeatable(body: Body) -> bool:
-    """Asked once more it gives the same."""
-    return greedy(body) or isinstance(body.get("seed"), int)
+def repeatable(endpoint: str, body: Body) -> bool:
+    """Asked once more it gives the same. /v1/messages has no seed."""
+    return greedy(body) or (endpoint != MESSAGES and isinstance(body.get("seed"), int))
 
 
 def counts_apart(body: Body) -> bool:
@@ -82,12 +87,34 @@ def counts_apart(body: Body) -> bool:
     return any(body.get(name) not in (None, 0) for name in ("presence_penalty", "frequency_penalty"))
 
 
-def held_back(body: Body) -> int:
-    """How many characters vLLM keeps back of a running stream, because a stop string may have begun in them."""
+def stop_strings(body: Body) -> tuple[list[str], bool, int]:
+    """The strings that end the answer, whether they stay in its text, and the number of tokens before which none counts."""
     stop = body.get("stop")
     words = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
-    lengths = [len(word) for word in words if isinstance(word, str)]
-    return max(lengths, default=1) - 1 if body.get("include_stop_str_in_output") is not True else 0
+    least = body.get("min_tokens")
+    found = [word for word in words if isinstance(word, str) and word]
+    return found, body.get("include_stop_str_in_output") is True, least if isinstance(least, int) else 0
+
+
+def held_back(body: Body) -> int:
+    """How many characters vLLM keeps back of a running stream, because a stop string may have begun in them."""
+    words, kept, _ = stop_strings(body)
+    return max(map(len, words), default=1) - 1 if not kept else 0
+
+
+def detokenize(body: Body, ids: Sequence[int]) -> tuple[bytes, bytes]:
+    """The question what these tokens say: a path and a body."""
+    model = body.raw_value("model")
+    named = b'"model":%b,' % model if model is not None else b""
+    return b"/detokenize", b'{%b"tokens":%b}' % (named, msgspec.json.encode(list(ids)))
+
+
+def detokenized(reply: bytes) -> str | None:
+    """The answer to it."""
+    try:
+        return msgspec.json.decode(reply, type=_Said).prompt
+    except msgspec.DecodeError:
+        return None
 
 
 def hide_ids(data: bytes) -> bytes:
@@ -99,9 +126,11 @@ def hide_ids(data: bytes) -> bytes:
     return _IDS.sub(rb'"\1":null', data)
 
 
-def resume_body(endpoint: str, body: Body, prompt_ids: bytes, ids: Sequence[int]) -> bytes:
+def resume_body(
+    endpoint: str, body: Body, prompt_ids: bytes, ids: Sequence[int], without: Sequence[str] = ()
+) -> bytes:
     """A request to RESUME_PATH that goes on behind `ids`. `prompt_ids` is the JSON list that the first engine gave."""
-    fields = {name: raw for name in _KEPT if (raw := body.raw_value(name)) is not None}
+    fields = {name: raw for name in _KEPT if name not in without and (raw := body.raw_value(name)) is not None}
     limit = body.get("max_tokens")
     if endpoint == CHAT:
         limit = body.get("max_completion_tokens") or limit
