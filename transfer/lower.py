@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pdserve.transfer.resident import Chunk
 from pdserve.transfer.tiers.base import ChunkRecord, Tier
 
+#: chunks, and bytes of them, that are written together where a tier takes several at once
+MOST_TOGETHER, TOGETHER_BYTES = 8, 8 << 20
 WRITE_POLICIES = ("write-through", "on-evict", "selective")
 
 
@@ -28,6 +31,16 @@ class Rules:
     url: str = ""
 
 
+@dataclass(frozen=True)
+class Write:
+    """A chunk that is to be written down. `uses` it had when that was decided."""
+
+    chunk: Chunk
+    record: ChunkRecord
+    shards: list[np.ndarray]
+    uses: int
+
+
 class Lower:
     """One lower tier, its threads and what is queued for them. Counters belong to the loop."""
 
@@ -40,11 +53,14 @@ class Lower:
         self.deleting = 0
         self.rate = 100e6  # bytes/s up, as seen lately; the first guess is a slow disk's
         self.idle_since = 0.0
+        #: carries out writes, on the thread that writes
+        self.write: Callable[[list[Write]], None] = lambda _: None
+        self._most = MOST_TOGETHER if hasattr(tier, "put_many") else 1
         self._ups: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._downs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._downs: queue.SimpleQueue[Callable[[], None] | Write | None] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=_work, args=(jobs,), name=f"pdserve-{self.name}", daemon=True)
-            for jobs in [self._ups] * rules.readers + [self._downs]
+            threading.Thread(target=work, name=f"pdserve-{self.name}", daemon=True)
+            for work in [self._work_up] * rules.readers + [self._work_down]
         ]
         for thread in self._threads:
             thread.start()
@@ -52,7 +68,8 @@ class Lower:
     def call_up(self, job: Callable[[], None]) -> None:
         self._ups.put(job)
 
-    def call_down(self, job: Callable[[], None]) -> None:
+    def call_down(self, job: Callable[[], None] | Write) -> None:
+        """In order. Writes that wait behind one another are carried out together where the tier can."""
         self._downs.put(job)
 
     def seconds_for(self, size: int) -> float:
@@ -66,10 +83,35 @@ class Lower:
             thread.join(max(0.0, deadline - time.monotonic()))
         self.tier.close()
 
+    def _work_up(self) -> None:
+        while (job := self._ups.get()) is not None:
+            job()
 
-def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job()
+    def _work_down(self) -> None:
+        job = self._downs.get()
+        while job is not None:
+            if isinstance(job, Write):
+                job = self._write_from(job)
+            else:
+                job()
+                job = self._downs.get()
+
+    def _write_from(self, first: Write) -> Callable[[], None] | Write | None:
+        """Writes it and what stands behind it; returns the first job that was not among them."""
+        writes, size = [first], first.record.payload_bytes
+        following: Callable[[], None] | Write | None = None
+        waiting = True
+        while waiting and len(writes) < self._most and size < TOGETHER_BYTES:
+            try:
+                following = self._downs.get_nowait()
+            except queue.Empty:
+                break
+            waiting = isinstance(following, Write)
+            if isinstance(following, Write):
+                writes.append(following)
+                size += following.record.payload_bytes
+        self.write(writes)
+        return self._downs.get() if waiting else following
 
 
 class InPlace:

@@ -18,7 +18,7 @@ import numpy as np
 from pdserve import kernels, log
 from pdserve.transfer import faults
 from pdserve.transfer.allocator import align
-from pdserve.transfer.lower import WRITE_POLICIES, InPlace, Lower, Rules
+from pdserve.transfer.lower import WRITE_POLICIES, InPlace, Lower, Rules, Write
 from pdserve.transfer.remote import Remote
 from pdserve.transfer.resident import Chunk
 from pdserve.transfer.store import Store
@@ -87,7 +87,9 @@ class Tiering:
         """Tiers are asked in the order in which they are added."""
         if rules.write not in WRITE_POLICIES:
             raise ValueError(f"unknown write policy {rules.write!r}; known: {', '.join(WRITE_POLICIES)}")
-        self.lowers.append(Lower(tier, rules))
+        lower = Lower(tier, rules)
+        lower.write = lambda writes: self._write_on_thread(lower, writes)
+        self.lowers.append(lower)
 
     # ---- up ----
 
@@ -313,26 +315,33 @@ class Tiering:
         chunk.below.add(lower.name)
         lower.down += 1
         lower.down_bytes += size
-        record, shards, uses = chunk.record(), self.shards(chunk), chunk.uses
-        lower.call_down(lambda: self._write_on_thread(lower, chunk, record, shards, uses))
+        lower.call_down(Write(chunk, chunk.record(), self.shards(chunk), chunk.uses))
         return True
 
-    def _write_on_thread(
-        self, lower: Lower, chunk: Chunk, record: ChunkRecord, shards: list[np.ndarray], uses: int
-    ) -> None:
+    def _write_on_thread(self, lower: Lower, writes: list[Write]) -> None:
         started = time.monotonic()
-        outcome, why = "", ""
+        outcomes, why = [(write, "error") for write in writes], ""
         try:
-            if not lower.tier.put(record, shards, started + lower.rules.put_s):
-                outcome = "refused"
+            chunks = [(w.record, w.shards) for w in writes]
+            if len(chunks) > 1:
+                stored = lower.tier.put_many(chunks, started + lower.rules.put_s)  # type: ignore[attr-defined]
+            else:
+                stored = [lower.tier.put(*chunks[0], started + lower.rules.put_s)]
+            outcomes = [(w, "" if there else "refused") for w, there in zip(writes, stored, strict=True)]
         except TierError as e:
-            outcome, why = "error", str(e)
+            why = str(e)
         except Exception as e:  # noqa: BLE001 - as in _read_on_thread
-            outcome, why = "error", f"{type(e).__name__}: {e}"
-        seconds = time.monotonic() - started
-        self.post(lambda: self._write_done(lower, chunk, outcome, why, seconds, uses))
+            why = f"{type(e).__name__}: {e}"
+        seconds = (time.monotonic() - started) / len(writes)
 
-    def _write_done(self, lower: Lower, chunk: Chunk, outcome: str, why: str, seconds: float, uses: int) -> None:
+        def done() -> None:
+            for write, outcome in outcomes:
+                self._write_done(lower, write, outcome, why, seconds)
+
+        self.post(done)
+
+    def _write_done(self, lower: Lower, write: Write, outcome: str, why: str, seconds: float) -> None:
+        chunk = write.chunk
         lower.down -= 1
         lower.down_bytes -= chunk.size
         self.store.unhold(chunk)
@@ -344,7 +353,7 @@ class Tiering:
         self.metrics["cache_tier_chunks_total"].labels(lower.name, "down").inc()
         self.metrics["cache_tier_bytes_total"].labels(lower.name, "down").inc(chunk.payload_bytes)
         self.metrics["cache_tier_tokens_total"].labels(lower.name, "down").inc(chunk.tokens)
-        if lower.rules.write == "on-evict" and chunk.uses == uses:
+        if lower.rules.write == "on-evict" and chunk.uses == write.uses:
             self._evict_ahead(chunk)
 
     # ---- forgetting, looking, ending ----

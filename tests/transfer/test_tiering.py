@@ -1,6 +1,7 @@
 """The glue between the store and lower tiers: real threads, a memory tier that fails on demand, a loop that the test turns."""
 
 import queue
+import threading
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from pdserve import kernels, metrics
 from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.eviction import LeafFirstLru
-from pdserve.transfer.lower import Rules
+from pdserve.transfer.lower import MOST_TOGETHER, Rules
 from pdserve.transfer.store import Store
 from pdserve.transfer.tiering import Tiering
 from pdserve.transfer.tiers.breaker import BreakerOptions, Guarded
@@ -44,6 +45,32 @@ class IndexedMemory(MemoryTier):
 
     def touch(self, keys):
         self.touched += keys
+
+
+class Together(IndexedMemory):
+    """Takes several at once, when `open` is set; `calls`: what it was asked for."""
+
+    def __init__(self, answer=None):
+        super().__init__()
+        self.open, self.calls, self.answer = threading.Event(), [], answer
+
+    def put(self, record, payload, deadline):
+        return self._gated([record.key], lambda: super(Together, self).put(record, payload, deadline))
+
+    def put_many(self, chunks, deadline):
+        def each():
+            stored = [super(Together, self).put(*c, deadline) for c in chunks]
+            return self.answer(stored) if self.answer else stored
+
+        return self._gated([record.key for record, _ in chunks], each)
+
+    def delete(self, keys):
+        return self._gated(["delete", *keys], lambda: super(Together, self).delete(keys))
+
+    def _gated(self, what, do):
+        self.calls.append(what)
+        assert self.open.wait(30)
+        return do()
 
 
 class World:
@@ -203,6 +230,40 @@ def test_a_queue_that_is_full_drops_writes_and_holds_little(world):
     assert w.store.stats()["leases"] == 0
     w.store.clear()
     assert w.store.stats()["used_bytes"] == 0
+
+
+def test_writes_that_wait_are_carried_out_together_and_in_order_with_what_is_deleted(world):
+    tier = Together()
+    w = world(tier, pages=400)
+    w.settle = lambda: None  # what is put waits at the gate
+    for i in range(1, 5):
+        assert w.put(i, shards=1) == GRANTED
+    w.tiering.delete([key(3)])
+    for i in range(5, 20):
+        assert w.put(i, shards=1) == GRANTED
+    tier.open.set()
+    w.turn(lambda: not w.lower.down and not w.tiering.deleting and w.posted.empty())
+    order = [k for call in tier.calls for k in call]
+    assert order == [*map(key, range(1, 5)), "delete", key(3), *map(key, range(5, 20))]
+    assert max(map(len, tier.calls)) <= MOST_TOGETHER
+    assert len(tier.calls) <= 2 + 1 + 2 + 1  # how many wait when the thread looks is its own matter
+    assert [w.tier.contains([key(i)])[0] is not None for i in range(1, 20)] == [i != 3 for i in range(1, 20)]
+    assert w.lower.down_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda stored: stored[:-1], lambda stored: 1 / 0, lambda stored: [False] * len(stored)]
+)
+def test_writes_together_that_end_badly_hold_nothing(world, wrong):
+    tier = Together(wrong)
+    w = world(tier, pages=400)
+    w.settle = lambda: None
+    for i in range(1, 9):
+        assert w.put(i, shards=1) == GRANTED
+    tier.open.set()
+    w.turn(lambda: not w.lower.down and w.posted.empty())
+    assert w.lower.down_bytes == 0
+    assert all(not chunk.leases for chunk in w.store.chunks())
 
 
 def test_a_chunk_being_written_down_is_not_evicted_and_its_space_not_reused(world):

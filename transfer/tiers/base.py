@@ -41,6 +41,9 @@ class ChunkRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return self.shard_bytes * len(self.digests)
 
 
+ToStore = tuple[ChunkRecord, list[np.ndarray]]  # as put() takes it
+
+
 class Tier(Protocol):
     """One place for chunks. Methods may be called from several threads at once."""
 
@@ -69,6 +72,10 @@ class Tier(Protocol):
     def stats(self) -> dict[str, int | float | str]:
         """At least: chunks, used_bytes, capacity_bytes (0 where unknown), state ("ok", or what is wrong)."""
 
+    # A tier that stores several chunks sooner together than one by one also has
+    #     def put_many(self, chunks: list[ToStore], deadline: float) -> list[bool]
+    # with an answer for each as put() would give it. An error is that of all of them.
+    #
     # A tier that can list what it holds also has
     #     def listing(self, deadline: float) -> Iterator[ChunkRecord]
     # every chunk, whoever stored it, a few at a time; raises TierError when `deadline` passes. It is for deleting by tenant or

@@ -16,7 +16,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from pdserve.errors import StartError
 from pdserve.transfer import faults
 from pdserve.transfer.allocator import PAGE, align
 from pdserve.transfer.tiers import disk_index, segments
-from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, TierError
+from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, TierError, ToStore
 from pdserve.transfer.tiers.disk_index import Entry, Segment
 from pdserve.transfer.tiers.disk_room import KEEP_SHARE, Room
 from pdserve.transfer.tiers.segments import Place
@@ -122,20 +122,24 @@ class DiskTier:
         return True
 
     def put(self, record: ChunkRecord, payload: list[np.ndarray], deadline: float) -> bool:
+        return self.put_many([(record, payload)], deadline)[0]
+
+    def put_many(self, chunks: list[ToStore], deadline: float) -> list[bool]:
+        """put() of several, in as few writes as may be. An error is that of all of them; some may be there all the same."""
         _in_time(deadline)
-        if record.key in self._index:
-            return True
-        if self._retry_at > time.monotonic() or self._closed:
-            return False
-        if not self._writing.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise TierError("disk: busy until the deadline passed")
-        try:
-            return self._put(record, payload, deadline)
-        except OSError as e:
-            self._failed(e)
-            raise TierError(f"disk: {self._state}") from e
-        finally:
-            self._writing.release()
+        new = {record.key: (record, payload) for record, payload in chunks if record.key not in self._index}
+        if new and self._retry_at <= time.monotonic() and not self._closed:
+            if not self._writing.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                raise TierError("disk: busy until the deadline passed")
+            try:
+                self._put([c for c in new.values() if c[0].key not in self._index], deadline)
+            except OSError as e:
+                self._failed(e)
+                raise TierError(f"disk: {self._state}") from e
+            finally:
+                self._writing.release()
+        index = self._index
+        return [record.key not in new or record.key in index for record, _ in chunks]
 
     def delete(self, keys: list[bytes]) -> int:
         """Also on the disk: what was deleted does not come back with a restart."""
@@ -231,37 +235,41 @@ class DiskTier:
 
     # ---- writing; self._writing is held ----
 
-    def _put(self, record: ChunkRecord, payload: list[np.ndarray], deadline: float) -> bool:
-        if record.key in self._index:
-            return True
-        total = segments.header_room(record) + segments.payload_on_disk(record)
-        if not self._make_room(total, deadline):
-            return False
-        self._append(record, payload, deadline)
-        self._state = "ok"
-        return True
+    def _put(self, chunks: list[ToStore], deadline: float) -> None:
+        """What finds no room is left out."""
+        for group in _grouped(chunks, self.segment_bytes // 4):
+            if self._make_room(sum(_room(record) for record, _ in group), deadline):
+                self._append(group, deadline)
+                self._state = "ok"
 
-    def _append(
-        self, record: ChunkRecord, payload: list[np.ndarray], deadline: float, moved: Entry | None = None
-    ) -> None:
-        segment = self._segment_for(segments.payload_on_disk(record))
-        head = segments.header(segment.number, segment.end, record)
+    def _append(self, chunks: list[ToStore], deadline: float, moved: Entry | None = None) -> None:
+        segment = self._segment_for(sum(_room(record) for record, _ in chunks))
+        places: list[Place] = []
+        records: list[segments.Written] = []
+        at = segment.end
+        for record, payload in chunks:
+            head = segments.header(segment.number, at, record)
+            places.append(Place(at, len(head), record))
+            records.append((head, payload))
+            at = places[-1].end
         self._fault("disk.put.begin")
-        segments.write_record(segment.fd, segment.end, head, payload, deadline)
+        segments.write_records(segment.fd, segment.end, records, deadline)
         self._fault("disk.put.written")
-        place = Place(segment.end, len(head), record)
+        unwanted = []
         with self._lock:
-            segment.end = place.end
+            segment.end = at
             self._use(segment)
-            wanted = self._index.get(record.key) is moved  # not if it was deleted while it was moved
-            if wanted:
-                self._found(segment, place)
-        if not wanted:
+            for place in places:
+                if self._index.get(place.record.key) is moved:
+                    self._found(segment, place)
+                else:  # deleted while it was moved
+                    unwanted.append(place)
+        for place in unwanted:
             self._mark_dead(Entry(segment, place))
 
-    def _segment_for(self, payload: int) -> Segment:
+    def _segment_for(self, total: int) -> Segment:
         current = self._current
-        if current is not None and (current.end == PAGE or current.end + payload + PAGE <= self.segment_bytes):
+        if current is not None and (current.end == PAGE or current.end + total <= self.segment_bytes):
             return current
         if current is not None:
             self._saver.ask()
@@ -352,7 +360,7 @@ class DiskTier:
         if self._current is entry.segment:
             self._current = None
         # Not verified by digest here: whoever reads it does that, whatever its place.
-        self._append(record, shards, deadline, entry)
+        self._append([(record, shards)], deadline, entry)
         self._counts["moved_chunks"] += 1
         self._fault("disk.compact.moved")
         self._mark_dead(entry)  # the file goes in a moment, unless we are killed before
@@ -413,6 +421,25 @@ class DiskTier:
     def _found(self, segment: Segment, place: Place) -> None:
         disk_index.note(self._index, segment, place)
         self._told([place.record.key], True)
+
+
+def _room(record: ChunkRecord) -> int:
+    return segments.header_room(record) + segments.payload_on_disk(record)
+
+
+def _grouped(chunks: list[ToStore], most: int) -> Iterator[list[ToStore]]:
+    """In order, each group of at most `most` bytes or of a single chunk."""
+    group: list[ToStore] = []
+    size = 0
+    for chunk in chunks:
+        room = _room(chunk[0])
+        if group and size + room > most:
+            yield group
+            group, size = [], 0
+        group.append(chunk)
+        size += room
+    if group:
+        yield group
 
 
 def _in_time(deadline: float) -> None:

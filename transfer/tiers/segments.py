@@ -16,7 +16,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
 import msgspec
@@ -241,13 +241,24 @@ def open_file(path: str, flags: int, mode: int = 0o600) -> tuple[int, bool]:
         return os.open(path, flags | os.O_CLOEXEC, mode), False
 
 
-def write_record(fd: int, offset: int, head: bytes, shards: list[np.ndarray], deadline: float) -> None:
-    first = _scratch(len(head))
-    first[: len(head)] = np.frombuffer(head, np.uint8)
-    views = [first.data]
-    for shard in shards:
-        views += _as_pages(shard)
+Written = tuple[bytes, list[np.ndarray]]  # a header, and the shards behind it
+
+
+def write_records(fd: int, offset: int, records: Sequence[Written], deadline: float) -> None:
+    """One after another, in one call as far as the system allows."""
+    heads = _scratch(sum(len(head) for head, _ in records))
+    views, at = [], 0
+    for head, shards in records:
+        heads[at : at + len(head)] = np.frombuffer(head, np.uint8)
+        views.append(heads[at : at + len(head)].data)
+        at += len(head)
+        for shard in shards:
+            views += _as_pages(shard)
     _all(os.pwritev, fd, views, offset, deadline)
+
+
+def write_record(fd: int, offset: int, head: bytes, shards: list[np.ndarray], deadline: float) -> None:
+    write_records(fd, offset, [(head, shards)], deadline)
 
 
 def read_record(fd: int, place: Place, shards: list[np.ndarray], deadline: float) -> memoryview:
