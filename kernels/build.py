@@ -58,11 +58,21 @@ def _cpu_identity() -> str:
 
 def cpu_library(build_root: Path) -> Path:
     """Path of the CPU library, compiled now if it is not there. Raises BuildError."""
+    return _host_library(build_root, "cpu", ("cpu.cpp", "digest.h"))
+
+
+def receive_library(build_root: Path) -> Path:
+    """Path of what receives from sockets (receive.py), compiled now if it is not there. Raises BuildError."""
+    return _host_library(build_root, "receive", ("receive.cpp", "digest.h"))
+
+
+def _host_library(build_root: Path, name: str, sources: tuple[str, ...]) -> Path:
+    """Compiled for this processor; the first of `sources` includes the others."""
     cxx = compiler()
     if cxx is None:
         raise BuildError("no C++ compiler found (looked for $CXX, g++, clang++)")
     identity = (cxx, *FLAGS, platform.machine(), _cpu_identity())
-    return _built([cxx, *FLAGS, str(SOURCES / "cpu.cpp")], ("cpu.cpp", "digest.h"), identity, build_root, "cpu")
+    return _built([cxx, *FLAGS, str(SOURCES / sources[0])], sources, identity, build_root, name)
 
 
 def gpu_library(build_root: Path, arch: str) -> Path:

@@ -3,9 +3,16 @@
 
     .venv/bin/python -P tests/bench/bench_transports.py [--rounds N] [--json FILE] [--only tcp,ucx,nixl,mooncake,calls]
 
-Ours moves 256 MiB a round out of and into arenas of 512 MiB (cold in every cache); so do the raw loops and Mooncake. iperf3 sends
-one buffer of 1 MiB over and over, and looks at none of what comes. Without the right to make namespaces, loopback serves and the
-first line says so. CPU seconds are of both ends for ours and for iperf3, of the sender alone for the raw loops and Mooncake.
+What the baselines are:
+
+  bare TCP      threads with sendall and recv_into(MSG_WAITALL), out of and into the same cold memory as ours (256 MiB a round,
+                arenas of 512 MiB), no frames, no tickets, no digests: what this machine can do for an arena
+  iperf3        one buffer of 1 MiB over and over, and what comes is overwritten at once: all of it stays in the cache
+  ... of a file its source is cold (a file in memory), its sink is not
+  raw UCX, NIXL tag or WRITE loops, four under way, cold memory as ours
+
+CPU seconds are of both ends, but for Mooncake (the sender alone). Without the right to make namespaces, loopback serves and the
+first line says so.
 """
 
 from __future__ import annotations
@@ -17,6 +24,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -108,29 +116,15 @@ def ours(link: Link, scheme: str, query: str) -> list[dict[str, Any]]:
     return pair(link, ["serve", listen], lambda facts: ["push", facts["url"], query])
 
 
-def iperf(link: Link, streams: int) -> list[dict[str, Any]]:
+def iperf(link: Link, streams: int, *more: str) -> list[dict[str, Any]]:
     if not shutil.which("iperf3"):
         raise SystemExit("iperf3 is not installed: apt-get install iperf3")
     server = subprocess.Popen(
         [*link.b, "iperf3", "-s", "-1", "-B", link.address_b, "-p", str(PORT)], stdout=subprocess.DEVNULL
     )
     try:
-        client = [
-            "iperf3",
-            "-c",
-            link.address_b,
-            "-p",
-            str(PORT),
-            "-P",
-            str(streams),
-            "-C",
-            "cubic",
-            "-l",
-            "1M",
-            "-t",
-            "2",
-            "-J",
-        ]
+        client = ["iperf3", "-c", link.address_b, "-p", str(PORT), "-P", str(streams)]
+        client += ["-C", "cubic", "-l", "1M", "-t", "2", "-J", *more]
         time.sleep(0.5)  # until it listens; trying sooner would use up its one connection
         done = subprocess.run([*link.a, *client], capture_output=True, text=True, timeout=60, check=False)
         report = json.loads(done.stdout)
@@ -143,6 +137,20 @@ def iperf(link: Link, streams: int) -> list[dict[str, Any]]:
     gbs = end["sum_received"]["bits_per_second"] / 8e9
     used = end["cpu_utilization_percent"]
     return [{"gbs": gbs, "cpu_per_gb": (used["host_total"] + used["remote_total"]) / 100 / gbs}]
+
+
+def iperf_of_a_file(link: Link, streams: int) -> list[dict[str, Any]]:
+    """iperf3 sends what it reads out of a file in memory that no cache holds: its source is cold then, its sink still is not."""
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="pdbench-") as cold:
+        for _ in range(512):
+            cold.write(os.urandom(MIB))
+        cold.flush()
+        return iperf(link, streams, "-F", cold.name)
+
+
+def plain(link: Link, streams: int) -> list[dict[str, Any]]:
+    there = ["plain_serve", link.address_b]
+    return pair(link, there, lambda facts: ["plain_push", link.address_b, str(facts["port"]), str(streams)])
 
 
 def raw(link: Link, what: str) -> list[dict[str, Any]]:
@@ -158,16 +166,19 @@ def mooncake(link: Link) -> list[dict[str, Any]]:
     return pair(link, ["mooncake_serve", link.address_b], sender)
 
 
-def contenders(link: Link, only: set[str]) -> dict[str, Any]:
+def contenders(link: Link, only: set[str], options: str) -> dict[str, Any]:
     """Name -> one run. Those that are compared stand next to each other, so that they see the same machine."""
     found: dict[str, Any] = {}
     if "tcp" in only:
         for n in (1, 2, 4):
-            fixed = f"?streams={n}&adapt=0"
+            fixed = f"?streams={n}&adapt=0{options}"
             found[f"iperf3 x{n}"] = lambda n=n: iperf(link, n)
+            if n == 1:
+                found["iperf3 x1 of a file"] = lambda: iperf_of_a_file(link, 1)
+            found[f"bare TCP x{n}"] = lambda n=n: plain(link, n)
             found[f"tcp x{n}"] = lambda q=fixed: ours(link, "tcp", q + "&verify=0")
-        found["tcp x2 verified"] = lambda: ours(link, "tcp", "?streams=2&adapt=0")
-        found["tcp adaptive"] = lambda: ours(link, "tcp", "?verify=0")
+            found[f"tcp x{n} verified"] = lambda q=fixed: ours(link, "tcp", q)
+        found["tcp adaptive"] = lambda: ours(link, "tcp", f"?verify=1{options}")
     if "calls" in only:
         found["bare ping-pong"] = lambda: pair(
             link, ["echo", link.address_b], lambda facts: ["ping", link.address_b, str(facts["port"])]
@@ -176,7 +187,7 @@ def contenders(link: Link, only: set[str]) -> dict[str, Any]:
         if scheme in only:
             found[name] = lambda scheme=scheme: raw(link, scheme)
             tls = "&tls=tcp"
-            found[scheme] = lambda scheme=scheme, tls=tls: ours(link, scheme, f"?verify=0{tls}")
+            found[scheme] = lambda scheme=scheme, tls=tls: ours(link, scheme, f"?verify=0{tls}{options}")
     if "mooncake" in only:
         found["Mooncake"] = lambda: mooncake(link)
     return found
@@ -186,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--options", default="", help="of the URL, for all of ours: &segment=4MiB")
     parser.add_argument("--only", default="tcp,calls,ucx,nixl,mooncake")
     args = parser.parse_args()
     link = Link()
@@ -194,7 +206,7 @@ def main() -> None:
     results: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     try:
         for _ in range(args.rounds):
-            for name, run in contenders(link, set(args.only.split(","))).items():
+            for name, run in contenders(link, set(args.only.split(",")), args.options).items():
                 for line in run():
                     if "gbs" in line:
                         size = f"{line['size'] // MIB} MiB" if "size" in line else "stream"
@@ -213,20 +225,34 @@ def main() -> None:
 
 def show(middle: dict[str, dict[str, float]]) -> None:
     for name, row in middle.items():
-        print(f"{name:18}", "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
+        print(f"{name:20}", "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
     print()
-    pairs = [(f"tcp x{n}", f"iperf3 x{n}") for n in (1, 2, 4)]
-    pairs += [("ucx", "raw UCX tags"), ("nixl", "raw NIXL WRITE"), ("tcp x2", "Mooncake")]
-    for mine, other in pairs:
-        if mine not in middle or other not in middle:
-            continue
-        for size in ("1 MiB", "8 MiB", "32 MiB"):
-            base = middle[other].get(size, middle[other].get("stream"))
-            if base and size in middle[mine]:
-                print(f"{mine} / {other}, {size}: {middle[mine][size] / base:.2f}")
-    if "bare ping-pong" in middle and "tcp x1" in middle:
-        bare, ours_ = middle["bare ping-pong"]["calls p50 us"], middle["tcp x1"]["calls p50 us"]
-        print(f"1000 messages, p50: {ours_:.0f} us beside {bare:.0f} us bare: {ours_ / bare:.2f}")
+    for n in (1, 2, 4):
+        for mine in (f"tcp x{n}", f"tcp x{n} verified"):
+            for other in (f"iperf3 x{n}", "iperf3 x1 of a file", f"bare TCP x{n}"):
+                show_ratio(middle, mine, other)
+    for mine, other in (("ucx", "raw UCX tags"), ("nixl", "raw NIXL WRITE"), ("tcp x2", "Mooncake")):
+        show_ratio(middle, mine, other)
+    if "bare ping-pong" in middle:
+        bare = middle["bare ping-pong"]["calls p50 us"]
+        for name, row in middle.items():
+            if name != "bare ping-pong" and "calls p50 us" in row:
+                ours_ = row["calls p50 us"]
+                print(f"1000 messages over {name}, p50: {ours_:.0f} us beside {bare:.0f} us bare: {ours_ / bare:.2f}")
+
+
+def show_ratio(middle: dict[str, dict[str, float]], mine: str, other: str) -> None:
+    """Of the speeds, and of the CPU seconds a GB."""
+    if mine not in middle or other not in middle:
+        return
+    words = []
+    for size in ("1 MiB", "8 MiB", "32 MiB"):
+        there = size if size in middle[other] else "stream"
+        if size in middle[mine] and there in middle[other]:
+            speed = middle[mine][size] / middle[other][there]
+            used = middle[mine][f"cpu {size}"] / middle[other][f"cpu {there}"]
+            words.append(f"{size} {speed:.2f} (CPU {used:.2f})")
+    print(f"{mine} / {other}: {', '.join(words)}")
 
 
 if __name__ == "__main__":

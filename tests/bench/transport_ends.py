@@ -13,7 +13,9 @@ import resource
 import secrets
 import socket
 import statistics
+import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -37,21 +39,29 @@ def say(**facts: Any) -> None:
     print(json.dumps(facts), flush=True)
 
 
+#: what a receiver of bare loops answers when a round is there: its own CPU seconds
+ACK = struct.Struct("d")
+
+
 def until_stdin_ends() -> None:
     sys.stdin.read()
 
 
-def measured(size: int, once: Callable[[], None], their_cpu: Callable[[], float]) -> None:
-    """Runs `once` (one round of this size) several times and says the median."""
-    once()
+def measured(size: int, once: Callable[[], float]) -> None:
+    """Runs `once` (one round of this size; returns the other end's CPU seconds so far) several times and says the median."""
+    theirs = once()
     speeds = []
-    mine, theirs = cpu(), their_cpu()
+    mine = cpu()
+    latest = theirs
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        once()
+        latest = once()
         speeds.append(ROUND / (time.perf_counter() - start) / 1e9)
-    used = cpu() - mine + their_cpu() - theirs
-    say(size=size, gbs=statistics.median(speeds), cpu_per_gb=used / (ROUNDS * ROUND / 1e9))
+    say_speed(size, speeds, cpu() - mine + latest - theirs)
+
+
+def say_speed(size: int, speeds: list[float], used: float) -> None:
+    say(size=size, gbs=statistics.median(speeds), cpu_per_gb=used / (len(speeds) * ROUND / 1e9))
 
 
 # ---- ours ----
@@ -147,8 +157,7 @@ async def _rounds(connection: Any, pieces: list[Any], size: int) -> None:
         speeds.append(ROUND / (time.perf_counter() - start) / 1e9)
         if not all(o.ok for o in outcomes):
             raise SystemExit(f"a piece did not arrive: {next(o for o in outcomes if not o.ok)}")
-    used = cpu() - mine + await their_cpu() - theirs
-    say(size=size, gbs=statistics.median(speeds), cpu_per_gb=used / (ROUNDS * ROUND / 1e9))
+    say_speed(size, speeds, cpu() - mine + await their_cpu() - theirs)
 
 
 def _run(main: Any) -> None:
@@ -183,6 +192,71 @@ def ping(host: str, port: str) -> None:
                 left -= len(s.recv(left))
             times.append(time.perf_counter() - start)
     say(calls_us=sorted(times)[500] * 1e6, calls_p99_us=sorted(times)[990] * 1e6)
+
+
+# ---- bare TCP, as many streams as ours: cold memory to cold memory, no frames, no digests, nothing decided on the way ----
+
+
+def _streams_of(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _shares(size: int, streams: int) -> list[list[int]]:
+    """Where each stream's pieces begin, in their order."""
+    return [list(range(i * size, ROUND, streams * size)) for i in range(streams)]
+
+
+def _threads(jobs: list[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def plain_serve(host: str) -> None:
+    arena = np.ones(ARENA, np.uint8)
+    with socket.create_server((host, 0)) as server:
+        say(port=server.getsockname()[1])
+        control, _ = server.accept()
+        streams = [server.accept()[0] for _ in range(control.recv(1)[0])]
+
+    def fill(sock: socket.socket, base: int, places: list[int], size: int) -> None:
+        for place in places:
+            view, filled = memoryview(arena)[base + place : base + place + size], 0
+            while filled < size:
+                filled += sock.recv_into(view[filled:], min(MIB, size - filled), socket.MSG_WAITALL)
+
+    for size in SIZES:
+        for round_ in range(ROUNDS + 1):
+            base = round_ % 2 * ROUND
+            shares = zip(streams, _shares(size, len(streams)), strict=True)
+            _threads([lambda s=s, p=p, b=base, n=size: fill(s, b, p, n) for s, p in shares])  # type: ignore[misc]
+            control.sendall(ACK.pack(cpu()))
+    until_stdin_ends()
+
+
+def plain_push(host: str, port: str, count: str) -> None:
+    arena = np.random.default_rng(1).integers(0, 255, ARENA, np.uint8)
+    control = socket.create_connection((host, int(port)))
+    control.sendall(bytes([int(count)]))
+    streams = [socket.create_connection((host, int(port))) for _ in range(int(count))]
+    for stream in streams:
+        _streams_of(stream)
+
+    def send(sock: socket.socket, places: list[int], size: int) -> None:
+        for place in places:
+            sock.sendall(memoryview(arena)[place : place + size])
+
+    def once(size: int) -> float:
+        shares = zip(streams, _shares(size, len(streams)), strict=True)
+        _threads([lambda s=s, p=p: send(s, p, size) for s, p in shares])  # type: ignore[misc]
+        theirs: float = ACK.unpack(control.recv(ACK.size, socket.MSG_WAITALL))[0]
+        return theirs
+
+    for size in SIZES:
+        measured(size, lambda size=size: once(size))  # type: ignore[misc]
 
 
 # ---- UCX alone: tag messages, four under way ----
@@ -234,7 +308,7 @@ def ucx_serve(host: str) -> None:
                     for i in range(ROUND // size)
                 ]
                 await _ucx_four(parts)
-                writer.write(b"k")
+                writer.write(ACK.pack(cpu()))
 
     async def main() -> None:
         server = await asyncio.start_server(on_peer, host, 0)
@@ -256,7 +330,7 @@ def ucx_push(host: str, port: str) -> None:
         reader, writer = await asyncio.open_connection(host, int(port))
         endpoint = await _ucx_meet(ucx, reader, writer)
         for size in SIZES:
-            speeds, before = [], cpu()
+            speeds, mine, theirs, latest = [], 0.0, 0.0, 0.0
             for round_ in range(ROUNDS + 1):
                 start = time.perf_counter()
                 parts = [
@@ -264,10 +338,12 @@ def ucx_push(host: str, port: str) -> None:
                     for i in range(ROUND // size)
                 ]
                 await _ucx_four(parts)
-                await reader.readexactly(1)
+                latest = ACK.unpack(await reader.readexactly(ACK.size))[0]
                 if round_:
                     speeds.append(ROUND / (time.perf_counter() - start) / 1e9)
-            say(size=size, gbs=statistics.median(speeds), cpu_per_gb=(cpu() - before) / ((ROUNDS + 1) * ROUND / 1e9))
+                else:
+                    mine, theirs = cpu(), latest
+            say_speed(size, speeds, cpu() - mine + latest - theirs)
 
     asyncio.run(main())
     sys.stdout.flush()
@@ -299,7 +375,7 @@ def nixl_serve(host: str) -> None:
             for texts in agent.get_new_notifs().values():
                 peer.setblocking(True)
                 for _ in [t for t in texts if t == b"round"]:
-                    peer.sendall(b"k")
+                    peer.sendall(ACK.pack(cpu()))
                 peer.setblocking(False)
             time.sleep(0.0001)
             try:
@@ -325,17 +401,18 @@ def nixl_push(host: str, port: str) -> None:
             agent.transfer(handle)
             return handle
 
-        def once(size: int) -> None:
+        def once(size: int) -> float:
             flying: list[Any] = []
             count = ROUND // size
             for i in range(count):
                 flying.append(write(i * size, size, b"round" if i == count - 1 else b"part"))
                 while len(flying) == 4 or (i == count - 1 and flying):
                     flying = [h for h in flying if agent.check_xfer_state(h) == "PROC" or agent.release_xfer_handle(h)]
-            s.recv(1)
+            theirs: float = ACK.unpack(s.recv(ACK.size, socket.MSG_WAITALL))[0]
+            return theirs
 
         for size in SIZES:
-            measured(size, lambda size=size: once(size), lambda: 0.0)  # type: ignore[misc]
+            measured(size, lambda size=size: once(size))  # type: ignore[misc]
     sys.stdout.flush()
     os._exit(0)
 
@@ -364,18 +441,19 @@ def mooncake_push(own: str, host: str, port: str, address: str) -> None:
     assert engine.register_memory(source.ctypes.data, ARENA) == 0
     there = int(address)
 
-    def once(size: int) -> None:
+    def once(size: int) -> float:
         for i in range(ROUND // size):
             at = i * size
             assert engine.transfer_sync_write(f"{host}:{port}", source.ctypes.data + at, there + at, size) == 0
+        return 0.0  # the receiver's is not known
 
     for size in SIZES:
-        measured(size, lambda size=size: once(size), lambda: 0.0)  # type: ignore[misc]
+        measured(size, lambda size=size: once(size))  # type: ignore[misc]
     sys.stdout.flush()
     os._exit(0)
 
 
 if __name__ == "__main__":
     roles = {f.__name__: f for f in (serve, push, echo, ping, ucx_serve, ucx_push, nixl_serve, nixl_push)}
-    roles |= {f.__name__: f for f in (mooncake_serve, mooncake_push)}  # type: ignore[dict-item]
+    roles |= {f.__name__: f for f in (mooncake_serve, mooncake_push, plain_serve, plain_push)}  # type: ignore[dict-item]
     roles[sys.argv[1]](*sys.argv[2:])

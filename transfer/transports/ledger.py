@@ -14,19 +14,33 @@ import numpy as np
 
 from pdserve import kernels
 from pdserve.errors import ProtocolError
+from pdserve.kernels import receive
 from pdserve.transfer.transports.base import ARRIVED, MAX_TICKETS, Outcome, Slot
 
 Finished = Callable[[Slot, Outcome], None]
 
 
 class _Entry:
-    __slots__ = ("arrived", "deadline", "digest", "ended", "entered", "key", "segments", "shard", "slot", "writers")
+    __slots__ = (
+        "arrived",
+        "deadline",
+        "digest",
+        "ended",
+        "entered",
+        "key",
+        "parts",
+        "segments",
+        "shard",
+        "slot",
+        "writers",
+    )
 
     def __init__(self, slot: Slot, key: bytes, shard: int, digest: int, deadline: float) -> None:
         self.slot, self.key, self.shard, self.digest, self.deadline = slot, key, shard, digest, deadline
         self.writers = 0
         self.entered = 0  # bytes that came or are coming
         self.arrived = 0
+        self.parts: int | None = 0  # of the digest, added up; None: not all segments brought theirs
         self.segments: set[int] = set()
         self.ended: Outcome | None = None
 
@@ -38,7 +52,7 @@ class Ledger:
         self._arena = arena
         self._memory = memoryview(arena)
         self._finished = finished
-        self._verify = verify
+        self.verify = verify
         self._lock = threading.Lock()
         self._open: dict[int, _Entry] = {}
         self._last = 0
@@ -97,10 +111,23 @@ class Ledger:
         if offset in entry.segments or entry.entered + length > total:
             raise ProtocolError(f"bytes at {offset} of ticket {entry.slot.ticket} came twice")
 
-    def leave(self, ticket: int, length: int, failed: Outcome | None = None) -> None:
-        """The thread has left the slot for good; `length` bytes of its segment are there, unless it failed."""
+    def word_of(self, offset: int, length: int, total: int) -> int | None:
+        """Where this segment's words begin in its piece, for a part of the digest; None: no part of it is wanted."""
+        if not self.verify or offset % 8 or (length % 8 and offset + length != total):
+            return None
+        return offset // 8
+
+    def leave(self, ticket: int, length: int, failed: Outcome | None = None, part: int | None = None) -> None:
+        """The thread has left the slot for good; `length` bytes of its segment are there, unless it failed.
+
+        `part`: of the piece's digest (kernels.receive). When all segments bring theirs, the piece is not read once more for it.
+        """
         with self._lock:
             entry = self._open[ticket]
+            if part is None or entry.parts is None:
+                entry.parts = None
+            else:
+                entry.parts += part
             if failed is not None and entry.ended is None:
                 entry.ended = failed
             entry.arrived += length
@@ -120,10 +147,10 @@ class Ledger:
         self._finished(entry.slot, entry.ended)
 
     def _verified(self, entry: _Entry) -> Outcome:
-        if not self._verify or not entry.digest:
+        if not self.verify or not entry.digest:
             return ARRIVED
-        start = entry.slot.offset
-        found = kernels.digest(self._arena[start : start + entry.slot.length])
+        start, length, parts = entry.slot.offset, entry.slot.length, entry.parts
+        found = kernels.digest(self._arena[start : start + length]) if parts is None else receive.finish(parts, length)
         if found == entry.digest:
             return ARRIVED
         return Outcome("corrupt", f"the digest is {found:016x}, not {entry.digest:016x} as announced")

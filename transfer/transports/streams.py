@@ -1,8 +1,9 @@
 """The plane of tcp://: bytes over sockets of their own, two blocking threads for each, straight between the arenas.
 
 A frame is a header of fixed size and the bytes of one segment. The sender hands headers and arena views to sendmsg in one list;
-the receiver reads a header, asks the ledger where the bytes go, and receives into that place. Bytes that nobody wants any more
-go into a scratch buffer, so a stream never stops for them and never writes them anywhere else.
+the receiver reads a header, asks the ledger where the bytes go, and receives into that place: in compiled code, which makes the
+digest while the bytes are in the processor's cache, or without a compiler (and for TLS) in Python. Bytes that nobody wants any
+more go into a scratch buffer, so a stream never stops for them and never writes them anywhere else.
 
 Threads wake every _TICK_S, so a slot that was cancelled is left within that time even when its bytes have stopped coming.
 """
@@ -16,9 +17,13 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from pdserve.chunk import KEY_BYTES
 from pdserve.errors import ProtocolError
+from pdserve.kernels import receive
 from pdserve.transfer.transports.base import Expected, Outcome, PeerLost
 from pdserve.transfer.transports.outbox import Segment
 from pdserve.transfer.transports.session import Session
@@ -53,6 +58,16 @@ class _Stop(Exception):
     """The session is over; this thread too."""
 
 
+class _Filled(NamedTuple):
+    """What came into a slot."""
+
+    size: int
+    #: bytes of the next header that came with it
+    beyond: int
+    #: of the piece's digest, where it was made on the way
+    part: int | None = None
+
+
 class Stream:
     """One socket with its two threads."""
 
@@ -62,6 +77,8 @@ class Stream:
         self._index = index
         self._memory = memoryview(session.local.arena)
         self._scratch = memoryview(bytearray(_SCRATCH))
+        self._header = np.zeros(_HEADER.size, np.uint8)
+        self._compiled = pipe is None and receive.available()
         names = (f"tcp-{role}-{session.peer}-{index}" for role in ("send", "recv"))
         self.threads = [
             threading.Thread(target=self._guarded, args=(job,), name=name, daemon=True)
@@ -147,7 +164,7 @@ class Stream:
     # ---- receiving ----
 
     def _receive_all(self) -> None:
-        header = memoryview(bytearray(_HEADER.size))
+        header = memoryview(self._header)
         have = 0
         while True:
             self._fill(header[have:])
@@ -163,23 +180,39 @@ class Stream:
         if view is None:
             self._drain(length)
             return 0
-        filled, extra, problem = 0, 0, Outcome("lost", "the connection ended in the middle of the bytes")
+        filled, problem = _Filled(0, 0), Outcome("lost", "the connection ended in the middle of the bytes")
         try:
-            filled, extra = self._fill_slot(view, header, ticket)
+            filled = self._fill_slot(view, header, ticket, ledger.word_of(offset, length, total))
             problem = Outcome("cancelled", "it was not wanted any more")  # the ledger knows better why
         finally:
             del view
-            whole = filled == length
+            whole = filled.size == length
             self._plane.received(length if whole else 0)
-            ledger.leave(ticket, length if whole else 0, None if whole else problem)
+            ledger.leave(ticket, length if whole else 0, None if whole else problem, filled.part)
         if whole:
             self._session.consumed(length)
         else:
-            self._drain(length - filled, of=length)
-        return extra
+            self._drain(length - filled.size, of=length)
+        return filled.beyond
 
-    def _fill_slot(self, view: memoryview, header: memoryview, ticket: int) -> tuple[int, int]:
-        """Receives into the slot until it is full or nobody wants it; (bytes there, bytes of the next header)."""
+    def _fill_slot(self, view: memoryview, header: memoryview, ticket: int, word: int | None) -> _Filled:
+        """Receives into the slot until it is full or nobody wants it. `word`: see Ledger.word_of()."""
+        if self._compiled:
+            return self._fill_compiled(np.frombuffer(view, np.uint8), ticket, word)
+        filled = self._fill_plainly(view, header, ticket)
+        if word is None or filled.size < len(view) or not receive.available():
+            return filled
+        return filled._replace(part=receive.part(np.frombuffer(view, np.uint8), word))
+
+    def _fill_compiled(self, to: np.ndarray, ticket: int, word: int | None) -> _Filled:
+        arrival = receive.Arrival(digested=to.nbytes if word is None else 0)
+        while self._session.ledger.wanted(ticket):
+            if receive.receive(self._sock.fileno(), to, self._header, word or 0, _TICK_S, arrival):
+                break
+            self._must_live()
+        return _Filled(arrival.done, arrival.beyond, None if word is None else arrival.sum)
+
+    def _fill_plainly(self, view: memoryview, header: memoryview, ticket: int) -> _Filled:
         filled, size = 0, len(view)
         ledger = self._session.ledger
         while filled < size:
@@ -198,7 +231,7 @@ class Stream:
                     filled += got
             except BlockingIOError:
                 self._must_live()
-        return min(filled, size), max(0, filled - size)
+        return _Filled(min(filled, size), max(0, filled - size))
 
     def _fill(self, view: memoryview) -> None:
         filled = 0

@@ -1,5 +1,6 @@
 """The book of lent slots: who may write, and when a slot is over."""
 
+import itertools
 import random
 import threading
 
@@ -8,6 +9,7 @@ import pytest
 
 from pdserve import kernels
 from pdserve.errors import ProtocolError
+from pdserve.kernels import receive
 from pdserve.transfer.transports.base import ARRIVED, Outcome, Piece, Slot
 from pdserve.transfer.transports.ledger import Ledger
 from pdserve.transfer.transports.outbox import Outbox, Parcel
@@ -179,3 +181,30 @@ def test_what_the_receiver_ended_is_not_sent():
     assert [s.ticket for s in box.take(1 << 20, 100, 0)] == [2]
     box.close()
     assert box.take(1 << 20, 100, 5) == []
+
+
+def parts_of(data, cuts):
+    return [(a, b - a, receive.part(data[a:b], a // 8)) for a, b in itertools.pairwise(cuts)]
+
+
+@pytest.mark.skipif(not receive.available(), reason="no C++ compiler is installed")
+@pytest.mark.parametrize(("wrong", "without"), [(0, None), (1, None), (0, 2), (1, 2)])
+def test_parts_of_a_digest_add_up(wrong, without):
+    """Segments bring their part of the digest; one that does not makes the piece be read once more."""
+    _, ended, ledger = book()
+    data = np.arange(1000, dtype=np.uint8)
+    ticket = ledger.lend(Slot(64, 1000), KEY, 1, kernels.digest(data) + wrong, 1e9)
+    for i, (start, length, part) in enumerate(parts_of(data, [0, 400, 504, 1000])):
+        ledger.enter(ticket, KEY, 1, 1000, start, length)[:] = data[start : start + length].tobytes()
+        ledger.leave(ticket, length, None, None if i == without else part)
+    assert ended[0][1].state == ("corrupt" if wrong else "arrived")
+
+
+def test_which_segments_may_bring_their_part():
+    ledger = book()[2]
+    assert ledger.word_of(0, 1000, 1000) == 0
+    assert ledger.word_of(800, 200, 1003) == 100
+    assert ledger.word_of(800, 203, 1003) == 100  # the last may end anywhere
+    assert ledger.word_of(804, 8, 1003) is None
+    assert ledger.word_of(0, 203, 1003) is None
+    assert book(verify=False)[2].word_of(0, 8, 8) is None
