@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pdserve.engines.fake.server import Fault
+from pdserve.proxy import guard
 
 pytestmark = pytest.mark.anyio
 
@@ -170,11 +171,12 @@ async def test_one_connection_serves_many_requests_whatever_became_of_them(rig: 
         writer.close()
 
 
-async def test_a_stop_answers_what_was_on_its_way(rig: Any) -> None:
+async def test_a_stop_answers_what_was_on_its_way(rig: Any, until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that is open and has said nothing yet may be about to: it is not closed in the client's face."""
+    monkeypatch.setattr(guard, "LINGER", 20.0)
     async with rig() as r:
         reader, writer = await asyncio.open_connection(*r.url.removeprefix("http://").split(":"))
-        await asyncio.sleep(0.05)
+        await until(lambda: len(r.server.server_state.connections) == 1)
         stopping = asyncio.create_task(r.server.shutdown())
         await asyncio.sleep(0.1)
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 15\r\n\r\n" + b'{"prompt": "a"}')
