@@ -41,6 +41,7 @@ from pdserve.chunk import FORMAT_VERSION
 from pdserve.transfer import wire
 from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.client import CacheClient
+from pdserve.transfer.lower import MOST_TOGETHER, TOGETHER_BYTES
 from pdserve.transfer.tiers import segments
 from pdserve.transfer.tiers.base import ChunkRecord
 from pdserve.transfer.tiers.disk import DiskTier
@@ -213,6 +214,7 @@ def disk(folder: Path, rounds: int, shard: int) -> list[dict[str, Any]]:
     times: dict[str, list[float]] = {"plain write": [], "put": [], "plain read": [], "get": [], "get + digest": []}
     records = [ChunkRecord(FORMAT_VERSION, k, b"", 256, shard, [digest]) for k in keys(1, rounds)]
     dd = [_dd(folder, rounds, shard)]
+    together = min(MOST_TOGETHER, -(-TOGETHER_BYTES // shard))  # as the daemon writes what waits
     for i, record in enumerate(records):
         calls = [
             ("plain write", lambda i=i: os.pwritev(fd, [data.data], i * shard)),
@@ -220,6 +222,21 @@ def disk(folder: Path, rounds: int, shard: int) -> list[dict[str, Any]]:
         ]
         for name, call in calls[:: 1 if i % 2 else -1]:
             times[name].append(timed(call))
+    several: list[tuple[float, float]] = []  # plain writes, and the same number of chunks at once
+    at = rounds * shard
+    for n in range(rounds // together):
+        group = [
+            (ChunkRecord(FORMAT_VERSION, k, b"", 256, shard, [digest]), [data]) for k in keys(10**6 + n * 100, together)
+        ]
+
+        def plainly(at: int = at) -> None:
+            for i in range(together):
+                os.pwritev(fd, [data.data], at + i * shard)
+
+        pair = [plainly, lambda g=group: tier.put_many(g, soon)]  # type: ignore[misc]
+        took = [timed(call) for call in pair[:: 1 if n % 2 else -1]][:: 1 if n % 2 else -1]
+        several.append((took[0], took[1]))
+        at += together * shard
     into = segments.aligned(shard)
     for i, record in enumerate(records):
         calls = [
@@ -242,6 +259,16 @@ def disk(folder: Path, rounds: int, shard: int) -> list[dict[str, Any]]:
         # A disk that is shared with others has moments; the median pair does not.
         pairs = [b / t for b, t in zip(times[base], times[name], strict=True)]
         rows[-1]["of plain, median pair"] = statistics.median(pairs)
+    sums = [sum(times) for times in zip(*several, strict=True)]
+    rows.insert(
+        2,
+        {
+            "row": f"put of {together} waiting chunks {shard >> 10} KiB",
+            "GB/s": shard * together * len(several) / sums[1] / 1e3,
+            "of plain": sums[0] / sums[1],
+            "of plain, median pair": statistics.median(a / b for a, b in several),
+        },
+    )
     for at, what in enumerate(("write", "read")):
         mean = statistics.mean(d[at] for d in dd)
         rows.append(
