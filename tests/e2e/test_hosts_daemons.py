@@ -11,8 +11,8 @@ from pathlib import Path
 
 import netns
 import pytest
+from host_relay import Relay
 from hosts_daemons import ADMIN_PORT, CHUNK, PEER_PORT, Daemon, key, until
-from relay import Relay
 
 pytestmark = [
     pytest.mark.skipif(bool(netns.missing()), reason=netns.missing() or "-"),
