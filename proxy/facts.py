@@ -15,12 +15,12 @@ _PROMPT = ("tools", "system", "instructions", "messages", "prompt", "input")  # 
 
 
 def facts(endpoint: str, headers: list[tuple[bytes, bytes]], body: Body, with_blocks: bool = True) -> Facts:
+    if not with_blocks:
+        return Facts(endpoint, sum(map(body.size, _PROMPT)), session(headers, body))
     parts = [raw for name in _PROMPT if name in body and (raw := body.raw_value(name))]
     prompt = parts[0] if len(parts) == 1 else b"".join(parts)
     # What else parts two caches: the model (a LoRA adapter is one), and the salt that keeps tenants from each other.
     root = (body.raw_value("model") or b"") + b"|" + (body.raw_value("cache_salt") or b"")
-    if not with_blocks:
-        return Facts(endpoint, len(prompt), session(headers, body))
     request = next((value.decode("latin-1") for name, value in headers if name == b"x-request-id"), "")
     return Facts(endpoint, len(prompt), session(headers, body), blocks(root, prompt), request)
 

@@ -124,14 +124,14 @@ class Fleet:
         return next((i for i in self.instances if i.name == name), None)
 
     def producers(self) -> list[Instance]:
-        return preferred([i for i in self.instances if i.usable and i.role == "prefill"])
+        return preferred([i for i in self.instances if i.up and not i.draining and i.role == "prefill"])
 
     def consumers(self) -> list[Instance]:
-        return preferred([i for i in self.instances if i.usable and i.role in ("decode", "both")])
+        return preferred([i for i in self.instances if i.up and not i.draining and i.role != "prefill"])
 
     @property
     def ready(self) -> bool:
-        return any(i.usable and i.role in ("decode", "both") for i in self.instances)
+        return any(i.usable for i in self.instances if i.role != "prefill")
 
     @property
     def models(self) -> frozenset[str]:

@@ -105,4 +105,6 @@ class _Serving:
 def preferred(instances: list[Instance]) -> list[Instance]:
     """Those that may be sent a request: one on trial only while it is idle, unless there is no other."""
     sound = [i for i in instances if not i.trial]
+    if len(sound) == len(instances):
+        return instances
     return [i for i in instances if not i.trial or i.in_flight == 0 or not sound]

@@ -17,6 +17,7 @@ from urllib.parse import SplitResult, urlsplit
 import httptools
 
 from pdserve.errors import ConfigError, UpstreamError
+from pdserve.proxy.watch import Watch
 
 Headers = Iterable[tuple[bytes, bytes]]
 Sink = Callable[[bytes, bool], bool]
@@ -47,8 +48,9 @@ class _Connection(asyncio.Protocol):
     """One connection. httptools calls the on_ methods while bytes are fed; whoever waits is woken through `_waiter`,
     unless what comes is passed to `_sink` at once."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
+    def __init__(self, watch: Watch) -> None:
+        self.loop = watch.loop
+        self._watch = watch
         self.transport: asyncio.Transport | None = None
         self.idle_since = 0.0
         self.used = False
@@ -56,7 +58,7 @@ class _Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._sink: Sink | None = None
         self._sink_error: Exception | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._gap = 0.0  # seconds that may pass without a byte; 0 where a wait has one deadline
         self._parser = httptools.HttpResponseParser(self)
         self._reset()
 
@@ -204,36 +206,30 @@ class _Connection(asyncio.Protocol):
 
     async def _wait(self, until: float | None) -> None:
         """Until something has come. Raises TimeoutError at `until`."""
-        self._waiter = waiter = self.loop.create_future()
-        timer = None if until is None else self.loop.call_at(until, _late, waiter)
-        try:
-            await waiter
-        finally:
-            self._waiter = None
-            if timer is not None:
-                timer.cancel()
-
-    async def _wait_on(self, gap: float) -> None:
-        """Until the sink has been taken away. Raises TimeoutError when nothing has come for `gap` seconds."""
-        self._touched = self.loop.time()
         self._waiter = self.loop.create_future()
-        self._look_later(gap, gap)
+        if until is not None:
+            self._watch.add(self, until)
         try:
             await self._waiter
         finally:
             self._waiter = None
-            if self._timer is not None:
-                self._timer.cancel()
+            self._watch.remove(self)
 
-    def _look_later(self, wait: float, gap: float) -> None:
-        self._timer = self.loop.call_later(wait, self._look, gap)
+    async def _wait_on(self, gap: float) -> None:
+        """Until the sink has been taken away. Raises TimeoutError when nothing has come for `gap` seconds."""
+        self._touched, self._gap = self.loop.time(), gap
+        try:
+            await self._wait(self._touched + gap)
+        finally:
+            self._gap = 0.0
 
-    def _look(self, gap: float) -> None:
-        left = self._touched + gap - self.loop.time()
-        if left > 0:
-            self._look_later(left, gap)
-        elif self._waiter is not None:
-            _late(self._waiter)
+    def overdue(self, now: float) -> float | None:
+        """Called by the watch."""
+        if self._gap and self._touched + self._gap > now:
+            return self._touched + self._gap
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(TimeoutError())
+        return None
 
     def _wake(self) -> None:
         """A sink that is still there has been given everything."""
@@ -243,11 +239,6 @@ class _Connection(asyncio.Protocol):
     def _fail(self, message: str) -> None:
         if self.error is None:
             self.error = _Broken(message, silent=not self._touched)
-
-
-def _late(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_exception(TimeoutError())
 
 
 class Answer:
@@ -311,6 +302,7 @@ class Upstream:
         self.busy = 0
         self.max_connections = max_connections
         self._idle: list[_Connection] = []
+        self._watch: Watch | None = None
         parts = _checked(name, url)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._address = (parts.hostname or "", parts.port or (443 if self._tls else 80))
@@ -350,9 +342,12 @@ class Upstream:
         return None
 
     async def connect(self, loop: asyncio.AbstractEventLoop, wait: float) -> _Connection:
+        if self._watch is None or self._watch.loop is not loop:
+            self._watch = Watch(loop)
+        watch = self._watch
         try:
             async with asyncio.timeout(wait):
-                _, connection = await loop.create_connection(lambda: _Connection(loop), *self._address, ssl=self._tls)
+                _, connection = await loop.create_connection(lambda: _Connection(watch), *self._address, ssl=self._tls)
                 return connection
         except TimeoutError as exc:
             raise LegFailure(504, f"no connection within {wait:g} s", self.name, "connect") from exc

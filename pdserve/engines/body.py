@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-_SPACE = re.compile(rb"[ \t\n\r]*")
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
 _SCALAR = re.compile(rb"[^,}\] \t\n\r]+")
+_MEMBER = re.compile(rb'[ \t\n\r]*,?[ \t\n\r]*("[^"\\]*+(?:\\.[^"\\]*+)*+")[ \t\n\r]*:[ \t\n\r]*')
 _NESTING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]')
 _decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _KINDS = {b"[": "an array", b'"': "a string", b"t": "a boolean", b"f": "a boolean", b"n": "null"}
@@ -52,6 +52,11 @@ class Body:
         value = self._values.get(name)
         return None if value is None else bytes(value)
 
+    def size(self, name: str) -> int:
+        """How many bytes the value has as written; 0 if there is no such field."""
+        value = self._values.get(name)
+        return 0 if value is None else len(memoryview(value))
+
     def get(self, name: str) -> Any:
         """The decoded value, or None if the field is absent, null, or of a spelling that cannot be decoded."""
         value = self._values.get(name)
@@ -65,6 +70,8 @@ class Body:
     def edited(self, changes: Mapping[str, bytes], remove: Collection[str] = ()) -> bytes:
         """The bytes with `changes` (name -> new JSON value) made in place or appended, and without `remove`."""
         members = self.members()
+        if members and len(members) == len(self._values) and not any(name in self._values for name in remove):
+            return self._replaced(members, changes, [name for name in changes if name not in self._values])
         last = {m.name: i for i, m in enumerate(members)}
         dropped = {i for i, m in enumerate(members) if m.name in remove or (m.name in changes and last[m.name] != i)}
         added = [name for name in changes if name not in last]
@@ -110,17 +117,12 @@ class Body:
 
     def _locate(self) -> list[Member]:
         raw, found = self.raw, []
-        at = _skip(raw, raw.index(b"{") + 1)
-        while raw[at : at + 1] != b"}":
-            key = _STRING.match(raw, at)
-            assert key is not None, "the decoder accepted it, so there is a key here"
-            name = msgspec.json.decode(key.group())
-            value = _skip(raw, _skip(raw, key.end()) + 1)
-            end = self._value_end(name, value)
-            found.append(Member(name, at, value, end))
-            at = _skip(raw, end)
-            if raw[at : at + 1] == b",":
-                at = _skip(raw, at + 1)
+        at = raw.index(b"{") + 1
+        while key := _MEMBER.match(raw, at):  # the decoder accepted it: where there is no key the object ends
+            written, value = key[1], key.end()
+            name = msgspec.json.decode(written) if b"\\" in written else written[1:-1].decode()
+            at = self._value_end(name, value)
+            found.append(Member(name, key.start(1), value, at))
         return found
 
     def _value_end(self, name: str, start: int) -> int:
@@ -135,7 +137,8 @@ class Body:
 
 def _decode(raw: bytes) -> dict[str, msgspec.Raw]:
     try:
-        raw.decode("utf-8")
+        if not raw.isascii():
+            raw.decode("utf-8")
         return _decoder.decode(raw)
     except UnicodeDecodeError as exc:
         raise ValueError(f"The request body is not valid UTF-8 (byte {exc.start}).") from exc
@@ -147,12 +150,6 @@ def _decode(raw: bytes) -> dict[str, msgspec.Raw]:
     except msgspec.DecodeError as exc:
         reason = "it is empty" if not raw.strip() else str(exc)
         raise ValueError(f"The request body is not valid JSON: {reason}.") from exc
-
-
-def _skip(raw: bytes, at: int) -> int:
-    match = _SPACE.match(raw, at)
-    assert match is not None, "it matches nothing at all too"
-    return match.end()
 
 
 def _scan_value(raw: bytes, start: int) -> int:
