@@ -432,7 +432,8 @@ def mooncake_serve(host: str) -> None:
     os._exit(0)
 
 
-def mooncake_push(own: str, host: str, port: str, address: str) -> None:
+def _mooncake_writer(own: str, target: str, address: str) -> Callable[[int, int], None]:
+    """write(nbytes, size): so many bytes, a piece of `size` after the other, into the target's arena."""
     from mooncake.engine import TransferEngine
 
     engine = TransferEngine()
@@ -441,10 +442,30 @@ def mooncake_push(own: str, host: str, port: str, address: str) -> None:
     assert engine.register_memory(source.ctypes.data, ARENA) == 0
     there = int(address)
 
+    def write(nbytes: int, size: int) -> None:
+        for at in range(0, nbytes, size):
+            part = min(size, nbytes - at)
+            assert engine.transfer_sync_write(target, source.ctypes.data + at, there + at, part) == 0
+
+    return write
+
+
+def mooncake_send(own: str, host: str, port: str, address: str, nbytes: str, size: str, times: str) -> None:
+    """The same bytes some times, one line for each: how a handover goes that begins when the prefill has ended."""
+    write = _mooncake_writer(own, f"{host}:{port}", address)
+    write(1 << 16, 1 << 16)  # connected, and warm
+    for _ in range(int(times)):
+        start = time.perf_counter()
+        write(int(nbytes), int(size))
+        say(seconds=time.perf_counter() - start)
+    os._exit(0)
+
+
+def mooncake_push(own: str, host: str, port: str, address: str) -> None:
+    write = _mooncake_writer(own, f"{host}:{port}", address)
+
     def once(size: int) -> float:
-        for i in range(ROUND // size):
-            at = i * size
-            assert engine.transfer_sync_write(f"{host}:{port}", source.ctypes.data + at, there + at, size) == 0
+        write(ROUND, size)
         return 0.0  # the receiver's is not known
 
     for size in SIZES:
@@ -455,5 +476,5 @@ def mooncake_push(own: str, host: str, port: str, address: str) -> None:
 
 if __name__ == "__main__":
     roles = {f.__name__: f for f in (serve, push, echo, ping, ucx_serve, ucx_push, nixl_serve, nixl_push)}
-    roles |= {f.__name__: f for f in (mooncake_serve, mooncake_push, plain_serve, plain_push)}  # type: ignore[dict-item]
+    roles |= {f.__name__: f for f in (mooncake_serve, mooncake_push, mooncake_send, plain_serve, plain_push)}  # type: ignore[dict-item]
     roles[sys.argv[1]](*sys.argv[2:])
