@@ -123,7 +123,7 @@ class Deployment:
             with Client(url) as client:
                 wait_for(client.healthy, seconds, f"{url} is not up")
 
-    def wait_idle(self, seconds: float = 45.0) -> None:
+    def wait_idle(self, seconds: float = 120.0) -> None:
         """No engine works, nothing is leased or reserved."""
 
         def idle() -> bool:
@@ -187,7 +187,7 @@ class Stage:
         self.current.plain.close()
         self.current = None
         targets.stop(name)
-        alive = psutil.wait_procs(trees, timeout=10)[1]
+        alive = psutil.wait_procs(trees, timeout=60)[1]
         assert not alive, f"still running after stop: {alive}"
         left = _shared_memory(name) - self.shared_memory - _mapped()  # what is mapped is in use by somebody else
         assert not left, f"left in /dev/shm: {left}"

@@ -24,6 +24,11 @@ def page_of(url: str) -> str:
         return str(client.get("/metrics", timeout=20).text)
 
 
+def requests(pd: Any) -> float:
+    samples = families(page_of(pd.target.url))["pdserve_requests"].samples
+    return float(sum(sample.value for sample in samples if sample.name.endswith("_total")))
+
+
 def test_engines_export_the_catalogue_and_what_is_read_of_vllm(pd: Any) -> None:
     prompt = pd.ids(600)
     pd.client.complete(prompt, max_tokens=4)
@@ -51,16 +56,13 @@ def test_the_page_shows_a_hit_and_its_story(pd: Any) -> None:
         page = new_page(browser)
         page.goto(f"{pd.target.url}/dashboard")
         page.wait_for_selector("#live .state.good", timeout=PATIENCE)
-        assert page.get_attribute('[data-engine="decode-0"]', "data-state") == "up"
+        page.wait_for_selector('[data-engine="decode-0"][data-state="up"]', timeout=PATIENCE)
         assert "0.32" in page.inner_text('[data-engine="decode-0"] footer')
         assert "restarts seen" not in page.inner_text('[data-engine="decode-0"]'), "the launcher tells its restarts"
         pd.client.complete(prompt, max_tokens=4)
         row = page.locator("#requests tbody tr").first
         until(lambda: row.count() and "dram" in row.inner_text(), "the row tells what came from memory")
-        with Client(pd.target.url) as proxy:
-            counted = families(proxy.get("/metrics", timeout=20).text)["pdserve_requests"].samples
-        total = sum(sample.value for sample in counted if sample.name.endswith("_total"))
-        until(lambda: float(page.get_attribute("#tile-requests", "data-raw")) == total, "figures as in /metrics")
+        until(lambda: float(page.get_attribute("#tile-requests", "data-raw")) == requests(pd), "figures as in /metrics")
         row.click()
         page.wait_for_selector(".chunk-grid button", timeout=PATIENCE)
         letters = page.locator(".chunk-grid button").all_inner_texts()

@@ -55,7 +55,7 @@ def test_consumer_is_restarted_and_still_hits(pd: Deployment) -> None:
     pd.wait_idle()
     old = pd.pid("decode-0")
     os.kill(old, signal.SIGKILL)
-    wait_for(lambda: pd.pid("decode-0") not in (0, old), 60, "decode-0 was not started again")
+    wait_for(lambda: pd.pid("decode-0") not in (0, old), 120, "decode-0 was not started again")
     pd.wait_up()
     before = pd.retrieved("decode")
     answer = pd.client.complete(prompt, max_tokens=10)
@@ -81,9 +81,9 @@ def test_cache_daemon_is_killed_while_it_serves(pd: Deployment) -> None:
     assert answers, "the request did not come through"
     assert answers[0].token_ids == expected.token_ids
 
-    wait_for(lambda: pd.pid("cache") not in (0, old), 60, "the cache was not started again")
-    wait_for(lambda: _clients(pd) == clients, 60, "the engines did not connect again by themselves")
-    wait_for(lambda: pd.status()["recovering"] == 0, 60, "what was in the arena is still being verified")
+    wait_for(lambda: pd.pid("cache") not in (0, old), 120, "the cache was not started again")
+    wait_for(lambda: _clients(pd) == clients, 120, "the engines did not connect again by themselves")
+    wait_for(lambda: pd.status()["recovering"] == 0, 120, "what was in the arena is still being verified")
     pd.wait_idle()
     pd.forget()
     before = pd.retrieved("prefill", "decode")

@@ -43,7 +43,7 @@ def proxy(pd: Deployment, tmp_path: Path) -> Iterator[Client]:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=tmp_path)
     try:
         with Client(f"http://127.0.0.1:{port}", model=pd.client.model, timeout=240) as client:
-            wait_for(client.healthy, 60, f"the proxy was not ready:\n{log.read_text()[-2000:]}")
+            wait_for(client.healthy, 120, f"the proxy was not ready:\n{log.read_text()[-2000:]}")
             yield client
     finally:
         process.terminate()
@@ -126,6 +126,6 @@ def test_a_consumer_is_killed_in_mid_stream(pd: Deployment, proxy: Client) -> No
     # One at least: on a fast machine the short one of the two may have ended before the kill.
     assert sum(float(line.rsplit(" ", 1)[1]) for line in took_over) >= 1, took_over
     assert not any('how="none"' in line for line in took_over), took_over
-    wait_for(lambda: pd.pid(engine) not in (0, old), 60, f"{engine} was not started again")
+    wait_for(lambda: pd.pid(engine) not in (0, old), 120, f"{engine} was not started again")
     pd.wait_up()
     pd.wait_idle()

@@ -24,7 +24,7 @@ PEER_PORT, ADMIN_PORT = 22501, 22502
 SECRET = "a secret that only tests know"
 MIB = 1 << 20
 CHUNK = MIB
-PATIENCE_S = 60.0
+PATIENCE_S = 90.0
 
 
 def key(i: int) -> bytes:
@@ -85,13 +85,13 @@ class Daemon:
             assert self.process.poll() is None, self.log.read_text()[-2000:]
             return bool(self.socket.exists() and self.status())
 
-        until(there, f"daemon {self.name} is ready", 60)
-        self.client.connect(5.0)
+        until(there, f"daemon {self.name} is ready", 120)
+        self.client.connect(30.0)
 
     def ask(self, path: str, method: str = "GET") -> Any:
         request = urllib.request.Request(f"http://127.0.0.1:{ADMIN_PORT}{path}", method=method)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with self.host.inside(), opener.open(request, timeout=10) as answer:
+        with self.host.inside(), opener.open(request, timeout=30) as answer:
             return json.load(answer)
 
     def status(self) -> dict[str, Any]:
@@ -116,17 +116,17 @@ class Daemon:
     def put(self, numbers: Iterable[int], size: int = CHUNK) -> None:
         for i in numbers:
             item = wire.ReserveItem(key(i), b"", 0, 1, size, 256)
-            (grant,) = self.client.reserve("engine", [item], 5.0)
+            (grant,) = self.client.reserve("engine", [item], 30.0)
             assert grant.status == wire.GRANTED, grant
             assert self.client.arena is not None
             self.client.arena.bytes[grant.offset : grant.offset + size] = content(i, size)
             digest = kernels.digest(self.client.arena.bytes[grant.offset : grant.offset + size])
-            assert self.client.commit([wire.CommitItem(grant.reservation, digest)], 5.0) == 1
+            assert self.client.commit([wire.CommitItem(grant.reservation, digest)], 30.0) == 1
 
     def find(self, numbers: Iterable[int]) -> tuple[int, int]:
         """(found and right, on their way): one lookup, its lease given back."""
         keys = [key(i) for i in numbers]
-        reply = self.client.lookup(keys, 5.0, 1.0)  # an engine that is slow at computing
+        reply = self.client.lookup(keys, 30.0, 1.0)  # an engine that is slow at computing
         assert self.client.arena is not None
         for k, found in zip(keys, reply.found, strict=False):
             there = self.client.arena.bytes[found.offset : found.offset + found.shard_bytes]
@@ -134,7 +134,7 @@ class Daemon:
                 "wrong bytes were found"
             )
         if reply.lease:
-            self.client.release(reply.lease, 5.0)
+            self.client.release(reply.lease, 30.0)
         return len(reply.found), reply.loading
 
     def fetch(self, numbers: Iterable[int], patience: float = PATIENCE_S) -> int:
@@ -187,7 +187,7 @@ class Daemon:
             self.signal(signal.SIGCONT)
             self.process.terminate()
             try:
-                self.process.wait(20)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait(5)

@@ -59,7 +59,7 @@ class Receiver:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join(10)
+        self._thread.join(60)
 
     def take(self, body: bytes) -> None:
         request = ExportTraceServiceRequest.FromString(body)
