@@ -227,6 +227,13 @@ CACHE = {
         unit="tokens",
         act="What was not computed again, by where it came from.",
     ),
+    "cache_engine_bytes_total": Metric(
+        Counter,
+        "Bytes that an engine stored (into dram), or reported loaded, by where they had been",
+        ("engine", "direction", "tier"),
+        unit="bytes",
+        act="Its rate is the load on one link; one engine far below its equals: it computes what the others load.",
+    ),
     "cache_digest_failures_total": Metric(
         Counter,
         "Chunks dropped because their bytes did not match their digest",

@@ -24,6 +24,7 @@ from pdserve.transfer import arena, faults, journal, scrub, tracing, wire
 from pdserve.transfer.catalog import Catalog
 from pdserve.transfer.connection import Connection
 from pdserve.transfer.eviction import POLICIES
+from pdserve.transfer.flows import Flows
 from pdserve.transfer.gone import Gone
 from pdserve.transfer.journal import Journal
 from pdserve.transfer.lower import Rules
@@ -108,6 +109,7 @@ class Daemon:
         self.clients: dict[int, Connection] = {}
         self._next_client = 0
         self.answered = 0
+        self.flows = Flows(self.metrics["cache_engine_bytes_total"])
         self._op_seconds = {op: self.metrics["cache_op_seconds"].labels(op) for op in _OPS.values()}
 
     def trace(self, to: Tracing) -> None:
@@ -190,7 +192,9 @@ class Daemon:
                 self.gone.making_room_for = ""
                 self.tiering.relieve()
             case wire.Commit():
+                before = self.store.written
                 reply = wire.Ok(message.id, self.store.commit(message.items, client))
+                self.flows.stored(self.instance_of(client), self.store.written - before)
                 self.fault("store.commit")
             case wire.Abort():
                 reply = wire.Ok(message.id, self.store.abort(message.reservations, client))
@@ -236,6 +240,7 @@ class Daemon:
             self.metrics["cache_loaded_chunks_total"].labels(chunk.source).inc()
             self.metrics["cache_loaded_bytes_total"].labels(chunk.source).inc(chunk.payload_bytes)
             self.metrics["cache_loaded_tokens_total"].labels(chunk.source).inc(chunk.tokens)
+            self.flows.loaded(self.instance_of(client), chunk.source, chunk.payload_bytes)
             chunk.source = "dram"
         self.tiering.used(loaded)
         if message.corrupt:

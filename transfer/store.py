@@ -34,6 +34,7 @@ class Store:
         self.allocator = Allocator(capacity)
         self._policy = policy
         self._m = metrics
+        self.written = 0  # bytes of shards that clients have committed
         self._index: dict[bytes, Chunk] = {}
         self._reservations: dict[int, Reservation] = {}
         self._leases: dict[int, Lease] = {}
@@ -160,6 +161,7 @@ class Store:
                 continue
             chunk.digests[held.shard : held.shard + held.count] = [item.digest, *item.more]
             counted += 1
+            self.written += chunk.shard_bytes * held.count
             if all(d is not None for d in chunk.digests):
                 whole.append(chunk)
                 self._commit(chunk)

@@ -16,7 +16,7 @@ _LIMIT = 4 * 1024 * 1024
 _COUNTED = (
     "stored_bytes_total", "loaded_bytes_total", "loaded_chunks_total", "lookup_chunks_total", "evictions_total",
     "digest_failures_total", "tier_failures_total", "tier_bytes_total", "tier_dropped_writes_total",
-    "reserve_failures_total", "capacity_bytes",
+    "reserve_failures_total", "capacity_bytes", "engine_bytes_total",
 )  # fmt: skip
 _PEER_BYTES = "pdserve_peer_bytes_total"
 _NAMES = frozenset((*(f"pdserve_cache_{name}" for name in _COUNTED), _PEER_BYTES))
@@ -92,7 +92,24 @@ class CacheView:
             "transfer_failures": self.transfer_failures(),
             "tiers": self.tiers(),
             "peers": self._peers(),
+            "engines": self._engines(),
         }
+
+    def _engines(self) -> dict[str, dict[str, Any]]:
+        """Bytes a second between each engine and this daemon: stored, and loaded by where they had been. Null until two
+        looks have been taken."""
+        full, found = "pdserve_cache_engine_bytes_total", dict[str, dict[str, Any]]()
+        engines = {str(label).partition("/")[0].partition(" ")[0] for label in self._status.get("clients", [])}
+        for name in sorted(engines | self._samples.by(full, "engine").keys()):
+            had = {way: self._before.by(full, "tier", engine=name, direction=way) for way in ("stored", "loaded")}
+            now = {way: self._samples.by(full, "tier", engine=name, direction=way) for way in had}
+            if self.problem or not self._seconds:
+                found[name] = {"stored_s": None, "loaded_s": None, "by_tier": {}}
+                continue
+            loaded = rates(now["loaded"], had["loaded"], self._seconds)
+            stored = sum(rates(now["stored"], had["stored"], self._seconds).values())
+            found[name] = {"stored_s": stored, "loaded_s": sum(loaded.values()), "by_tier": loaded}
+        return found
 
     def _peers(self) -> list[dict[str, Any]]:
         """The daemons of other hosts, as this one sees them."""

@@ -70,6 +70,12 @@ def test_figures_are_those_of_metrics(open_page: Open, stand: Stand, shadow: Sha
     def used() -> float:
         return stand.cache_metric("pdserve_cache_chunks", tier="dram")
 
+    def loading() -> bool:  # rates are of the last seconds, so it goes on
+        shadow.load(keys)
+        return "from dram" in page.inner_text('[data-link="decode-0"]')
+
+    until(loading, "bytes on the link of one engine")
+    assert page.locator('[data-link="decode-1"]').count() == 0, "that one is connected to no daemon"
     until(lambda: raw(page, "hits") == engines() > 0, "tokens from the cache")
     assert raw(page, "failures") == totals(stand, "pdserve_leg_failures_total") == 0
     until(lambda: f"{used():.0f} chunks" in page.inner_text('[data-tier="dram"]'), "chunks in memory")

@@ -178,7 +178,7 @@ class Shadow:
 
     def __init__(self, stand: Stand, producer: str = "prefill-0", consumer: str = "decode-0") -> None:
         self._names, self._socket = (producer, consumer), stand.socket
-        self._clients = [CacheClient(stand.socket, name) for name in self._names]
+        self._clients = {name: CacheClient(stand.socket, f"{name}/shadow") for name in dict.fromkeys((*self._names, *stand.engines))}
         self._random = random.Random(7)
         self.keys: list[bytes] = []
 
@@ -186,11 +186,11 @@ class Shadow:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for client in self._clients:
+        for client in self._clients.values():
             client.close()
 
-    def store(self, chunks: int, size: int = SHARD) -> list[bytes]:
-        """A chain of new chunks."""
+    def store(self, chunks: int, size: int = SHARD, by: str = "") -> list[bytes]:
+        """A chain of new chunks, by the producer or another engine."""
         keys = [self._random.randbytes(KEY_BYTES) for _ in range(chunks)]
         items = [
             wire.ReserveItem(
@@ -198,7 +198,7 @@ class Shadow:
             )
             for i, key in enumerate(keys)
         ]
-        client = self._clients[0]
+        client = self._clients[by or self._names[0]]
         grants = client.reserve(self._names[0], items, 30.0)
         kept = [grant for grant in grants if grant.status == wire.GRANTED]
         client.commit(
@@ -214,8 +214,8 @@ class Shadow:
         room[:] = np.frombuffer(self._random.randbytes(size), np.uint8)
         return kernels.digest(room)
 
-    def load(self, keys: list[bytes]) -> int:
-        client = self._clients[1]
+    def load(self, keys: list[bytes], by: str = "") -> int:
+        client = self._clients[by or self._names[1]]
         found = client.lookup(keys, 30.0)
         count = len(found.found)
         if found.lease:
@@ -280,8 +280,8 @@ def traffic(
         )
         try:
             old = shadow.keys[: rng.randint(0, len(shadow.keys))]
-            shadow.load(old)
-            new = shadow.store(rng.randint(4, 24))
+            shadow.load(old, answered.get("x-pdserve-decode", ""))
+            new = shadow.store(rng.randint(4, 24), by=answered.get("x-pdserve-prefill", ""))
             if told:
                 by = (answered.get("x-pdserve-prefill", ""), answered.get("x-pdserve-decode", ""))
                 shadow.tell(

@@ -1,7 +1,7 @@
 // The live picture: producers -> cache tiers -> consumers. Cards are elements, so that they wrap, are read aloud and can
 // be searched; the links between them are drawn in an SVG behind them, anew when something moves.
 
-import { $, bytes, count, duration, exact, h, known, meter, percent, rate, state } from "./dom.js";
+import { $, NONE, bytes, count, duration, exact, h, known, meter, percent, rate, state } from "./dom.js";
 
 const STATES = { up: ["good", "up"], trial: ["busy", "on trial"], draining: ["busy", "draining"], down: ["bad", "down"] };
 // What the launcher knows better than a probe: why something is not there.
@@ -17,8 +17,26 @@ function fact(name, value, title) {
   return h("div", { class: "fact", title }, h("dt", {}, name), h("dd", {}, value));
 }
 
-function engineCard(engine, now) {
+// What goes between an engine and the caches, all of them together; null where no daemon counts it.
+function linkOf(engine, caches) {
+  const told = caches.map((cache) => cache.engines?.[engine.name]).filter(Boolean);
+  if (!told.length) return null;
+  const sum = (of) => (told.some((one) => known(of(one))) ? told.reduce((all, one) => all + (of(one) || 0), 0) : null);
+  const tiers = [...new Set(told.flatMap((one) => Object.keys(one.by_tier)))].sort();
+  return { stored: sum((one) => one.stored_s), loaded: sum((one) => one.loaded_s), tiers: tiers.map((tier) => [tier, sum((one) => one.by_tier[tier])]) };
+}
+
+// In words and by tier, for those who cannot see the lines.
+function linkWords(link) {
+  if (!link || !known(link.stored)) return null;
+  const tiers = link.tiers.filter(([, bytes]) => bytes > 0).map(([tier, bytes]) => `${tier} ${rate(bytes)}`);
+  const from = link.loaded > 0 ? `, loaded ${rate(link.loaded)}${tiers.length > 1 ? ` (${tiers.join(", ")})` : tiers.length ? ` from ${link.tiers.find(([, bytes]) => bytes > 0)[0]}` : ""}` : ", loaded nothing";
+  return `stored ${link.stored > 0 ? rate(link.stored) : "nothing"}${from}`;
+}
+
+function engineCard(engine, now, link) {
   const [kind, word, trouble] = engineState(engine);
+  const words = linkWords(link);
   const up = engine.state !== "down";
   const restarts = engine.restarts_by === "launcher" ? "restarts" : "restarts seen";
   return h(
@@ -33,6 +51,7 @@ function engineCard(engine, now) {
       fact(engine.role === "prefill" ? "tokens in" : "tokens out", up ? perSecond(engine.role === "prefill" ? engine.prompt_s : engine.output_s) : "–"),
       engine.role === "prefill" ? null : fact("loaded", up ? perSecond(engine.loaded_s) : "–", "tokens loaded from the cache instead of computed"),
     ),
+    words && up ? h("p", { class: "tier-facts", "data-link": engine.name, title: "between this engine and the cache, a second" }, words) : null,
     h("div", { class: "gauge" }, h("span", {}, "KV in use"), meter(engine.kv_used, `KV cache of ${engine.name} in use`), h("b", {}, percent(engine.kv_used))),
     h(
       "footer",
@@ -66,6 +85,7 @@ function tierRow(tier) {
         `${exact(tier.evictions)} evicted`,
         known(tier.up_s) ? `↑ ${rate(tier.up_s)}` : null,
         known(tier.down_s) ? `↓ ${rate(tier.down_s)}` : null,
+        known(tier.loaded_s) ? `→ engines ${rate(tier.loaded_s)}` : null,
         tier.queue ? `${exact(tier.queue)} queued` : null,
       ]
         .filter(Boolean)
@@ -132,18 +152,13 @@ export class Topology {
     const title = of("decode").length ? (of("both").length ? "Consumers and both" : "Consumers") : "Engines, prefill and decode";
     const caches = picture.caches.length ? picture.caches.map(cacheCard) : [noCache()];
     const shown = [
-      producers.length ? column("Producers", "producers", producers.map((engine) => engineCard(engine, picture.at))) : null,
+      producers.length ? column("Producers", "producers", producers.map((engine) => engineCard(engine, picture.at, linkOf(engine, picture.caches)))) : null,
       column(caches.length > 1 ? "Caches" : "Cache", "caches", caches),
-      column(title, "consumers", consumers.map((engine) => engineCard(engine, picture.at))),
+      column(title, "consumers", consumers.map((engine) => engineCard(engine, picture.at, linkOf(engine, picture.caches)))),
     ].filter(Boolean);
     this.columns.replaceChildren(...shown);
     this.columns.dataset.columns = shown.length;
     this.draw();
-  }
-
-  flow(what) {
-    const values = this.picture.caches.map((cache) => cache[what]).filter(known);
-    return values.length ? values.reduce((all, value) => all + value, 0) : null;
   }
 
   draw() {
@@ -154,58 +169,72 @@ export class Topology {
       return { left: at.left - base.left, right: at.right - base.left, top: at.top - base.top, bottom: at.bottom - base.top, mid: (at.top + at.bottom) / 2 - base.top };
     };
     this.links.setAttribute("viewBox", `0 0 ${base.width} ${base.height}`);
-    const boxes = (selector) => [...this.columns.querySelectorAll(selector)].map((element) => ({ ...box(element), down: element.classList.contains("is-down") }));
+    const boxes = (selector) => [...this.columns.querySelectorAll(selector)].map((element) => ({ ...box(element), name: element.dataset.engine || element.dataset.cache, down: element.classList.contains("is-down") }));
     const caches = boxes(".caches .node");
-    const parts = [];
-    const stored = this.flow("stored_s");
-    const loaded = this.flow("loaded_s");
-    parts.push(...this.bundle(boxes(".producers .node"), caches, stored, "stored"));
-    parts.push(...this.bundle(caches, boxes(".consumers .node"), loaded, "loaded"));
-    this.links.replaceChildren(...parts);
-    this.flows.textContent = `Stored ${rate(stored)}, loaded ${rate(loaded)}.`;
+    const sides = [boxes(".producers .node"), boxes(".consumers .node")];
+    this.links.replaceChildren(...sides.flatMap((engines, side) => this.bundle(engines, caches, side === 0)));
+    const words = this.picture.engines.map((engine) => [engine.name, linkWords(linkOf(engine, this.picture.caches))]).filter(([, said]) => said);
+    this.flows.textContent = words.map(([name, said]) => `${name}: ${said}.`).join(" ");
   }
 
-  // Every card on one side with every card on the other; one label for all of them, since daemons count together.
-  bundle(from, to, flow, word) {
-    if (!from.length || !to.length) return [];
-    const width = known(flow) && flow > 0 ? Math.min(6, 1.5 + Math.log10(1 + flow / 1e5)) : 1.25;
-    const stacked = to[0].top >= from.at(-1).bottom - 1;
-    const paths = [];
-    if (stacked) {
-      const x = (from[0].left + from[0].right) / 2;
-      paths.push(link(`M${x} ${from.at(-1).bottom + 4}V${to[0].top - 34}`, flow, width, false));
-      paths.push(...label(x + 12, (from.at(-1).bottom + to[0].top - 26) / 2 + 4, flow, word, "start"));
-      return paths;
-    }
-    for (const a of from) {
-      for (const b of to) {
+  // One line for each engine and each cache that it is connected to, with what goes over it; where the columns lie below
+  // each other, one for all of them.
+  bundle(engines, caches, before) {
+    if (!engines.length || !caches.length) return [];
+    const [from, to] = before ? [engines, caches] : [caches, engines];
+    if (to[0].top >= from.at(-1).bottom - 1) return this.stacked(engines, from, to);
+    const lines = [];
+    const labels = [];
+    for (const engine of engines) {
+      const shown = this.picture.caches.filter((cache) => cache.engines?.[engine.name]).map((cache) => cache.name);
+      for (const cache of caches.filter((one) => !shown.length || shown.includes(one.name))) {
+        const [a, b] = before ? [engine, cache] : [cache, engine];
         const middle = (a.right + b.left) / 2;
-        paths.push(link(`M${a.right + 3} ${a.mid}C${middle} ${a.mid} ${middle} ${b.mid} ${b.left - 7} ${b.mid}`, a.down || b.down ? null : flow, width, a.down || b.down));
+        const told = this.picture.caches.find((one) => one.name === cache.name)?.engines?.[engine.name];
+        const flow = told && (told.stored_s || 0) + (told.loaded_s || 0);
+        const broken = a.down || b.down;
+        lines.push(line(`M${a.right + 3} ${a.mid}C${middle} ${a.mid} ${middle} ${b.mid} ${b.left - 7} ${b.mid}`, broken ? null : flow, broken));
       }
+      const all = linkOf({ name: engine.name }, this.picture.caches);
+      const center = before ? (engine.right + caches[0].left) / 2 : (caches[0].right + engine.left) / 2;
+      if (all && known(all.stored) && !engine.down) labels.push(...label(center, engine.mid, all, "middle"));
     }
-    const mids = [...from, ...to].map((one) => one.mid);
-    const y = mids.reduce((all, mid) => all + mid, 0) / mids.length;
-    return [...paths, ...label((from[0].right + to[0].left) / 2, y, flow, word, "middle")];
+    return [...lines, ...labels];
+  }
+
+  stacked(engines, from, to) {
+    const links = engines.filter((engine) => !engine.down).map((engine) => linkOf(engine, this.picture.caches)).filter(Boolean);
+    const sum = (what) => (links.some((one) => known(one[what])) ? links.reduce((all, one) => all + (one[what] || 0), 0) : null);
+    const all = { stored: sum("stored"), loaded: sum("loaded") };
+    const x = (from[0].left + from[0].right) / 2;
+    return [line(`M${x} ${from.at(-1).bottom + 4}V${to[0].top - 34}`, (all.stored || 0) + (all.loaded || 0), false), ...label(x + 12, (from.at(-1).bottom + to[0].top - 26) / 2 + 4, all, "start")];
   }
 }
 
-function link(d, flow, width, broken) {
+const thickness = (flow) => (known(flow) && flow > 0 ? Math.min(6, 1.5 + Math.log10(1 + flow / 1e5)) : 1.25);
+
+function line(d, flow, broken) {
   const kind = broken ? "broken" : known(flow) && flow > 0 ? "flowing" : "idle";
   const path = h("path", { d, class: `link ${kind}` });
-  path.style.setProperty("stroke-width", `${broken ? 1.25 : width}px`);
+  path.style.setProperty("stroke-width", `${broken ? 1.25 : thickness(flow)}px`);
   const [x, y, turn] = d.includes("C") ? [...d.match(/([\d.-]+) ([\d.-]+)$/).slice(1).map(Number), 0] : [Number(d.match(/^M([\d.-]+)/)[1]), Number(d.match(/V([\d.-]+)/)[1]), 90];
   const head = h("path", { d: "M-6-4 1 0-6 4Z", class: `arrow ${kind}`, transform: `translate(${x + (turn ? 0 : 4)} ${y}) rotate(${turn})` });
   return h("g", {}, path, head);
 }
 
-function label(x, y, flow, word, anchor) {
-  const said = known(flow) ? rate(flow) : "–";
-  const width = Math.max(said.length, word.length) * 6.6 + 14;
+// Up to two figures on a link: what is stored and what is loaded. One that is nothing is left out if the other is something.
+function label(x, y, flow, anchor) {
+  const some = ["stored", "loaded"].filter((what) => flow[what] > 0);
+  const said = (some.length ? some : [known(flow.stored) ? "idle" : "not told"]).map((what) => (flow[what] > 0 ? [rate(flow[what]), what] : [NONE, what]));
+  const width = Math.max(...said.flat().map((words) => words.length)) * 6.6 + 14;
+  const height = said.length * 28 + 8;
   const left = anchor === "middle" ? x - width / 2 : x - 4;
-  const center = left + width / 2;
+  const top = y - height / 2;
   return [
-    h("rect", { x: left, y: y - 18, width, height: 36, rx: 6, class: "label-box" }),
-    h("text", { x: center, y: y - 3, "text-anchor": "middle", class: "label-figure" }, said),
-    h("text", { x: center, y: y + 11, "text-anchor": "middle", class: "label-word" }, word),
+    h("rect", { x: left, y: top, width, height, rx: 6, class: "label-box" }),
+    ...said.flatMap(([figure, word], n) => [
+      h("text", { x: left + width / 2, y: top + 15 + n * 28, "text-anchor": "middle", class: "label-figure" }, figure),
+      h("text", { x: left + width / 2, y: top + 28 + n * 28, "text-anchor": "middle", class: "label-word" }, word),
+    ]),
   ];
 }

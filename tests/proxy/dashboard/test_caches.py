@@ -72,6 +72,23 @@ async def test_rates_are_between_two_looks(daemon: tuple[Daemon, CacheView]) -> 
     assert "authorization: Bearer secret" in it.asked[0]
 
 
+async def test_each_engine_has_its_own_link(daemon: tuple[Daemon, CacheView]) -> None:
+    it, view = daemon
+    it.status["clients"] = ["prefill-0/worker-0 (pid 1)", "prefill-0/scheduler (pid 2)", "idle-0 (pid 3)"]
+    line = 'pdserve_cache_engine_bytes_total{{engine="{}",direction="{}",tier="{}"}} {}\n'.format
+    it.metrics = line("prefill-0", "stored", "dram", 100) + line("prefill-0", "loaded", "disk", 10)
+    await view.look(1.0)
+    assert view.shown(1.0)["engines"]["prefill-0"] == {"stored_s": None, "loaded_s": None, "by_tier": {}}
+    it.metrics = line("prefill-0", "stored", "dram", 300) + line("prefill-0", "loaded", "disk", 50)
+    it.metrics += line("decode-0", "loaded", "dram", 8)
+    await view.look(3.0)
+    assert view.shown(3.0)["engines"] == {
+        "decode-0": {"stored_s": 0.0, "loaded_s": 4.0, "by_tier": {"dram": 4.0}},
+        "idle-0": {"stored_s": 0.0, "loaded_s": 0.0, "by_tier": {}},
+        "prefill-0": {"stored_s": 100.0, "loaded_s": 20.0, "by_tier": {"disk": 20.0}},
+    }
+
+
 async def test_another_daemon_at_the_address_begins_anew(daemon: tuple[Daemon, CacheView]) -> None:
     it, view = daemon
     it.metrics = "pdserve_cache_stored_bytes_total 100\n"
