@@ -251,9 +251,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(420))  # the first test of a deployment waits for it to start
 
-    def place(item: pytest.Item) -> tuple[bool, bool, bool]:
+    def place(item: pytest.Item) -> tuple[int, bool]:
         fixtures = getattr(item, "fixturenames", ())
-        return ("spread" in fixtures, "both" in fixtures, "leak" in item.name)
+        others = [n for n, name in enumerate(("truth", "both", "spread"), 1) if name in fixtures]
+        return (max(others, default=0), "leak" in item.name)
 
     rest = [item for item in items if item not in mine]
     items[:] = rest + sorted(mine, key=place)
