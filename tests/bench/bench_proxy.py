@@ -1,102 +1,40 @@
 """What the proxy costs: one fake engine asked directly and through the proxy, in one run; and the HTTP clients alone.
 
-    python tests/bench/bench_proxy.py [--quick] [--json FILE]
+    python tests/bench/bench_proxy.py [--quick] [--only WORD ...] [--json FILE]
 
-Every process is its own; requests of the rows alternate, so that a disturbance of the machine meets all of them. Times
-in milliseconds; "added" and "ratio" are against the first row.
+Every process is its own; rows take turns, in another order each round, so that a disturbance of the machine meets all of
+them. Times in milliseconds; "added" and "ratio" are against the first row. All processes share the machine's cores: the
+clients (this one), two engines, and what is measured, of which the proxy can fill one core for each worker and the router,
+which has threads, all of them. "cpu ms" is the processor time of the proxy's or router's own processes for each request,
+which depends least on what else runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import itertools
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import uvloop
 
 from pdserve.proxy.upstream import Upstream
 
-PROXY = "import sys; from pdserve.proxy import app, options; import argparse as a; p = a.ArgumentParser(); " \
-    "app.add_arguments(p); sys.exit(app.main(p.parse_args()))"  # fmt: skip
-HEADERS = [(b"content-type", b"application/json")]
+sys.path.insert(0, str(Path(__file__).parent))  # run with -P this folder is not searched
+from proxy_clients import HEADERS, first_token, libraries
+from proxy_ends import Processes, children, cpu, limited, resident
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Processes:
-    """The processes of a run; all are gone when the block is left."""
-
-    def __init__(self) -> None:
-        self.running: list[subprocess.Popen[bytes]] = []
-
-    def __enter__(self) -> Processes:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for process in self.running:
-            process.terminate()
-        for process in self.running:
-            process.wait(20)
-
-    def engine(self, **flags: object) -> str:
-        port = free_port()
-        words = [w for key, value in flags.items() for w in (f"--{key}", str(value))]
-        return self._start(["-m", "pdserve.engines.fake.server", "--port", str(port), *words], port)
-
-    def proxy(self, *words: str) -> str:
-        port = free_port()
-        return self._start(["-c", PROXY, "--port", str(port), *words], port)
-
-    def rust_router(self, producer: str, consumer: str) -> str | None:
-        """vllm-router in its PD mode, where it is installed: the neighbour to be measured against."""
-        places = (Path(sys.executable).parent / "vllm-router", Path(os.environ.get("VLLM_ROUTER", "/nowhere")))
-        binary = next((place for place in places if place.exists()), None)
-        if binary is None:
-            return None
-        port = free_port()
-        words = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
-        words += ["--vllm-pd-disaggregation", "--kv-connector", "nixl", "--policy", "round_robin"]
-        return self._start([*words, "--prefill", producer, "--decode", consumer], port, str(binary))
-
-    def _start(self, words: list[str], port: int, program: str = sys.executable) -> str:
-        quiet = {**os.environ, "PDSERVE_LOG_LEVEL": "error"}
-        out = subprocess.DEVNULL
-        self.running.append(subprocess.Popen([program, *words], stdout=out, stderr=out, env=quiet))
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(400):
-            with contextlib.suppress(OSError, httpx.HTTPError):
-                if httpx.get(url + "/health").status_code == 200:
-                    return url
-            time.sleep(0.05)
-        raise SystemExit(f"{words} did not come up")
-
-
-async def first_token(upstream: Upstream, body: bytes) -> float:
-    """Seconds to the first bytes of the stream, over a kept connection."""
-    began = time.perf_counter()
-    async with upstream.request(b"POST", b"/v1/completions", HEADERS, body, 5) as answer:
-        await answer.chunk(30)
-        took = time.perf_counter() - began
-        while await answer.chunk(30):
-            pass
-    return took
+ROUNDS = 5
+SHARE = 0.15  # of a core, for each worker whose number is what is measured
 
 
 async def alternate(rows: dict[str, Callable[[], Awaitable[float]]], times: int) -> dict[str, list[float]]:
@@ -121,10 +59,10 @@ def summary(found: dict[str, list[float]], base: str) -> list[dict[str, Any]]:
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     print(f"\n{title}")
     columns = list(rows[0])
-    print("  " + columns[0].ljust(22) + "".join(c.rjust(12) for c in columns[1:]))
+    print("  " + columns[0].ljust(22) + "".join(c.rjust(14) for c in columns[1:]))
     for row in rows:
         cells = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in list(row.values())[1:])
-        print("  " + str(row["row"]).ljust(22) + "".join(c.rjust(12) for c in cells))
+        print("  " + str(row["row"]).ljust(22) + "".join(c.rjust(14) for c in cells))
 
 
 async def ttft(urls: dict[str, str], words: int, times: int) -> list[dict[str, Any]]:
@@ -151,30 +89,51 @@ async def rate(url: str, streams: int, tokens: int, requests: int) -> tuple[floa
 
 
 async def rates(urls: dict[str, str], streams: int, tokens: int, requests: int) -> list[dict[str, Any]]:
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in urls}
+    for n in range(ROUNDS + 1):
+        for name in turned(list(urls), n):
+            measured = await rate(urls[name], streams, tokens, max(20, requests // ROUNDS))
+            found[name] += [measured] if n else []  # the first round warms
     rows, base = [], 0.0
-    for name, url in urls.items():
-        await rate(url, streams, tokens, max(20, requests // 10))
-        per_s, events, p99 = await rate(url, streams, tokens, requests)
+    for name, parts in found.items():
+        per_s, events, p99 = (statistics.median(column) for column in zip(*parts, strict=True))
         base = base or per_s
         rows.append({"row": name, "requests/s": per_s, "events/s": events, "p99 TTFT": p99, "ratio": per_s / base})
     return rows
 
 
-async def crowd(urls: dict[str, str], streams: int, rounds: int) -> list[dict[str, Any]]:
+def turned(names: list[str], n: int) -> list[str]:
+    """Each round begins with another one."""
+    n %= len(names)
+    return names[n:] + names[:n]
+
+
+async def crowd(urls: dict[str, str], pids: dict[str, list[int]], streams: int, rounds: int) -> list[dict[str, Any]]:
     """TTFT while `streams` clients ask at once, again and again; the rows take turns, round by round."""
     body = json.dumps({"model": "fake", "prompt": "word " * 200, "stream": True, "max_tokens": 4}).encode()
     ups = {name: Upstream(name, url) for name, url in urls.items()}
     found: dict[str, list[float]] = {name: [] for name in ups}
+    used = dict.fromkeys(ups, 0.0)
     for n in range(rounds + 1):
-        for name, upstream in ups.items():
-            took = await asyncio.gather(*(first_token(upstream, body) for _ in range(streams)))
-            found[name] += [seconds * 1000 for seconds in took] if n else []
+        for name in turned(list(ups), n):
+            before = spent(pids[name])
+            took = await asyncio.gather(*(first_token(ups[name], body) for _ in range(streams)))
+            if n:
+                used[name] += spent(pids[name]) - before
+                found[name] += [seconds * 1000 for seconds in took]
     rows = summary(found, "direct")
-    base = next((row for row in rows if "vllm-router" in row["row"]), None)
+    direct, base = rows[0], next((row for row in rows if "vllm-router" in row["row"]), None)
     for row in rows:
-        row["p50 / router"] = row["p50"] / base["p50"] if base else 0.0
-        row["p99 / router"] = row["p99"] / base["p99"] if base else 0.0
+        row["cpu ms"] = used[row["row"]] * 1000 / (rounds * streams)
+        for part in ("p50", "p99"):
+            row[f"{part} / router"] = row[part] / base[part] if base else 0.0
+            added = row[part] - direct[part]
+            row[f"added {part}"] = added / (base[part] - direct[part]) if base else 0.0
     return rows
+
+
+def spent(pids: list[int]) -> float:
+    return sum(cpu(pid) for pid in pids)
 
 
 async def gaps(urls: dict[str, str], streams: int, tokens: int) -> list[dict[str, Any]]:
@@ -211,9 +170,9 @@ async def single_events(url: str, pid: int, streams: int, tokens: int, pace: int
                 seen += data.count(b"\n\n")
         return seen
 
-    began, before = time.perf_counter(), ticks(pid)
+    began, before = time.perf_counter(), cpu(pid)
     seen = sum(await asyncio.gather(*(one() for _ in range(streams))))
-    took, used = time.perf_counter() - began, ticks(pid) - before
+    took, used = time.perf_counter() - began, cpu(pid) - before
     row = f"{streams} streams, each {pace} tokens/s"
     return [{"row": row, "events/s": seen / took, "share of a core": used / took, "events/s of core": seen / used}]
 
@@ -224,9 +183,9 @@ async def per_core(urls: dict[str, str], pids: dict[str, list[int]], streams: in
     rows = []
     for name, url in urls.items():
         await rate(url, streams, 1, max(20, requests // 10))
-        before = [ticks(pid) for pid in pids[name]]
+        before = [cpu(pid) for pid in pids[name]]
         per_s, _, _ = await rate(url, streams, 1, requests)
-        used = [ticks(pid) - b for pid, b in zip(pids[name], before, strict=True)]
+        used = [cpu(pid) - b for pid, b in zip(pids[name], before, strict=True)]
         row = {"row": name, "requests/s": per_s, "requests/s of core": requests / sum(used)}
         rows.append({**row, "busiest worker": max(used) / sum(used)})
     for row in rows:
@@ -234,10 +193,36 @@ async def per_core(urls: dict[str, str], pids: dict[str, list[int]], streams: in
     return rows
 
 
-def children(pid: int) -> list[int]:
-    """A process's, or the process itself if it has none."""
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found] or [pid]
+async def scaled(urls: dict[str, str], pids: dict[str, list[int]], streams: int, seconds: float) -> list[dict[str, Any]]:
+    """Requests/s of one worker and of two where the kernel gives every worker `SHARE` of a core and no more. Clients and
+    engines then have cores enough on a small machine, and what is measured is the workers alone: whether two of them do
+    twice the work of one, or wait for something that they share. The rows take turns."""
+    body = json.dumps({"model": "fake", "prompt": "a b c", "stream": True, "max_tokens": 1}).encode()
+    done, used, took = dict.fromkeys(urls, 0), dict.fromkeys(urls, 0.0), dict.fromkeys(urls, 0.0)
+    ups = {name: Upstream(name, url) for name, url in urls.items()}
+
+    async def client(name: str, end: float) -> None:
+        while time.perf_counter() < end:
+            await first_token(ups[name], body)
+            done[name] += 1
+
+    with limited([pid for row in pids.values() for pid in row], SHARE) as so:
+        if not so:
+            return [{"row": "no quota can be set here (it takes cgroup v1's cpu controller, and root)"}]
+        for n in range(ROUNDS + 1):
+            for name in turned(list(urls), n):
+                began, before = time.perf_counter(), spent(pids[name])
+                await asyncio.gather(*(client(name, began + seconds) for _ in range(streams)))
+                if n == 0:
+                    done[name] = 0
+                else:
+                    used[name] += spent(pids[name]) - before
+                    took[name] += time.perf_counter() - began
+    rows = [{"row": name, "requests/s": done[name] / took[name], "cores used": used[name] / took[name]} for name in urls]
+    for row in rows:
+        row["requests/s of core"] = row["requests/s"] / row["cores used"]
+        row["ratio"] = row["requests/s"] / rows[0]["requests/s"]
+    return rows
 
 
 async def idle(url: str, pid: int, streams: int) -> list[dict[str, Any]]:
@@ -270,75 +255,11 @@ async def processor(url: str, pid: int, words: int, times: int) -> list[dict[str
         raw = json.dumps({"model": "fake", "prompt": "word " * count, "stream": True, "max_tokens": 4}).encode()
         for n in range(times + 10):
             if n == 10:
-                before = ticks(pid)
+                before = cpu(pid)
             await first_token(upstream, raw)
-        used = (ticks(pid) - before) / times * 1000
+        used = (cpu(pid) - before) / times * 1000
         rows.append({"row": f"{len(raw) // 1024} KiB body", "ms of processor": used})
     return rows
-
-
-def resident(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def ticks(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-@contextlib.asynccontextmanager
-async def libraries(url: str, body: bytes) -> AsyncIterator[dict[str, Callable[[], Awaitable[float]]]]:
-    """The candidates for the proxy's client, each doing the same: POST, first bytes of the stream, rest."""
-    path, own = url + "/v1/completions", Upstream("own", url)
-    kind = {"content-type": "application/json"}
-
-    async def by_own() -> float:
-        return await first_token(own, body)
-
-    async def by_httpx() -> float:
-        began, took = time.perf_counter(), 0.0
-        async with slow.stream("POST", path, content=body, headers=kind) as answer:
-            async for _ in answer.aiter_raw():
-                took = took or time.perf_counter() - began
-        return took
-
-    rows = {"plain socket": plain_socket(url, body), "upstream.py": by_own, "httpx": by_httpx}
-    async with httpx.AsyncClient(timeout=30) as slow, contextlib.AsyncExitStack() as stack:
-        try:
-            import aiohttp
-        except ImportError:
-            yield rows
-            return
-        middle = await stack.enter_async_context(aiohttp.ClientSession())
-
-        async def by_aiohttp() -> float:
-            began, took = time.perf_counter(), 0.0
-            async with middle.post(path, data=body, headers=kind) as answer:
-                async for _ in answer.content.iter_any():
-                    took = took or time.perf_counter() - began
-            return took
-
-        yield {**rows, "aiohttp": by_aiohttp}
-
-
-def plain_socket(url: str, body: bytes) -> Callable[[], Awaitable[float]]:
-    """The floor: a socket, no parsing, the end known by its last bytes."""
-    host, port = url.removeprefix("http://").split(":")
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-    kept: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-
-    async def measure() -> float:
-        if not kept:
-            kept.append(await asyncio.open_connection(host, int(port)))
-        reader, writer = kept[0]
-        began = time.perf_counter()
-        writer.write(head + body)
-        await reader.readuntil(b"data: ")
-        took = time.perf_counter() - began
-        await reader.readuntil(b"0\r\n\r\n")
-        return took
-
-    return measure
 
 
 async def clients(url: str, words: int, times: int) -> list[dict[str, Any]]:
@@ -347,46 +268,58 @@ async def clients(url: str, words: int, times: int) -> list[dict[str, Any]]:
         return summary(await alternate(rows, times), "plain socket")
 
 
-def run(quick: bool) -> dict[str, Any]:
-    times = 200 if quick else 1000
+def sections(start: Processes, times: int) -> dict[str, Callable[[], Coroutine[Any, Any, list[dict[str, Any]]]]]:
+    engine, producer = start.engine(), start.engine()
+    engine_pid = start.running[0].pid
+    local = start.proxy("--decode", engine, "--model", "fake")
+    pid = start.running[-1].pid
+    pd = start.proxy("--prefill", producer, "--decode", engine, "--model", "fake")
+    urls = {"direct": engine, "proxy, local": local, "proxy, PD": pd}
+    pids = {"direct": [engine_pid], "proxy, local": [pid], "proxy, PD": [start.running[-1].pid]}
+    if router := start.rust_router(producer, engine):
+        urls["vllm-router, PD"], pids["vllm-router, PD"] = router, [start.running[-1].pid]
+    crowded = dict(urls)
+    crowded["proxy, PD, 2 workers"] = start.proxy("--prefill", producer, "--decode", engine, "--model", "fake", "--workers", "2")
+    pids["proxy, PD, 2 workers"] = children(start.running[-1].pid)
+    pair, pair_pids = {"one worker": local}, {"one worker": [pid]}
+    pair["two workers"] = start.proxy("--decode", engine, "--model", "fake", "--workers", "2")
+    pair_pids["two workers"] = children(start.running[-1].pid)
+    slow, mute = start.engine(gap=0.02), start.engine(gap=30)
+    paced = {"direct": slow, "proxy, PD": start.proxy("--prefill", producer, "--decode", slow, "--model", "fake")}
+    paced_pid = start.running[-1].pid
+    quiet, quiet_pid = start.proxy("--decode", mute, "--model", "fake"), start.running[-1].pid
+    return {
+        "TTFT, prompt of 2,000 words": lambda: ttft(urls, 2000, times),
+        "TTFT, prompt of 80,000 words (400 kB)": lambda: ttft(urls, 80_000, times // 10),
+        "TTFT, 16 clients at once": lambda: crowd(crowded, pids, 16, times // 10),
+        "TTFT, 128 clients at once": lambda: crowd(crowded, pids, 128, max(10, times // 10)),
+        "8 tokens each, 16 streams": lambda: rates(urls, 16, 8, times * 2),
+        "500 tokens each, 16 streams": lambda: rates(urls, 16, 500, times // 5),
+        "1 token each, 32 streams, two workers beside one": lambda: per_core(pair, pair_pids, 32, times * 4),
+        f"workers limited to {SHARE:.0%} of a core each": lambda: scaled(pair, pair_pids, 64, times / 200),
+        "ITL, 128 streams of 50 tokens/s": lambda: gaps(paced, 128, 100),
+        "single events through one worker": lambda: single_events(paced["proxy, PD"], paced_pid, 200, 150, 50),
+        "processor time of one request": lambda: processor(local, pid, 80_000, times // 10),
+        "memory of idle streams": lambda: idle(quiet, quiet_pid, 500),
+        "HTTP client alone, TTFT": lambda: clients(engine, 2000, times),
+    }
+
+
+def run(quick: bool, only: Sequence[str] = ()) -> dict[str, Any]:
     with Processes() as start:
-        engine, producer = start.engine(), start.engine()
-        local = start.proxy("--decode", engine, "--model", "fake")
-        pd = start.proxy("--prefill", producer, "--decode", engine, "--model", "fake")
-        urls = {"direct": engine, "proxy, local": local, "proxy, PD": pd}
-        if router := start.rust_router(producer, engine):
-            urls["vllm-router, PD"] = router
-        pid = start.running[2].pid
-        pair, pids = {"one worker": local}, {"one worker": [pid]}
-        pair["two workers"] = start.proxy("--decode", engine, "--model", "fake", "--workers", "2")
-        pids["two workers"] = children(start.running[-1].pid)
-        slow, mute = start.engine(gap=0.02), start.engine(gap=30)
-        paced = {"direct": slow, "proxy, PD": start.proxy("--prefill", producer, "--decode", slow, "--model", "fake")}
-        paced_pid = start.running[-1].pid
-        quiet, quiet_pid = start.proxy("--decode", mute, "--model", "fake"), start.running[-1].pid
-        found = {
-            "TTFT, prompt of 2,000 words": uvloop.run(ttft(urls, 2000, times)),
-            "TTFT, prompt of 80,000 words (400 kB)": uvloop.run(ttft(urls, 80_000, times // 10)),
-            "TTFT, 16 clients at once": uvloop.run(crowd(urls, 16, times // 10)),
-            "TTFT, 128 clients at once": uvloop.run(crowd(urls, 128, max(5, times // 50))),
-            "8 tokens each, 16 streams": uvloop.run(rates(urls, 16, 8, times * 2)),
-            "500 tokens each, 16 streams": uvloop.run(rates(urls, 16, 500, times // 5)),
-            "1 token each, 32 streams, two workers beside one": uvloop.run(per_core(pair, pids, 32, times * 4)),
-            "ITL, 128 streams of 50 tokens/s": uvloop.run(gaps(paced, 128, 100)),
-            "single events through one worker": uvloop.run(single_events(paced["proxy, PD"], paced_pid, 200, 150, 50)),
-            "processor time of one request": uvloop.run(processor(local, pid, 80_000, times // 10)),
-            "memory of idle streams": uvloop.run(idle(quiet, quiet_pid, 500)),
-            "HTTP client alone, TTFT": uvloop.run(clients(engine, 2000, times)),
+        wanted = sections(start, 200 if quick else 1000)
+        return {
+            title: uvloop.run(measure()) for title, measure in wanted.items() if not only or any(word in title for word in only)
         }
-    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--only", nargs="+", default=(), metavar="WORD", help="sections whose title has one of these words")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
-    found = run(args.quick)
+    found = run(args.quick, args.only)
     for title, rows in found.items():
         show(title, rows)
     if args.json:
