@@ -67,6 +67,7 @@ class Exchange:
     facts: Facts = field(default_factory=lambda: Facts(""))
     decided: float = 0.0  # when it was decided whether a producer takes part
     uncached: tuple[float, float] = (0.0, 0.0)  # tokens to compute, then: with a producer, and without
+    prompt_tokens: int | None = None  # as the producer counted them
     marked: bytes = b""  # the client's body, if there are cache_control markers in it
     # For its record (history.py).
     trail: Trail = field(default_factory=Trail)
@@ -138,7 +139,7 @@ class Splitter:
         if handover is not None:
             takeover.cached = self._dialect.cached_tokens(handover)
         body = self._dialect.decode_body(exchange.endpoint, ask.body, handover, takeover.ask_ids)
-        takeover.sent = body
+        takeover.sent, takeover.prompt = body, exchange.prompt_tokens
         # The producer's reply tells of route "pd"; of several prompts the first event does not tell which they are.
         told = bool(why) and self._dialect.why_local(exchange.endpoint, ask.body) != "several-prompts"
         if told:
@@ -243,7 +244,8 @@ class Splitter:
         instance.went_well()
         cached = self._dialect.cached_tokens(handover) if handover is not None else None
         exchange.trail.handed = self._dialect.handed(handover) if handover is not None else None
-        self._routing.learn(exchange.facts, instance, cached, self._dialect.prompt_tokens(reply))
+        exchange.prompt_tokens = self._dialect.prompt_tokens(reply)
+        self._routing.learn(exchange.facts, instance, cached, exchange.prompt_tokens)
         return handover
 
     # The decode leg.

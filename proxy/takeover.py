@@ -3,6 +3,8 @@
     nothing given yet       the request is sent once more, as it was                              "repeat"
     all given but the end   the proxy says it                                                     "end"
     plain text              the next engine goes on behind the tokens so far                      "resume"
+    plain text without      /v1/responses and /v1/messages do not tell token ids: another engine
+    ids, sampled            is asked which the prompt's are, and cuts the text so far into tokens    "resume"
     anything else           where the same request gives the same answer (temperature 0, or a
                             seed), it is sent once more and what was given is left out            "repeat"
                             where it does not, the client is told that the stream broke off       -
@@ -22,10 +24,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from pdserve.engines.base import Dialect
 from pdserve.engines.body import Body
-from pdserve.proxy import openai
+from pdserve.proxy import onward, openai
 from pdserve.proxy.given import Given, Mark
+from pdserve.proxy.onward import Onward
 from pdserve.proxy.seam import DONE, Replay, Resume, Seam, encoded
 from pdserve.proxy.stops import Stops
 from pdserve.proxy.typed import Again, Told
@@ -67,6 +72,7 @@ class Takeover:
         self.keep = keep  # there may be another engine, so that remembering has a point
         self.sent = b""  # the body of the decode leg
         self.cached: int | None = None
+        self.prompt: int | None = None  # tokens, as the producer counted them
         self.lives = LIVES
         self.error = b""  # the error with which the engine itself ended the stream
         self._seam: Seam | None = None
@@ -213,13 +219,34 @@ class OfTyped(Takeover):
     def __init__(self, dialect: Dialect, endpoint: str, body: Body, keep: bool) -> None:
         self.told = Told()
         super().__init__(dialect, endpoint, body, keep, self.told)
+        self._text = ""
 
     def _plan(self) -> Plan | None:
         if self.told.has("message_delta"):
             return Plan("end", last=typed_encoded({"type": "message_stop"}))
         if self.told.nothing or self._dialect.repeatable(self._endpoint, self._body):
             return Plan("repeat", None, self.sent, Again(self.told))
-        return None
+        text = onward.text_of(self._endpoint, self.told)
+        questions = self._dialect.plain_questions(self._endpoint, self._body, text) if text is not None else None
+        if text is None or questions is None:
+            return None
+        self._text = text
+        return Plan("resume", questions=tuple(questions))
+
+    def _after(self, replies: Sequence[bytes]) -> Plan | None:
+        prompt, so_far = (self._dialect.tokens(reply) for reply in replies)
+        known = self.prompt or self.told.prompt
+        completion = self._dialect.as_completion(self._endpoint, self._body)
+        if prompt is None or so_far is None or completion is None or len(prompt) != (known or len(prompt)):
+            return None
+        words, kept, _ = self._dialect.stop_strings(completion)
+        if words and not kept:
+            return None  # the text ends within a token, whose rest was kept back: another one would follow than a whole one
+        stops = Stops(words, True, 0, self._text[-max(map(len, words)) :]) if words and kept else None
+        ids, without = msgspec.json.encode(prompt), ("stop",) if stops is not None else ()
+        body = self._dialect.resume_body(openai.COMPLETIONS, completion, ids, so_far, without)
+        seam = Onward(self._endpoint, self.told, self._text, len(prompt), len(so_far), stops)
+        return Plan("resume", self._dialect.RESUME_PATH.encode(), body, seam)
 
 
 def takeover(dialect: Dialect, endpoint: str, body: Body, keep: bool) -> Takeover:

@@ -93,7 +93,12 @@ class Told:
         self.count = 0  # events
         self.once: dict[Key, Ids] = {}
         self.texts: dict[Key, str] = {}
-        self.created_at: object = None  # of the response
+        # Patterns for what follows: the last piece, and what opened the last item or block, its part, and the response.
+        self.last: dict[str, Any] | None = None
+        self.opened: dict[str, Any] | None = None
+        self.part: dict[str, Any] | None = None
+        self.response: dict[str, Any] | None = None
+        self.prompt = 0  # its tokens, as far as they have been told
         self.foreign = False
 
     def add(self, data: bytes) -> None:
@@ -110,14 +115,26 @@ class Told:
                 self.count += 1
                 if (piece := piece_of(event)) is not None:
                     new.setdefault(piece[0], []).append(piece[1])
+                    self.last = event
                 else:
                     self.once[once_of(event)] = dict(ids_of(event))
-                if self.created_at is None and isinstance(response := event.get("response"), dict):
-                    self.created_at = response.get("created_at")
+                    self._take(event)
         except Foreign:
             self.foreign = True
         for key, pieces in new.items():
             self.texts[key] = self.texts.get(key, "") + "".join(pieces)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        match event:
+            case {"response": dict(response)}:
+                self.response = self.response or response
+            case {"item": dict(opened)} | {"content_block": dict(opened)}:
+                self.opened = opened
+            case {"part": dict(part)}:
+                self.part = part
+            case {"message": {"usage": dict(usage)}}:
+                counts = (usage.get("input_tokens"), usage.get("cache_read_input_tokens"))
+                self.prompt = sum(count for count in counts if isinstance(count, int))
 
     @property
     def nothing(self) -> bool:
@@ -173,7 +190,7 @@ class Again:
 
     def _ours(self, event: dict[str, Any]) -> dict[str, Any]:
         if isinstance(response := event.get("response"), dict) and "created_at" in response:
-            response["created_at"] = self._told.created_at
+            response["created_at"] = (self._told.response or {}).get("created_at")
         if "sequence_number" in event:
             event["sequence_number"] = self._count
         self._count += 1

@@ -89,6 +89,16 @@ class Dialect(Protocol):
     def detokenized(self, reply: bytes) -> str | None:
         """The answer to it; None if it is none."""
 
+    def plain_questions(self, endpoint: str, body: Body, text: str) -> list[tuple[bytes, bytes]] | None:
+        """Where an endpoint tells no token ids, two questions: which tokens is the prompt of this request, and which are
+        `text`? None if only the endpoint itself can say."""
+
+    def tokens(self, reply: bytes) -> list[int] | None:
+        """The answer to one of them; None if it is none."""
+
+    def as_completion(self, endpoint: str, body: Body) -> Body | None:
+        """What a request to another endpoint asks of its answer, as a completion's fields."""
+
     def hide_ids(self, data: bytes) -> bytes:
         """Whole events as they would be if no token ids had been asked for."""
 

@@ -93,9 +93,8 @@ async def test_what_one_engine_must_do_alone(rig: Any, extra: dict[str, Any], wh
 @pytest.mark.parametrize(("path", "body"), [RESPONSES, MESSAGES])
 async def test_a_stream_that_breaks_off_ends_with_an_error_of_its_own_form(rig: Any, path: str, body: Any) -> None:
     for kind in ("cut", "early", "torn"):
-        async with rig(consumers=2) as r:
-            for consumer in r.consumers:
-                consumer.always = Fault(kind, after=3)
+        async with rig() as r:
+            r.d.always = Fault(kind, after=3)
             found = read((await r.post(path, {**body, "stream": True})).body)
             assert found[-1]["type"] == "error"
             assert len(found) == 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,15 @@ def said(token: int, shift: int) -> str:
     """The text of a generated token."""
     seed, place = divmod(token - _GENERATED, _SPAN)
     return f" w{(seed + place + shift) % 1000}"
+
+
+def ids_of(words: list[str], shift: int = 0) -> list[int]:
+    """What these words are as tokens; one that an engine has generated can be gone on from."""
+    return [_GENERATED + (int(w[1:]) - shift) * _SPAN if re.fullmatch(r"w\d+", w) else _id(w) for w in words]
+
+
+def _id(word: str) -> int:
+    return int(word) if word.isdigit() else zlib.crc32(word.encode()) % _SPAN
 
 
 class Refusal(Exception):
@@ -124,7 +134,7 @@ class Job:
         return {**made, "choices": choices}
 
     def prompt_ids(self, prompt: int) -> list[int]:
-        return [int(w) if w.isdigit() else zlib.crc32(w.encode()) % _SPAN for w in self.prompts[prompt]]
+        return list(map(_id, self.prompts[prompt]))
 
     def usage(self) -> dict[str, Any]:
         cached = self.prompt_tokens - 1 if self.params.get("do_remote_prefill") else 0
@@ -155,12 +165,12 @@ class Job:
             "pdserve.cached_tokens": self.engine.cached_tokens, "pdserve.facts": self.engine.facts, "remote_block_ids": [[1, 2]],
         }  # fmt: skip
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """The texts of the first choice, as they come."""
+    async def pieces(self) -> AsyncIterator[Step]:
+        """The first choice, as it comes."""
         for n, step in enumerate(self.steps(0)):
             if n and self.engine.gap:
                 await asyncio.sleep(self.engine.gap)
-            yield step.text
+            yield step
 
     async def events(self) -> AsyncIterator[bytes]:
         total = self.n * len(self.prompts)

@@ -23,7 +23,7 @@ from typing import Any, cast
 import httptools
 
 from pdserve.engines.fake import apis, exposed
-from pdserve.engines.fake.answers import Job, Refusal, said
+from pdserve.engines.fake.answers import Job, Refusal, ids_of, said
 
 _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 500: "Internal Server Error", 503: "Service Unavailable"}
 
@@ -89,6 +89,7 @@ class FakeEngine:
     max_tokens: int = 8  # when the request does not say
     max_model_len: int = 4096
     others: int = 0  # requests that it says it has beside those it has
+    miscounts: int = 0  # tokens of a chat that it tells too many
     shift: int = 0  # makes it answer differently from its equals
     created: int = 1  # the time that its answers carry
     hands_over: bool = True
@@ -171,7 +172,9 @@ class FakeEngine:
             if seen.path in ("/v1/completions", "/v1/chat/completions") or seen.path in (apis.RESPONSES, apis.MESSAGES):
                 await self._generate(seen, out, fault)
             elif seen.path == "/v1/messages/count_tokens" or (seen.path == "/tokenize" and "messages" in seen.body):
-                out.whole(200, apis.counted(seen.body))
+                out.whole(200, apis.counted(seen.body, self.miscounts))
+            elif seen.path == "/tokenize" and "add_special_tokens" in seen.body:
+                out.whole(200, {"tokens": ids_of(seen.body["prompt"].split(), self.shift)})
             elif seen.path == "/detokenize" and "tokens" in seen.body:
                 out.whole(200, {"prompt": "".join(map(self.says, seen.body["tokens"]))})
             elif seen.path in ("/v1/embeddings", "/tokenize", "/detokenize"):
@@ -248,7 +251,7 @@ class FakeEngine:
         if self.delay:
             await asyncio.sleep(self.delay)
         if job.stream:
-            await self._stream(apis.events(other, job.pieces(), job.usage) if other else job.events(), out, fault)
+            await self._stream(apis.events(other, job) if other else job.events(), out, fault)
             return
         if self.gap:
             await asyncio.sleep(self.gap * job.tokens)
@@ -272,8 +275,10 @@ class FakeEngine:
                     await asyncio.sleep(0.01)  # lets what was written leave before the connection is reset
                     out.cut()
                 if fault.kind == "confess":
-                    out.chunk(b"data: " + json.dumps(Refusal(500, "made to fail").body).encode() + b"\n\n")
-                    out.chunk(b"data: [DONE]\n\n")
+                    said = Refusal(500, "made to fail").body
+                    typed = event.startswith(b"event:")
+                    out.chunk(apis.event("error", error=said["error"]) if typed else b"data: " + json.dumps(said).encode() + b"\n\n")
+                    out.chunk(b"" if typed else b"data: [DONE]\n\n")
                 if fault.kind == "mute":
                     await asyncio.Event().wait()
                 break

@@ -25,7 +25,7 @@ _FORMAT: Final = {RESPONSES: "text", MESSAGES: "output_config"}
 # In JSON text a quote inside a value is escaped, so these can only be keys. Anthropic counts what was cached apart from
 # the other input tokens; the usage is flat there.
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*\{[^{}]*"cache_read_input_tokens"\s*:\s*\d+[^{}]*\}')
-_READ: Final = re.compile(rb'("cache_read_input_tokens"\s*:\s*)(\d+)')
+READ: Final = re.compile(rb'("cache_read_input_tokens"\s*:\s*)(\d+)')
 _INPUT: Final = re.compile(rb'("input_tokens"\s*:\s*)(\d+)')
 _DETAILS: Final = re.compile(rb'("input_tokens_details"\s*:\s*\{[^{}]*?"cached_tokens"\s*:\s*)(?:\d+|null)')
 
@@ -72,9 +72,9 @@ def tell_cached(data: bytes, tokens: int) -> bytes:
 
 
 def _usage(usage: bytes, tokens: int) -> bytes:
-    read, fresh = _READ.search(usage), _INPUT.search(usage)
+    read, fresh = READ.search(usage), _INPUT.search(usage)
     if read is None or fresh is None:
         return usage
     told = min(tokens, int(read[2]) + int(fresh[2]))
     left = int(read[2]) + int(fresh[2]) - told
-    return _INPUT.sub(rb"\g<1>%d" % left, _READ.sub(rb"\g<1>%d" % told, usage), count=1)
+    return _INPUT.sub(rb"\g<1>%d" % left, READ.sub(rb"\g<1>%d" % told, usage), count=1)

@@ -15,6 +15,9 @@ import msgspec
 
 from pdserve.engines.body import Body
 from pdserve.engines.vllm import apis
+from pdserve.engines.vllm.plain import completion as as_completion
+from pdserve.engines.vllm.plain import questions as plain_questions
+from pdserve.engines.vllm.plain import tokens
 from pdserve.engines.vllm.resume import (
     RESUME_PATH,
     counts_apart,
@@ -30,9 +33,9 @@ from pdserve.engines.vllm.resume import (
 )
 
 __all__ = [
-    "RESUME_PATH", "cached_tokens", "counts_apart", "decode_body", "detokenize", "detokenized", "early_handover", "greedy",
-    "handed", "held_back", "hide_ids", "prefill_body", "prompt_tokens", "read_handover", "repeatable", "resumable",
-    "resume_body", "stop_strings", "tell_cached", "why_local",
+    "RESUME_PATH", "as_completion", "cached_tokens", "counts_apart", "decode_body", "detokenize", "detokenized",
+    "early_handover", "greedy", "handed", "held_back", "hide_ids", "plain_questions", "prefill_body", "prompt_tokens",
+    "read_handover", "repeatable", "resumable", "resume_body", "stop_strings", "tell_cached", "tokens", "why_local",
 ]  # fmt: skip
 
 CHAT: Final = "/v1/chat/completions"
@@ -173,8 +176,8 @@ def cached_tokens(handover: bytes) -> int | None:
 
 
 def prompt_tokens(reply: bytes) -> int | None:
-    found = _PROMPT_TOKENS.search(reply)
-    return int(found[1]) if found else None
+    found, read = _PROMPT_TOKENS.search(reply), apis.READ.search(reply)
+    return int(found[1]) + (int(read[2]) if read else 0) if found else None
 
 
 def tell_cached(data: bytes, tokens: int) -> bytes:
