@@ -1,4 +1,4 @@
-"""Shared fixtures: a real cache daemon in a process of its own."""
+"""Shared fixtures: a real cache daemon in a process of its own. And what makes a busy machine no reason to fail."""
 
 from __future__ import annotations
 
@@ -10,10 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))  # benchmarks use the same helper
 
 from running_cache import RunningCache
+
+from pdserve.transfer import client
+
+# How long an example takes says nothing here. The same examples each time: a run that fails can be repeated, and one
+# that passed passes again; `--hypothesis-profile random` looks further.
+_PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("same", settings(derandomize=True, database=None, **_PATIENT))
+settings.register_profile("random", settings(print_blob=True, **_PATIENT))
+settings.load_profile("same")
+
+
+@pytest.fixture(autouse=True)
+def _patient_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that starts, or that gets no processor for a while, is slow and not gone."""
+    monkeypatch.setattr(client, "CONNECT_S", 20.0)
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ class Late:
 
         self.server = HTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/health"
-        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
         self.thread.start()
 
     def close(self) -> None:
@@ -178,7 +178,7 @@ def test_a_process_starts_when_the_other_host_is_ready(make_plan: Any) -> None:
 
             supervisor = Supervisor(plan, LocalBackend(0.3), FAST, changed)
             running = asyncio.create_task(supervisor.run())
-            await asyncio.wait_for(ready.wait(), 60)
+            await asyncio.wait_for(ready.wait(), 120)
             supervisor.stop()
             await running
 

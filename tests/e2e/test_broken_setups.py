@@ -227,7 +227,7 @@ class _WrongClock(http.server.BaseHTTPRequestHandler):
 
 def test_9_clock_off(user: User) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _WrongClock) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
             found = user.finding("clocks", f"http://127.0.0.1:{server.server_port}")

@@ -209,7 +209,7 @@ def test_what_may_not_wait_is_bounded_too(tmp_path: Path, monkeypatch: pytest.Mo
 def test_facts_reach_the_daemon_and_its_http_side(cache_daemon: Any) -> None:
     teller = Teller(str(cache_daemon.socket), "prefill-0")
     StoreFacts(teller).stored("cmpl-one-0-0123abcd", 16, 100, 0.1, 0)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while "store" not in (text := _requests(cache_daemon)) and time.monotonic() < deadline:
         time.sleep(0.02)
     legs = json.loads(text)["requests"]["one"]
@@ -222,6 +222,6 @@ def test_facts_reach_the_daemon_and_its_http_side(cache_daemon: Any) -> None:
 
 
 def _requests(daemon: Any) -> str:
-    reply = httpx.post(f"http://127.0.0.1:{daemon.port}/requests", json={"ids": ["one", "two"]}, timeout=10)
+    reply = httpx.post(f"http://127.0.0.1:{daemon.port}/requests", json={"ids": ["one", "two"]}, timeout=30)
     assert reply.status_code == 200
     return reply.text

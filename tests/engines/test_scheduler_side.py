@@ -271,7 +271,7 @@ def test_the_consumer_waits_for_promised_chunks_and_then_loads_them(world):
 def test_the_consumer_gives_up_on_chunks_that_do_not_come(world, monkeypatch):
     monkeypatch.setattr(finding, "HANDOVER_START_S", 0.05)
     again = request("b", range(19), kv_transfer_params={"do_remote_prefill": True, "pdserve.num_tokens": 19})
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 60
     while (answer := world.side.matched(again, 0)) == (None, False):
         assert time.monotonic() < ends
     assert answer == (0, False)

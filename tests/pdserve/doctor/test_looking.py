@@ -130,8 +130,9 @@ def test_who_listens_and_whether_it_is_ours() -> None:
         mine.listen()
         port = mine.getsockname()[1]
         assert network.stranger(port, {os.getsid(0)}) is None
-        assert network.stranger(port, {1}) == os.getpid()
-    assert network.stranger(port, {1}) is None
+        other = {os.getsid(0) + 1}  # no number for granted: ours may be 0 or 1 in a container
+        assert network.stranger(port, other) == os.getpid()
+    assert network.stranger(port, other) is None
 
 
 class _Clock(http.server.BaseHTTPRequestHandler):
@@ -153,15 +154,15 @@ class _Clock(http.server.BaseHTTPRequestHandler):
 def test_a_clock_is_read_off_an_answer(ahead: float, status: str) -> None:
     handler = type("Handler", (_Clock,), {"ahead": ahead})
     with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
             clock = network.read_clock(f"http://127.0.0.1:{server.server_port}")
         finally:
             server.shutdown()
-            thread.join(10)
+            thread.join(60)
     assert clock.error == ""
-    assert clock.ahead == pytest.approx(ahead, abs=1.0)
+    assert clock.ahead == pytest.approx(ahead, abs=3.0)
     assert network.judge_clocks([clock]).status == status
     assert network.read_clock(f"http://127.0.0.1:{server.server_port}").error
 
