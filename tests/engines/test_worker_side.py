@@ -10,7 +10,7 @@ import pytest
 
 from pdserve.errors import CacheError
 from pdserve.transfer.client import CacheClient
-from pdserve.transfer.staging import HostPages
+from pdserve.transfer.staging_host import HostPages
 
 pytest.importorskip("vllm", reason="the connector's messages derive from vLLM's classes")
 from pdserve.engines.vllm.messages import ChunkExpected, ChunkLoad, ChunkSave, LoadJob, SaveJob, StepPlan
@@ -27,7 +27,7 @@ class Engine:
         self.side = WorkerSide(CacheClient(socket, f"worker-{rank}"), shards=shards, writer=writer)
         self.side.register(
             HostPages(
-                [self.kv[i].ctypes.data for i in range(LAYERS)],
+                [[self.kv[i].ctypes.data for i in range(LAYERS)]],
                 [BLOCK_BYTES] * LAYERS,
                 BLOCK_BYTES,
                 BLOCKS,
@@ -38,7 +38,7 @@ class Engine:
     def save(self, rid, *chunks):
         self.side.start_saves(StepPlan(saves=[SaveJob(rid, [ChunkSave(k, p, 256, b) for k, p, b in chunks])]))
 
-    def wait(self, what, seconds=10):
+    def wait(self, what, seconds=60):
         deadline = time.monotonic() + seconds
         while not (got := what()):
             assert time.monotonic() < deadline
@@ -71,7 +71,10 @@ def engines(cache_daemon):
     yield make
     for e in made:
         e.side.close()
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("pdserve-")]
+    ends = time.monotonic() + 60
+    while left := [t.name for t in threading.enumerate() if t.name.startswith("pdserve-")]:
+        assert time.monotonic() < ends, left
+        time.sleep(0.02)
 
 
 def test_blocks_saved_by_one_engine_are_loaded_by_another_bit_for_bit(cache_daemon, engines):
@@ -158,7 +161,7 @@ def expecting(client, rid, keys, blocks, stall_s):
 def test_chunks_that_are_still_being_written_are_loaded_as_they_come(cache_daemon, engines):
     a, b = engines(), engines(writer="v")
     client = CacheClient(cache_daemon.socket, "scheduler")
-    client.connect()
+    client.connect(30)
     keys, blocks = [key(1), key(2), key(3)], [[0, 5], [9], [2]]
     b.side.start_loads(StepPlan(loads=[expecting(client, "q", keys, blocks, stall_s=30)]))
     parent = b""
@@ -173,7 +176,7 @@ def test_chunks_that_are_still_being_written_are_loaded_as_they_come(cache_daemo
     assert (b.kv[:, [0, 5, 9, 2]] == a.kv[:, [3, 1, 7, 11]]).all()
     result = b.side.report().loaded["q"]
     assert (result.filled, result.late, result.error) == (3, ["dram"] * 3, "")
-    assert cache_daemon.status()["leases"] == 0
+    b.wait(lambda: cache_daemon.status()["leases"] == 0)
     client.close()
 
 
@@ -182,7 +185,7 @@ def test_chunks_that_do_not_come_fail_by_their_blocks_and_what_came_stays_good(c
     a.save("r", (key(1), b"", [3]))
     a.wait(a.side.report)
     client = CacheClient(cache_daemon.socket, "scheduler")
-    client.connect()
+    client.connect(30)
     job = expecting(client, "q", [key(1), key(2)], [[4], [None, 6]], stall_s=0.1)
     b.side.start_loads(StepPlan(loads=[job]))
     _, received, unfilled = b.wait(lambda: (got := b.side.finished())[1] and got)
@@ -210,7 +213,7 @@ def test_a_load_that_waits_holds_up_no_other_and_ends_when_its_request_is_gone(c
 def test_closing_ends_a_load_that_waits(cache_daemon, engines):
     b = engines()
     client = CacheClient(cache_daemon.socket, "scheduler")
-    client.connect()
+    client.connect(30)
     b.side.start_loads(StepPlan(loads=[expecting(client, "waits", [key(9)], [[6]], stall_s=600)]))
     b.side.close()
     assert b.side.finished()[1:] == ({"waits"}, {6})
@@ -253,7 +256,7 @@ def test_saves_of_a_preempted_request_that_have_not_begun_never_read_its_blocks(
     client = CacheClient(cache_daemon.socket, "scheduler")
     assert client.lookup([key(1)], 5).found == []
     assert client.lookup([key(2)], 5).found == []
-    assert cache_daemon.status()["reservations"] == 0
+    e.wait(lambda: cache_daemon.status()["reservations"] == 0)
     client.close()
 
 
