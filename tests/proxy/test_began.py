@@ -66,6 +66,8 @@ async def daemon() -> AsyncIterator[Daemon]:
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(began_module, "RETRY_S", 0.05)
+    monkeypatch.setattr(began_module, "WITHIN_S", 30.0)
+    monkeypatch.setattr(began_module, "WHOLE_S", 30.0)  # one that waits for it to pass makes it short
 
 
 @pytest.fixture
@@ -130,7 +132,9 @@ async def test_one_that_refuses_is_asked_again(daemon: Daemon, until: Any) -> No
     await made.stop()
 
 
-async def test_a_whole_answer_waits_a_moment_for_what_is_on_its_way(began: Began, daemon: Daemon, until: Any) -> None:
+async def test_a_whole_answer_waits_a_moment_for_what_is_on_its_way(
+    began: Began, daemon: Daemon, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     began.expect("first")
     assert await began.of_whole("first", "both-0") is None  # who has never told is not waited for
     daemon.tell("first", "both-0")
@@ -139,6 +143,7 @@ async def test_a_whole_answer_waits_a_moment_for_what_is_on_its_way(began: Began
     asyncio.get_running_loop().call_soon(daemon.tell, "second", "both-0")
     assert (await began.of_whole("second", "both-0") or {})["load_ms"] == 12.345
     began.expect("third")
+    monkeypatch.setattr(began_module, "WHOLE_S", 0.05)
     assert await began.of_whole("third", "both-0") is None  # and who has stopped to tell is waited for once
     for name in ("first", "second", "third"):
         began.forget(name)
@@ -190,7 +195,7 @@ async def test_from_the_engines_thread_through_a_daemon(start_cache: Any, tmp_pa
         teller.put(lambda _: telling.Ended("cmpl-one-0-0123abcd", 1, "stop"))
         return made.of("one", "both-0") is not None
 
-    await until(tell, 30)
+    await until(tell, 60)
     assert made.of("one", "both-0") == {"cached": {"gpu": 0, "dram": 256}, "load_ms": 1.5, "saved_ms": -2.0}
     await asyncio.to_thread(running.stop)  # at once, although somebody listens
     await made.stop()
