@@ -15,18 +15,17 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, multiprocess
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 
 from pdserve import engines, log, metrics, trace
 from pdserve.errors import ConfigError
-from pdserve.proxy import keys, openai, options, workers
+from pdserve.proxy import keys, openai, options, series, workers
 from pdserve.proxy.access import Access
 from pdserve.proxy.admin import Admin
 from pdserve.proxy.admin_requests import AdminRequests
@@ -72,7 +71,7 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
     worth = Worth(settings.pd_min_tokens, settings.pd_max_queue, settings.pd_adaptive)
     routing = Routing(settings.prefill_policy, settings.decode_policy, worth)
     fleet.on_new_life = routing.forget
-    locating = Locating(routing, settings.caches, settings.admin_token)
+    locating = Locating(routing, settings.caches, settings.admin_token, made)
     began = Began(settings.caches, settings.admin_token)
     splitter = Splitter(fleet, dialect, routing, settings.deadlines, settings.early_decode, began)
     admission = Admission(settings.classes, settings.max_waiting, counted=made["slo_total"])
@@ -87,7 +86,7 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
     caches = Caches(settings.caches, settings.admin_token)
     requests = AdminRequests(history, siblings, caches, Access(settings.admin_token))
     admin = Admin(fleet, settings.admin_token)
-    dashboard = Dashboard(fleet, settings, lambda: exposed(registry), shared.folder)
+    dashboard = Dashboard(fleet, settings, lambda: series.page(registry, fleet.names), shared.folder)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -135,14 +134,6 @@ def _check_classes(known: Keys, classes: Classes) -> None:
             raise ConfigError(f"the class of key {key.name!r}", f"there is no class {key.slo!r}", fix)
 
 
-def exposed(registry: CollectorRegistry) -> bytes:
-    """The proxy's metrics; as one of several workers, what all of them have counted."""
-    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-        registry = CollectorRegistry()
-        multiprocess.MultiProcessCollector(registry)
-    return generate_latest(registry)
-
-
 def _add_own_pages(app: FastAPI, fleet: Fleet, registry: CollectorRegistry, methods: dict[str, str]) -> None:
     async def health() -> Response:
         """200 while some engine can answer a completion."""
@@ -153,7 +144,7 @@ def _add_own_pages(app: FastAPI, fleet: Fleet, registry: CollectorRegistry, meth
         return Response(status_code=200)
 
     async def own_metrics() -> Response:
-        return Response(exposed(registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(series.page(registry, fleet.names), media_type=CONTENT_TYPE_LATEST)
 
     async def engine_metrics() -> Response:
         """Every engine's own, as they were read last, with the engine's name as `instance`."""

@@ -17,6 +17,7 @@ import msgspec
 
 from pdserve import log
 from pdserve.errors import RequestError
+from pdserve.proxy import series
 from pdserve.proxy.instance import Instance, preferred
 from pdserve.proxy.lifetime import Deadlines
 from pdserve.proxy.policies.base import Facts, Policy
@@ -93,7 +94,8 @@ class Fleet:
         if instance in self.instances:
             self.instances.remove(instance)
         await instance.upstream.close()
-        self.metrics["instance_up"].remove(instance.name, instance.role)
+        if self.named(instance.name) is None:  # another may have its name by now
+            series.forget(self.metrics, instance.name)
         _log.info("%s is removed", instance.name)
 
     def listed(self) -> Listed:
@@ -119,6 +121,10 @@ class Fleet:
                 await self.follow()
             except Exception:  # noqa: BLE001 - as in _watch
                 _log.exception("the list of instances could not be followed")
+
+    @property
+    def names(self) -> list[str]:
+        return [i.name for i in self.instances]
 
     def named(self, name: str) -> Instance | None:
         return next((i for i in self.instances if i.name == name), None)

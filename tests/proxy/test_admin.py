@@ -62,4 +62,8 @@ async def test_an_engine_that_is_taken_out_finishes_its_streams(rig: Any, until:
         assert (len(events), events[-1]) == (31, "[DONE]")
         await until(lambda: r.fleet.named("decode-0") is None)
         assert (await r.client.delete(r.url + "/admin/instances/decode-0", headers=KEY)).status_code == 404
+        r.fleet.metrics["leg_failures_total"].labels("decode-0", "decode", "broken").inc()  # a leg that outlived it
+        page = (await r.get("/metrics")).body
+        assert b'instance="decode-0"' not in page  # what was counted of it went with it
+        assert b'pdserve_instance_up{instance="decode-1"' in page
         assert json.loads((await r.get("/v1/models")).body)["data"]
