@@ -25,8 +25,16 @@ class NetTransport:
     """Implements base.Transport; abstract in the plane."""
 
     scheme = ""
+    #: whether its bytes can go through TLS as well; where they cannot, TLS is refused, never left out
+    encrypts = False
 
     def __init__(self, local: Local, security: Security, limits: Limits) -> None:
+        if security.tls and not self.encrypts:
+            raise ConfigError(
+                "",
+                f"{self.scheme}:// cannot encrypt its bytes, and TLS was asked for",
+                "Use tcp://, or leave TLS out and let WireGuard or a private network guard the bytes.",
+            )
         self.local, self.security, self.limits = local, security, limits
         self.sessions: dict[bytes, Session] = {}
         self._context: ssl.SSLContext | None = security.context(False) if security.tls else None
@@ -126,6 +134,18 @@ class NetTransport:
             service.connected(session)  # before anything can come from it
         await control.open(admitted.wire.sock)
         return session
+
+
+async def plane_ready(session: Session, ready: asyncio.Event, where: str) -> None:
+    """Waits until the planes at both ends have found each other. Raises PeerRefused when the connection ends first."""
+    waiting = asyncio.ensure_future(ready.wait())
+    try:
+        while not waiting.done() and not session.closed:
+            await asyncio.wait([waiting], timeout=0.1)
+    finally:
+        waiting.cancel()
+    if session.closed:
+        raise PeerRefused(f"{where}: {session!r}")
 
 
 def address_of(url: str, scheme: str) -> tuple[str, int]:

@@ -27,8 +27,8 @@ import msgspec
 
 from pdserve.chunk import KEY_BYTES
 from pdserve.errors import ConfigError, ProtocolError
-from pdserve.transfer.transports.base import MAX_TICKETS, Expected, Local, Outcome, PeerRefused
-from pdserve.transfer.transports.net import NetTransport
+from pdserve.transfer.transports.base import MAX_TICKETS, Expected, Local, Outcome
+from pdserve.transfer.transports.net import NetTransport, plane_ready
 from pdserve.transfer.transports.outbox import Segment
 from pdserve.transfer.transports.security import Security
 from pdserve.transfer.transports.session import Limits, Plane, Session
@@ -368,12 +368,6 @@ class NixlTransport(NetTransport):
     scheme = "nixl"
 
     def __init__(self, local: Local, security: Security, limits: Limits, tls: str = "") -> None:
-        if security.tls:
-            raise ConfigError(
-                "",
-                "nixl:// cannot encrypt its bytes, and TLS was asked for",
-                "Use tcp://, or a network that is trusted.",
-            )
         super().__init__(local, security, limits)
         _set_environment(tls)
         self._library = _library()
@@ -383,11 +377,4 @@ class NixlTransport(NetTransport):
 
     async def make_ready(self, session: Session, host: str, port: int, deadline: float) -> None:
         assert isinstance(session.plane, NixlPlane)
-        ready = asyncio.ensure_future(session.plane.ready.wait())
-        try:
-            while not ready.done() and not session.closed:
-                await asyncio.wait([ready], timeout=0.1)
-        finally:
-            ready.cancel()
-        if session.closed:
-            raise PeerRefused(f"{host}:{port}: {session!r}")
+        await plane_ready(session, session.plane.ready, f"{host}:{port}")

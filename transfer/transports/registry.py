@@ -1,6 +1,6 @@
 """Transports by URL scheme: the only list of them. Each is imported when it is asked for, its library with it.
 
-    tcp://10.0.0.5:7400?streams=4&adapt=1&window=64MiB&segment=1MiB&verify=1
+    tcp://10.0.0.5:7400?streams=4&adapt=1&window=64MiB&segment=4MiB&verify=1
     ucx://10.0.0.5:7400?tls=tcp                  needs the extra: pip install 'pdserve[ucx]'
     nixl://10.0.0.5:7400                         needs the extra: pip install 'pdserve[nixl]'
 
@@ -36,7 +36,7 @@ Seconds = Annotated[float, msgspec.Meta(ge=1, le=3600)]
 class Common(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Options that every scheme takes; see session.Limits."""
 
-    segment: Size = 1 << 20
+    segment: Size = 4 << 20
     window: Size = 64 << 20
     verify: bool = True
     silence: Seconds = 20.0
@@ -97,7 +97,7 @@ def _options(parts: SplitResult, kind: type[T], key: str) -> T:
         options = msgspec.convert(given, kind)
     except msgspec.ValidationError as e:
         raise ConfigError(key, f"{parts.scheme}://: {e}", "Change the value.") from e
-    if options.segment * 4 > options.window:
+    if "segment" in given and options.segment * 4 > options.window:
         raise ConfigError(
             key, f"window={options.window} holds fewer than four segments of {options.segment}", "Enlarge window."
         )

@@ -52,7 +52,7 @@ class Limits:
     """What bounds one connection; the registry reads them from the URL's query."""
 
     #: pieces are cut into parts of so many bytes, which may take different streams
-    segment_bytes: int = 1 << 20
+    segment_bytes: int = 4 << 20
     #: bytes under way to us at most: the credit that the peer starts with
     window_bytes: int = 64 << 20
     #: whether arrived pieces are compared with their digest before done() says "arrived"

@@ -19,6 +19,7 @@ class TcpTransport(NetTransport):
     """Implements base.Transport."""
 
     scheme = "tcp"
+    encrypts = True
 
     def __init__(
         self, local: Local, security: Security, limits: Limits, streams: int = DEFAULT_STREAMS, adapt: bool = True

@@ -32,8 +32,8 @@ import numpy as np
 
 from pdserve.chunk import KEY_BYTES
 from pdserve.errors import ConfigError, ProtocolError
-from pdserve.transfer.transports.base import Connection, Expected, Local, Outcome, PeerRefused, Service
-from pdserve.transfer.transports.net import NetTransport, address_of
+from pdserve.transfer.transports.base import Connection, Expected, Local, Outcome, Service
+from pdserve.transfer.transports.net import NetTransport, address_of, plane_ready
 from pdserve.transfer.transports.outbox import Segment
 from pdserve.transfer.transports.security import Security
 from pdserve.transfer.transports.session import Limits, Plane, Session
@@ -354,12 +354,6 @@ class UcxTransport(NetTransport):
     scheme = "ucx"
 
     def __init__(self, local: Local, security: Security, limits: Limits, tls: str = "tcp") -> None:
-        if security.tls:
-            raise ConfigError(
-                "",
-                "ucx:// cannot encrypt its bytes, and TLS was asked for",
-                "Use tcp://, or a network that is trusted.",
-            )
         super().__init__(local, security, limits)
         self._tls = tls
         _imported()
@@ -381,11 +375,4 @@ class UcxTransport(NetTransport):
 
     async def make_ready(self, session: Session, host: str, port: int, deadline: float) -> None:
         assert isinstance(session.plane, UcxPlane)
-        ready = asyncio.ensure_future(session.plane.ready.wait())
-        try:
-            while not ready.done() and not session.closed:
-                await asyncio.wait([ready], timeout=0.1)
-        finally:
-            ready.cancel()
-        if session.closed:
-            raise PeerRefused(f"{host}:{port}: {session!r}")
+        await plane_ready(session, session.plane.ready, f"{host}:{port}")

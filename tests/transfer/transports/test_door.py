@@ -18,7 +18,7 @@ from pdserve.errors import ConfigError, ProtocolError, StartError
 from pdserve.transfer.transports import door
 from pdserve.transfer.transports import handshake as h
 from pdserve.transfer.transports.base import DeadlinePassed, Local, PeerRefused
-from pdserve.transfer.transports.conformance import RecordingService, raised, soon
+from pdserve.transfer.transports.conformance.ends import RecordingService, raised, soon
 from pdserve.transfer.transports.listener import MAX_PENDING_EACH, Gate
 from pdserve.transfer.transports.net import address_of
 from pdserve.transfer.transports.security import Security

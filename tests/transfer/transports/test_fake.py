@@ -2,15 +2,17 @@
 
 import asyncio
 
+import numpy as np
 import pytest
 
 from pdserve.transfer.transports import conformance
-from pdserve.transfer.transports.base import DeadlinePassed, Outcome
-from pdserve.transfer.transports.conformance import paired, pieces, raised, soon
+from pdserve.transfer.transports.base import DeadlinePassed, Local, Outcome, PeerLost
+from pdserve.transfer.transports.conformance.ends import landed, paired, pieces, raised, soon
+from pdserve.transfer.transports.conformance.subject import Subject
 from pdserve.transfer.transports.fake import FakeNetwork, FakeTransport
 
 
-class FakeSubject(conformance.Subject):
+class FakeSubject(Subject):
     def __init__(self):
         self.network = FakeNetwork()
 
@@ -24,7 +26,7 @@ class FakeSubject(conformance.Subject):
         return "fake://nobody"
 
     def wedged(self):
-        self.network.add("wedged", self.make(conformance.Local("wedged", conformance.np.zeros(1, "u1"))), None)
+        self.network.add("wedged", self.make(Local("wedged", np.zeros(1, "u1"))), None)
         self.network.wedged.add("wedged")
         return "fake://wedged"
 
@@ -53,7 +55,7 @@ def test_a_cut_in_the_middle_of_a_segment():
     async def test(subject):
         async with paired(subject) as pair:
             subject.network.faults("a", "b").cut_after = 1
-            await raised(conformance.PeerLost, pair.there.push(pieces(pair.a, [100_000] * 3), soon()))
+            await raised(PeerLost, pair.there.push(pieces(pair.a, [100_000] * 3), soon()))
             # Each end hears of it in its own time, in either order.
             for end in (pair.a, pair.b):
                 await end.service.until(lambda end=end: bool(end.service.closed_because))
@@ -79,7 +81,7 @@ def test_segments_in_another_order():
             subject.network.faults("a", "b").reorder = True
             sent = pieces(pair.a, [5 << 20, 70_000, 3])
             assert await pair.there.push(sent, soon()) == [Outcome("arrived")] * 3
-            assert conformance.landed(pair, sent)
+            assert landed(pair, sent)
 
     run(test)
 

@@ -10,8 +10,8 @@ from pdserve.transfer.transports.base import Local
 from pdserve.transfer.transports.security import Security
 
 
-def build(url):
-    return registry.build(url, Local("a", np.zeros(1 << 20, np.uint8)), Security(SECRET), "peers.listen")
+def build(url, security=None):
+    return registry.build(url, Local("a", np.zeros(1 << 20, np.uint8)), security or Security(SECRET), "peers.listen")
 
 
 def test_options_reach_the_transport():
@@ -64,3 +64,16 @@ def test_a_missing_library_is_said_where_it_was_asked_for(scheme, words, monkeyp
 
 def test_the_fallback_needs_nothing():
     assert build(f"{registry.FALLBACK}://h:1").scheme == "tcp"
+
+
+@pytest.mark.parametrize("scheme", ["ucx", "nixl"])
+def test_tls_is_refused_where_nothing_encrypts(scheme, certificates):
+    with pytest.raises(ConfigError, match="cannot encrypt") as caught:
+        build(f"{scheme}://127.0.0.1:1", Security(SECRET, *certificates["a"]))
+    assert caught.value.key == "peers.listen"
+    assert "WireGuard" in str(caught.value)
+
+
+def test_a_small_window_makes_small_segments():
+    """Only a segment that somebody asked for can be too large for the window."""
+    assert build("tcp://10.0.0.5:7400?window=2MiB").limits.window_bytes == 2 << 20
