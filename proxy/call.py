@@ -85,9 +85,12 @@ class Call:
             return
         self._size += len(data)
         if self._size > limit:
-            text = f"The request body is larger than {limit} bytes."
-            return self.fail(RequestError(413, text, code="body_too_large"))
+            return self.too_large(limit)
         self._parts.append(data)
+
+    def too_large(self, limit: int) -> None:
+        text = f"The request body is larger than {limit} bytes (--max-body-mib)."
+        self.fail(RequestError(413, text, code="body_too_large"))
 
     def fail(self, error: RequestError) -> None:
         """The body will not be had."""
@@ -117,7 +120,7 @@ class Call:
                 async with asyncio.timeout(within):
                     await self._waiter
             except TimeoutError as exc:
-                text = f"The request body did not arrive within {within:g} s."
+                text = f"The request body did not arrive within {within:g} s (--receive-timeout)."
                 raise RequestError(408, text, "timeout_error") from exc
             finally:
                 self._waiter = None

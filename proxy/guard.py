@@ -54,7 +54,7 @@ class Guarded(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections:
-            self._refuse(503, f"{self.limits.connections} connections are open, which is the limit.")
+            self._refuse(503, f"{self.limits.connections} connections are open, which is the limit (--max-connections).")
             return
         self._start_timer()
 
@@ -78,7 +78,7 @@ class Guarded(HttpToolsProtocol):
         # What came with the head of its body is counted too, which is why only an unfinished head is judged.
         if self._in_head and self._head and not self.transport.is_closing():
             if self._head > self.limits.head:
-                self._refuse(431, f"The head of the request is larger than {self.limits.head} bytes.")
+                self._refuse(431, f"The head of the request is larger than {self.limits.head} bytes (--max-head-kib).")
             elif self._timer is None:
                 self._start_timer()
 
@@ -115,7 +115,10 @@ class Guarded(HttpToolsProtocol):
         call.http_1_0 = self.parser.get_http_version() == "1.0"
         call.keep_alive = not (call.http_1_0 or self._leaving) and self.parser.should_keep_alive()
         before, self.cycle = self.cycle, cast(Any, call)
-        if self.expect_100_continue:
+        if declared(self.headers) > self.limits.body:
+            call.too_large(self.limits.body)  # now, not when so much of it has been kept; what still comes is dropped
+            call.keep_alive = call.keep_alive and not self.expect_100_continue  # whether it comes is the client's choice
+        elif self.expect_100_continue:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if before is None or before.response_complete:
             self._fresh = (call, endpoint)
@@ -170,7 +173,7 @@ class Guarded(HttpToolsProtocol):
 
     def _look_idle(self) -> None:
         self._idle_timer = None
-        if self._head or not self._in_head or (self.cycle is not None and not self.cycle.response_complete):
+        if self._head or (self.cycle is not None and not self.cycle.response_complete):
             return  # the end of the next answer begins anew
         left = self._idle_since + self.timeout_keep_alive - self.loop.time()
         if left > 0:
@@ -189,14 +192,22 @@ class Guarded(HttpToolsProtocol):
     def _late(self) -> None:
         self._timer = None
         if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
-            self._refuse(408, f"The head of the request did not arrive within {self.limits.head_time:g} s.")
+            self._refuse(408, f"The head of the request did not arrive within {self.limits.head_time:g} s (--head-timeout).")
 
     def _refuse(self, status: int, message: str) -> None:
-        body = openai.error_json(status, message)
+        body = openai.error_json(status, message, "service_unavailable" if status == 503 else None)
         line = f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: application/json\r\n"
         head = f"{line}content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+def declared(headers: list[tuple[bytes, bytes]]) -> int:
+    """How large the body will be; 0 where that is not said. (The parser lets nothing but a number through.)"""
+    for name, value in headers:
+        if name == b"content-length":
+            return int(value)
+    return 0
 
 
 def plain(url: bytes) -> bytes:

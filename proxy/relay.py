@@ -81,7 +81,7 @@ class Client:
                 await self._call.drained()
         except TimeoutError as exc:
             self._call.abort()
-            raise ClientStuck(f"the client read nothing for {self._deadline:g} s") from exc
+            raise ClientStuck(f"the client read nothing for {self._deadline:g} s (--send-timeout)") from exc
 
 
 class ClientStuck(Exception):

@@ -28,7 +28,7 @@ async def test_a_head_without_end(rig: Any) -> None:
         reader, writer = await connect(r)
         writer.write(b"POST /v1/completions HTTP/1.1\r\n" + b"x-a: " + b"b" * 5000)
         status, error = await told(reader)
-        assert (status, error["error"]["message"]) == (431, "The head of the request is larger than 4096 bytes.")
+        assert (status, error["error"]["message"]) == (431, "The head of the request is larger than 4096 bytes (--max-head-kib).")
         writer.close()
 
 
@@ -96,6 +96,28 @@ async def test_a_hundred_megabytes_are_refused_before_they_are_held(rig: Any) ->
         assert (await reader.readline()).split()[1] == b"413"
         assert sent < 20_000_000
         writer.transport.abort()
+
+
+@pytest.mark.parametrize("expect", [b"", b"expect: 100-continue\r\n"])
+async def test_a_body_that_is_said_to_be_too_large_is_not_waited_for(rig: Any, expect: bytes) -> None:
+    async with rig(max_body=1000) as r:
+        reader, writer = await connect(r)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5000\r\n" + expect + b"\r\n")
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
+        assert head.startswith(b"HTTP/1.1 413 ")
+        assert (b"\r\nconnection: close\r\n" in head) == bool(expect)  # the next bytes may be a body or a request
+        writer.close()
+
+
+async def test_a_refused_body_is_dropped_and_the_connection_goes_on(rig: Any) -> None:
+    async with rig(max_body=1000) as r:
+        reader, writer = await connect(r)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5000\r\n\r\n")
+        assert b" 413 " in await asyncio.wait_for(reader.readline(), 30)
+        writer.write(b"x" * 5000 + b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
+        while b" 200 " not in (line := await asyncio.wait_for(reader.readline(), 30)):
+            assert line, "the connection was closed"
+        writer.close()
 
 
 async def test_ten_thousand_idle_connections_cost_little_and_hinder_nobody(rig: Any) -> None:
