@@ -12,15 +12,18 @@ from pdserve.engines.fake.server import Fault
 pytestmark = pytest.mark.anyio
 
 
-async def test_the_consumer_is_asked_before_the_producer_has_answered_and_once_only(rig: Any, until: Any) -> None:
+async def test_the_consumer_is_asked_before_the_producer_has_answered_and_once_only(
+    rig: Any, until: Any, hold: Any
+) -> None:
     async with rig(early_decode=True) as r:
-        r.p.delay = 0.2
+        go = hold(r.p)
         asked = asyncio.create_task(r.complete(max_tokens=4, stream=True))
         await until(lambda: r.p.seen and r.d.seen)
         assert r.p.running == 1
         params = r.d.seen[0].body["kv_transfer_params"]
         assert params["do_remote_prefill"] is True
         assert params["pdserve.expect_s"] == 60  # what the prefill may take
+        go.set()
         reply = await asked
         assert reply.headers["x-pdserve-route"] == "pd"
         assert reply.headers["x-pdserve-decode"] == "decode-0"
@@ -93,13 +96,14 @@ async def test_a_client_that_leaves_during_the_prefill_leaves_nothing_behind(rig
         await until(lambda: r.p.running == 0 and r.d.running == 0)
 
 
-async def test_the_load_of_consumers_counts_legs_that_wait(rig: Any, until: Any) -> None:
+async def test_the_load_of_consumers_counts_legs_that_wait(rig: Any, until: Any, hold: Any) -> None:
     async with rig(early_decode=True) as r:
-        r.p.delay = 0.2
+        go = hold(r.p)
         asked = asyncio.create_task(r.complete())
         await until(lambda: r.d.seen)
         consumer = next(i for i in r.fleet.instances if i.role == "decode")
         assert consumer.in_flight == 1
+        go.set()
         await asked
 
 

@@ -86,7 +86,7 @@ class World:
         self.tiering.add(self.tier, Rules(**rules))
         self.lower = self.tiering.lowers[0]
 
-    def turn(self, until, patience=20.0):
+    def turn(self, until, patience=60.0):
         """Runs what the threads have posted until `until()` holds."""
         ends = time.monotonic() + patience
         while not until():
@@ -435,8 +435,9 @@ def test_a_store_that_is_asked_for_each_key_is_asked_in_slices_up_to_the_first_g
 
 
 def test_behind_a_breaker_a_tier_that_fails_is_left_alone_and_comes_back(world):
-    inner = MemoryTier()
-    guarded = Guarded(inner, options=BreakerOptions(failures=2, first_pause=0.3))
+    inner, later = MemoryTier(), [0.0]
+    options = BreakerOptions(failures=2, first_pause=600.0, longest_pause=600.0)
+    guarded = Guarded(inner, options=options, clock=lambda: time.monotonic() + later[0])
     guarded.faults = inner.faults
     w = world(tier=guarded)
     w.put(1)
@@ -447,7 +448,8 @@ def test_behind_a_breaker_a_tier_that_fails_is_left_alone_and_comes_back(world):
     assert w.tiering.stats()["memory"]["circuit"] == "open"
     w.put(13)
     assert inner.stats()["chunks"] == 1
-    ends = time.monotonic() + 20
+    later[0] = 601.0
+    ends = time.monotonic() + 60
     i = 20
     while w.tiering.stats()["memory"]["circuit"] != "closed":
         assert time.monotonic() < ends
