@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   pdserve cache check /var/lib/pdserve          of a store whose daemon is stopped
 """
 ANSWER_SECONDS = 15.0
+MAX_CHUNK_TOKENS = 65536
 WRITE_POLICIES = ("write-through", "on-evict", "selective")
 _WRITE_HELP = "when a chunk is written down: at once, before it is evicted, or once it was used (default %(default)s)"
 
@@ -140,6 +141,14 @@ def _serve(args: argparse.Namespace) -> int:
     args.size = parse_size(args.size, "--size")
     if args.chunk_tokens < 16 or args.chunk_tokens % 16:
         raise ConfigError("--chunk-tokens", f"{args.chunk_tokens} is not a multiple of 16", "256 suits most engines.")
+    if args.chunk_tokens > MAX_CHUNK_TOKENS:
+        raise ConfigError(
+            "--chunk-tokens", f"{args.chunk_tokens} is over {MAX_CHUNK_TOKENS}", "256 suits most engines."
+        )
+    if not 0 <= args.admin_port < 65536:
+        raise ConfigError(
+            "--admin-port", f"{args.admin_port} is no port", "Give one from 1 to 65535; 0 takes any that is free."
+        )
     args.scrub_rate = parse_size(args.scrub_rate, "--scrub-rate")
     if args.disk:
         if not args.disk_size:
@@ -158,7 +167,9 @@ def _status(args: argparse.Namespace) -> int:
     tiers, scrub, peers = facts.pop("tiers", {}), facts.pop("scrub", {}), facts.pop("peers", {})
     rows = [(key, ", ".join(value) if isinstance(value, list) else value) for key, value in facts.items()]
     for peer in peers.pop("peers", ()):
-        rows.append((f"peer {peer['name'] or peer['url']}", ", ".join(f"{k} {v}" for k, v in peer.items() if k != "name")))
+        rows.append(
+            (f"peer {peer['name'] or peer['url']}", ", ".join(f"{k} {v}" for k, v in peer.items() if k != "name"))
+        )
     for name, tier in {**tiers, "scrub": scrub, "peers": peers}.items():
         rows.append((name, ", ".join(f"{key} {value}" for key, value in tier.items())))
     output.table(("", ""), rows)
@@ -243,6 +254,16 @@ def _ask(args: argparse.Namespace, method: str, path: str, body: dict[str, Any] 
             return json.load(answer)
     except urllib.error.HTTPError as error:
         with error:
-            raise PdserveError(f"the cache daemon refused ({error.code}): {error.read().decode()[:500]}") from error
+            raise PdserveError(f"the cache daemon refused ({error.code}): {_said(error.read())}") from error
     except (urllib.error.URLError, TimeoutError, ValueError) as error:
         raise NotRunning(f"no cache daemon answers at {url}: {getattr(error, 'reason', error)}") from error
+
+
+def _said(body: bytes) -> str:
+    """The sentence in an answer of the daemon's; whatever else it is, as it is."""
+    text = body.decode(errors="replace")
+    try:
+        detail = json.loads(text)["detail"]
+    except (ValueError, KeyError, TypeError):
+        return text[:500]
+    return detail if isinstance(detail, str) else text[:500]

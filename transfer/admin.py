@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
@@ -58,9 +59,23 @@ def make_app(daemon: Daemon, token: str = "") -> FastAPI:
             return JSONResponse({"detail": "this address wants Authorization: Bearer TOKEN"}, 401)
         return await call_next(request)
 
+    @app.exception_handler(RequestValidationError)
+    async def not_understood(request: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"detail": "; ".join(_sentence(e) for e in error.errors()[:3])}, 422)
+
     _looking(app, daemon)
     _acting(app, daemon)
     return app
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    """What is wrong with a request: where, what was given, what would fit."""
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"][1:]).lstrip(".")
+    fit = error["msg"][:1].lower() + error["msg"][1:]
+    if error["type"] == "string_pattern_mismatch":
+        fit = f"give {2 * KEY_BYTES} hexadecimal digits, as GET /cache/objects and `pdserve cache ls` show keys"
+    given = "" if error["type"] in ("missing", "json_invalid") else f" {error['input']!r:.80}:"
+    return f"{where or 'body'}:{given} {fit}"
 
 
 def _looking(app: FastAPI, daemon: Daemon) -> None:
@@ -94,7 +109,8 @@ def _looking(app: FastAPI, daemon: Daemon) -> None:
         """Chunks of a tier, paged: in memory those that can be hit, below those that the tier can list."""
         listed = daemon.catalog.objects(tier)
         if listed is None:
-            raise HTTPException(404, f"no tier {tier!r} here that can be listed")
+            known = ", ".join(daemon.catalog.listable())
+            raise HTTPException(404, f"tier: no tier {tier!r} here that can be listed. Known: {known}.")
         return {"total": len(listed), "offset": offset, "objects": listed[offset : offset + limit]}
 
     @app.post("/requests")
@@ -108,6 +124,14 @@ def _looking(app: FastAPI, daemon: Daemon) -> None:
         if daemon.requests.listeners.full:
             raise HTTPException(503, "too many listen already")
         return StreamingResponse(daemon.requests.listeners.stream(), media_type="application/x-ndjson")
+
+    @app.get("/cache/events")
+    async def events(life: str = "", seq: Annotated[int, Query(ge=0)] = 0) -> Response:
+        """Server-sent events: how much of the latest prompts is in memory, as it changes, from behind event `seq` of that
+        life of this daemon; everything first where that is not known."""
+        if daemon.held.full:
+            raise HTTPException(503, "too many listen already")
+        return StreamingResponse(daemon.held.stream(life, seq), media_type="text/event-stream")
 
     @app.get("/requests/{request_id:path}")
     async def request(request_id: str) -> dict[str, Any]:
@@ -143,17 +167,6 @@ def _acting(app: FastAPI, daemon: Daemon) -> None:
     async def prefetch(body: KeysBody) -> dict[str, int]:
         """Brings the run of these keys up from the lower tiers; asking again says how many are still coming."""
         return {"loading": daemon.tiering.loading([bytes.fromhex(k) for k in body.keys], time.monotonic())}
-
-    @app.post("/cache/held")
-    async def held(body: RequestsBody) -> dict[str, Any]:
-        """How much of these requests' prompts is in memory now, for whoever routes by it. Another `daemon_id` is another
-        life of this daemon."""
-
-        def there(key: bytes) -> bool:
-            chunk = daemon.store.peek(key)
-            return chunk is not None and chunk.committed
-
-        return {"daemon_id": daemon.daemon_id, "held": daemon.requests.held(body.ids, there)}
 
     @app.post("/cache/pin")
     async def pin(body: PinBody) -> dict[str, Any]:

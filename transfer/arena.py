@@ -31,6 +31,14 @@ def free_shared_memory() -> int:
     return usage.f_bavail * usage.f_frsize
 
 
+def _free_memory() -> int:
+    """Bytes that the machine can give without swapping; what /dev/shm allows may be more."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62  # a kernel that does not say
+
+
 class Arena:
     """A mapping of the arena; `bytes` is a uint8 array over all of it. Close it only when nobody copies any more."""
 
@@ -57,6 +65,7 @@ def create(path: Path, size: int, progress: Callable[[int], None] = lambda done:
     """
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
+    _need(size)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         for start in range(0, size, _STEP):
@@ -66,13 +75,28 @@ def create(path: Path, size: int, progress: Callable[[int], None] = lambda done:
         mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
     except (OSError, ValueError) as e:
         path.unlink()
-        raise StartError(
-            f"cannot take {size / 2**30:.2f} GiB in {SHM} ({e}); {free_shared_memory() / 2**30:.2f} GiB are free. "
-            f"Lower cache.size or enlarge {SHM}."
-        ) from e
+        raise _too_large(size, f"{e}; {free_shared_memory() / 2**30:.2f} GiB are free") from e
+    except BaseException:  # told to end meanwhile: nobody else knows of the file
+        path.unlink()
+        raise
     finally:
         os.close(fd)
     return Arena(path, mapping)
+
+
+def _need(size: int) -> None:
+    """Before the first page is taken: filling memory up would end other processes first, not this one."""
+    free, memory = free_shared_memory(), _free_memory()
+    if size > min(free, memory):
+        raise _too_large(
+            size, f"{free / 2**30:.2f} GiB are free there, and {memory / 2**30:.2f} GiB of the machine's memory"
+        )
+
+
+def _too_large(size: int, why: str) -> StartError:
+    return StartError(
+        f"cannot take {size / 2**30:.2f} GiB in {SHM} ({why}). Lower cache.size (--size), or enlarge {SHM}."
+    )
 
 
 def reopen(path: Path, size: int) -> Arena | None:

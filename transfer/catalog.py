@@ -36,6 +36,10 @@ class Catalog:
             if hasattr(lower.tier, "records"):
                 yield from lower.tier.records()
 
+    def listable(self) -> list[str]:
+        """Names of the tiers that objects() can list."""
+        return ["dram", *(lower.name for lower in self._tiering.lowers if hasattr(lower.tier, "records"))]
+
     def objects(self, tier: str) -> list[dict[str, Any]] | None:
         """What GET /cache/objects lists; None when that tier is not here or cannot be listed."""
         if tier == "dram":

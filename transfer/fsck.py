@@ -30,10 +30,12 @@ def check(folder: Path, *, repair: bool = False, progress: Callable[[str], None]
     """Raises StartError when there is no store, or when a daemon uses it. `repair` marks wrong records as deleted, cuts torn
     tails off and removes files that are no segments; the index is then made anew at the next start."""
     report = Report()
-    try:
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+    try:  # looking is possible on a disk that is mounted read-only, too
+        lock = os.open(folder / "lock", (os.O_RDWR if repair else os.O_RDONLY) | os.O_CLOEXEC)
+    except FileNotFoundError as e:
+        raise StartError(f"{folder} holds no disk tier. Give the folder of --disk, or <run dir>/<name>/kv.") from e
     except OSError as e:
-        raise StartError(f"{folder} holds no disk tier: {e}") from e
+        raise StartError(f"the disk tier in {folder} cannot be {'repaired' if repair else 'read'}: {e.strerror}") from e
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -25,6 +25,7 @@ from pdserve.transfer.collector import Collector
 from pdserve.transfer.daemon import Daemon
 from pdserve.transfer.lower import Rules
 from pdserve.transfer.scrub import Scrubber
+from pdserve.transfer.tiers.absent import Absent
 from pdserve.transfer.tiers.base import Tier, TierError
 
 EXPIRE_EVERY_S = COLLECT_EVERY_S = 1.0
@@ -84,6 +85,7 @@ async def serve(
         for connection in list(daemon.clients.values()):
             connection.abort()
         daemon.requests.listeners.close()
+        daemon.held.close()
         http.should_exit = True
         await asyncio.wait([http_task, expirer, scrubbing], timeout=5)
         listener.close()
@@ -120,6 +122,7 @@ def main(args: argparse.Namespace) -> int:
     disk_size (bytes), disk_min_free, disk_write where there is a disk tier."""
     log.setup("cache", args.name, getattr(args, "log_format", None))
     sys.setswitchinterval(SWITCH_S)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the loop listens: an arena takes a while to make
     path = Path(args.socket)
     if len(str(path)) > 100:
         raise ConfigError(
@@ -152,7 +155,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _tiers(args: argparse.Namespace) -> list[tuple[Tier, Rules]]:
-    """The lower tiers that the arguments ask for. One that cannot be opened is left out: the cache works without."""
+    """The lower tiers that the arguments ask for. A disk that cannot be opened is shown, not used: the cache works without."""
     tiers: list[tuple[Tier, Rules]] = []
     if getattr(args, "disk", None):
         from pdserve.transfer.tiers.disk import DEFAULT_MIN_FREE, DiskTier
@@ -162,6 +165,8 @@ def _tiers(args: argparse.Namespace) -> list[tuple[Tier, Rules]]:
             tiers.append((disk, Rules(write=getattr(args, "disk_write", "write-through"))))
         except TierError as e:
             log.get("cache").error("%s; serving without it", e)
+            why = f"not in use since the start of the daemon: {e}"
+            tiers.append((Absent("disk", why, args.disk_size), Rules(max_queued=0)))
     for i, url in enumerate(getattr(args, "tier", None) or ()):
         from pdserve.transfer.tiers import registry
 

@@ -1,5 +1,6 @@
 """The daemon's HTTP side and its command, over a real daemon with a disk tier."""
 
+import errno
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from pdserve.chunk import tenant_tag
 from pdserve.errors import ConfigError, StartError
 from pdserve.transfer import admin, arena, fsck, wire
 from pdserve.transfer import serving as serve
+from pdserve.transfer.catalog import Catalog
 from pdserve.transfer.client import CacheClient
 from pdserve.transfer.lower import Lower, Rules
 from pdserve.transfer.tiers.base import ChunkRecord
@@ -182,6 +184,8 @@ def test_the_command_asks_the_daemon(serving, capsys):
     assert command.main(["cache", "pin", "--undo", key(2).hex(), key(1).hex(), *at]) == 0
     assert command.main(["cache", "scrub", "--fast", *at]) == 0
     assert command.main(["cache", "ls", "--tier", "nowhere", *at]) == 1
+    assert command.main(["cache", "pin", "abc", *at]) == 1
+    assert "pdserve: the cache daemon refused (422): keys[0]: 'abc': give 64" in capsys.readouterr().err
     assert command.main(["cache", "check", str(serving.folder)]) == 1
     assert "a cache daemon uses" in capsys.readouterr().err
     assert command.main(["cache", "clear", *at]) == 0
@@ -230,6 +234,57 @@ def test_check_names_every_problem_and_repairs_on_demand(tmp_path):
     tier = DiskTier(folder, 64 << 20, min_free=0)
     assert tier.stats()["chunks"] == 3
     tier.close()
+
+
+def test_check_looks_at_a_disk_that_is_read_only_but_does_not_repair_it(tmp_path, monkeypatch):
+    tier = DiskTier(tmp_path, 64 << 20, min_free=0)
+    tier.close()
+    real = os.open
+
+    def read_only(path, flags, *more, **named):
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert fsck.check(tmp_path).problems == []
+    with pytest.raises(StartError, match="cannot be repaired: Read-only file system"):
+        fsck.check(tmp_path, repair=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "sentence"),
+    [
+        ("POST", "/cache/pin", {"keys": ["zz"]}, "keys[0]: 'zz': give 64 hexadecimal digits"),
+        ("POST", "/cache/pin", {"ttl_s": -1}, "ttl_s: -1: input should be greater than 0"),
+        ("POST", "/cache/prefetch", None, "body: field required"),
+        ("POST", "/loglevel", {"level": "x"}, "level: 'x': input should be 'debug', 'info', 'warning' or 'error'"),
+        ("DELETE", "/cache?prefix=12", None, "prefix: '12': give 64 hexadecimal digits"),
+        ("GET", "/cache/objects?limit=0", None, "limit: '0': input should be greater than or equal to 1"),
+        ("GET", "/cache/objects?tier=s3", None, "tier: no tier 's3' here that can be listed. Known: dram, disk."),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_sentence_that_names_it(method, path, body, sentence):
+    lowers = [
+        SimpleNamespace(name="disk", tier=SimpleNamespace(records=list)),
+        SimpleNamespace(name="redis", tier=None),
+    ]
+    daemon = SimpleNamespace(catalog=Catalog(None, SimpleNamespace(lowers=lowers)))
+    answer = TestClient(admin.make_app(daemon)).request(method, path, json=body)
+    assert answer.status_code in (404, 422)
+    assert answer.json()["detail"].startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["serve", "--socket", "s", "--size", "1MiB", "--admin-port", "99999"], "--admin-port: 99999 is no port"),
+        (["serve", "--socket", "s", "--size", "1MiB", "--chunk-tokens", "1048576"], "--chunk-tokens: 1048576 is over"),
+    ],
+)
+def test_the_command_refuses_numbers_that_cannot_be(words, why, capsys):
+    assert command.main(["cache", *words]) != 0
+    assert why in capsys.readouterr().err
 
 
 def test_with_a_token_only_health_is_open():

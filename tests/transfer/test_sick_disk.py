@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import threading
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from pdserve.transfer import wire
 from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.daemon import Daemon
 from pdserve.transfer.lower import Rules
+from pdserve.transfer.serving import _tiers
 from pdserve.transfer.tiers.disk import DiskTier
 
 COUNT = 100
@@ -119,3 +121,20 @@ def test_a_disk_that_takes_for_ever_hurts_nobody_and_is_shown(daemon, monkeypatc
         asyncio.run(run())
     finally:
         goes_on.set()
+
+
+def test_a_disk_that_cannot_be_opened_hurts_nobody_and_is_shown(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    tiers = _tiers(Namespace(disk=str(tmp_path / "file" / "kv"), disk_size=64 << 20))
+    daemon = Daemon(name=f"test-{os.getpid()}-shut", size=1 << 20, chunk_tokens=256, tiers=tiers)
+    try:
+        serve(daemon)
+        status, metrics = shown(daemon)
+        assert "not in use" in status["state"]
+        assert "Not a directory" in status["state"]
+        assert metrics['tier_up{tier="disk"}'] == 0
+        assert metrics['tier_dropped_writes_total{tier="disk"}'] == COUNT
+        assert (status["queued_down"], status["chunks"]) == (0, 0)
+        assert daemon.clear()[0] == COUNT
+    finally:
+        daemon.close()

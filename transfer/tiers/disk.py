@@ -56,7 +56,6 @@ class DiskTier:
                 f"a disk tier of {size} bytes is too small to be of use: give at least {MIN_SIZE >> 20} MiB"
             )
         self.path, self.size, self.min_free = path, size // PAGE * PAGE, min_free
-        self.segment_bytes = align(segment_bytes or min(max(size // 64, 32 << 20), 8 << 30))
         self._fault = fault
         #: told, on the thread that writes, of the keys that were thrown away to keep under the cap
         self.on_evicted: Callable[[set[bytes]], object] | None = None
@@ -70,15 +69,17 @@ class DiskTier:
         self._current: Segment | None = None
         self._clock = 0
         self._state, self._retry_at = "ok", 0.0
-        self._room = Room(path, self.size, min_free, self.segment_bytes)
         self._counts = dict.fromkeys(("evicted_chunks", "moved_chunks", "quarantined_chunks", "quarantined_bytes"), 0)
         self._closed = False
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock_file = self._take_lock()
             self._index, found, older = disk_index.load(path, self._log)
+            room = self._real_room(sum(s.end for s in found))
         except OSError as e:
             raise TierError(f"the disk tier cannot use {path}: {e}") from e
+        self.segment_bytes = align(segment_bytes or min(max(room // 64, 32 << 20), room // 4, 8 << 30))
+        self._room = Room(path, self.size, min_free, self.segment_bytes)
         for segment in found:
             self._segments[segment.number] = segment
             self._use(segment)
@@ -86,6 +87,15 @@ class DiskTier:
             with contextlib.suppress(OSError, TierError):
                 self._mark_dead(entry)
         self._saver = disk_index.Saver(self.save_index)
+
+    def _real_room(self, taken: int) -> int:
+        """What the tier can come to take: its cap, or what the file system has, if that is less."""
+        facts = os.statvfs(self.path)
+        room = max(MIN_SIZE // 2, facts.f_bavail * facts.f_frsize + taken - self.min_free)
+        if room < self.size:
+            words = "disk tier: %d MiB are asked for, but %s has room for %d MiB beside the %d MiB that stay free"
+            self._log.warning(words, self.size >> 20, self.path, room >> 20, self.min_free >> 20)
+        return min(room, self.size)
 
     # ---- the contract ----
 
