@@ -70,7 +70,7 @@ def judge(facts: Facts, want: int | None) -> Finding:
 
 
 def _none(facts: Facts, want: int | None) -> Finding:
-    error = facts.cuda["error"]
+    error = facts.cuda["error"] or "no devices (does CUDA_VISIBLE_DEVICES hide them?)"
     if facts.nodes:
         means = (
             "The devices are there (/dev/nvidia*), but the driver's library does not serve them: engines cannot start."
