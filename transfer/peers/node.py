@@ -19,6 +19,7 @@ from pdserve.errors import ProtocolError
 from pdserve.transfer.peers import messages
 from pdserve.transfer.peers.directory import Directory, EventLog, short
 from pdserve.transfer.peers.fetching import Fetching
+from pdserve.transfer.peers.follow import Follower
 from pdserve.transfer.peers.giving import Giving, LowerTiers
 from pdserve.transfer.peers.inbox import Inbox, Incoming
 from pdserve.transfer.peers.link import Link
@@ -29,9 +30,6 @@ from pdserve.transfer.resident import Chunk
 from pdserve.transfer.store import Store
 from pdserve.transfer.transports.base import Connection, Offer, Outcome, Slot, Transport, TransportError
 
-#: between two looks at the list of peers
-LIST_EVERY_S = 2.0
-LIST_S = 10.0
 #: how long `pdserve status` waits for the other hosts
 STATE_S = 2.0
 
@@ -70,7 +68,7 @@ class Node:
         self._members = Members(epoch=epoch)
         self._links: dict[str, Link] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._source: Source | None = None
+        self._follower: Follower | None = None
         self._draining = False
         self._closing = False
         store.on_committed.append(self._committed)
@@ -83,8 +81,7 @@ class Node:
         self._has_disk = self.lower.watch_disk(self._on_disk)
         self.url = await self._transport.listen(self._listen, self)
         self._members = Members(self.url, self.epoch)
-        self._source = self._make_source(self.url)
-        self.spawn(self._follow())
+        self._follower = Follower(self._make_source(self.url), lambda listed: self.spawn(self._listed(listed)))
         self.log.info("peers: %s listens at %s", self.name, self.url)
 
     async def stop(self) -> None:
@@ -95,8 +92,8 @@ class Node:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         links, self._links = list(self._links.values()), {}
         await asyncio.gather(*(link.close(bye=True) for link in links), return_exceptions=True)
-        if self._source is not None:
-            await asyncio.to_thread(self._source.close)
+        if self._follower is not None:
+            await self._follower.stop()
         await self._transport.close()
         self.inbox.close()
 
@@ -110,20 +107,10 @@ class Node:
         if not task.cancelled() and task.exception() is not None:
             self.log.error("a task of the peers ended badly", exc_info=task.exception())
 
-    async def _follow(self) -> None:
-        """Takes in who joins and lets go who leaves."""
-        assert self._source is not None
-        while True:
-            try:
-                listed = await asyncio.wait_for(asyncio.to_thread(self._source.peers), LIST_S)
-                await self._listed(listed)
-            except TimeoutError:
-                self.log.warning("the list of peers was not had within %g s; it stays as it was", LIST_S)
-            except Exception:
-                self.log.exception("the list of peers could not be read; it stays as it was")
-            await asyncio.sleep(LIST_EVERY_S)
-
     async def _listed(self, listed: dict[str, str]) -> None:
+        """Takes in who joins and lets go who leaves."""
+        if self._closing:
+            return
         joined, left = self._members.listed(listed)
         for member in joined:
             self.log.info("peer %s joins", member.name or member.url)

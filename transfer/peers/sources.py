@@ -7,12 +7,13 @@ A source is asked again and again from one thread; each answer is the whole list
 from __future__ import annotations
 
 import base64
-import json
 import socket
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 from urllib.parse import parse_qs, urlsplit
+
+import msgspec
 
 from pdserve.errors import CacheError, ConfigError
 
@@ -98,8 +99,8 @@ class Etcd:
             reply = self._post("kv/range", {"key": _b64(first), "range_end": _b64(end), "limit": 4096})
             found = {}
             for entry in reply.get("kvs", ()):
-                facts = json.loads(base64.b64decode(entry["value"]))
-                found[str(facts["url"])] = str(facts["name"])
+                if (facts := _entry(entry.get("value", ""))) is not None:
+                    found[facts.url] = facts.name
         except self._failures as e:
             raise SourceError(f"etcd: {type(e).__name__}: {e}") from e
         return found
@@ -111,7 +112,7 @@ class Etcd:
             if int(reply.get("result", {}).get("TTL", 0)) > 0:
                 return
         self._lease = str(self._post("lease/grant", {"TTL": LEASE_S})["ID"])
-        value = json.dumps({"url": self._own, "name": self._name}).encode()
+        value = msgspec.json.encode(_Entry(self._own, self._name))
         key = f"/{self._prefix}/{self._own}".encode()
         self._post("kv/put", {"key": _b64(key), "value": _b64(value), "lease": self._lease})
 
@@ -132,6 +133,19 @@ class Etcd:
 
 def _b64(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    url: str
+    name: str = ""
+
+
+def _entry(value: str) -> _Entry | None:
+    """Somebody else's key under the prefix is no peer, and no reason to believe nobody any more."""
+    try:
+        return msgspec.json.decode(base64.b64decode(value), type=_Entry)
+    except (msgspec.MsgspecError, ValueError):
+        return None
 
 
 class Several:
@@ -175,6 +189,10 @@ def build(peers: list[str], discover: str, own: str, name: str, told: Callable[[
             raise ConfigError("--peers-from", f"{discover!r} is not a source of peers", fix)
         if parts.scheme == "dns":
             sources.append(Dns(host, port, scheme))
+        elif urlsplit(own).hostname in ("0.0.0.0", "::"):
+            raise ConfigError(
+                "--peer-listen", f"{own} is no address that others can reach", "With etcd give the host's own address."
+            )
         else:
             sources.append(Etcd(f"{host}:{port}", parts.path, own, name))
     return Several(sources, told)

@@ -12,8 +12,8 @@ from pdserve import kernels, metrics
 from pdserve.chunk import FORMAT_VERSION
 from pdserve.transfer.eviction import LeafFirstLru
 from pdserve.transfer.lower import Rules
+from pdserve.transfer.peers import follow
 from pdserve.transfer.peers import link as link_module
-from pdserve.transfer.peers import node as node_module
 from pdserve.transfer.peers.node import Node
 from pdserve.transfer.peers.sources import Static
 from pdserve.transfer.store import Store
@@ -154,7 +154,7 @@ def network(monkeypatch):
     monkeypatch.setattr(link_module, "SYNC_EVERY_S", 0.02)
     monkeypatch.setattr(link_module, "CALL_S", 20.0)
     monkeypatch.setattr(link_module, "PUSH_S", 30.0)
-    monkeypatch.setattr(node_module, "LIST_EVERY_S", 0.05)
+    monkeypatch.setattr(follow, "LIST_EVERY_S", 0.05)
     return FakeNetwork()
 
 

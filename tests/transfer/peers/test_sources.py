@@ -131,6 +131,19 @@ def test_an_entry_that_etcd_has_lost_is_made_anew(etcd):
     a.close()
 
 
+def test_what_is_no_entry_is_passed_over(etcd):
+    a = Etcd(etcd, "/kv/four", "tcp://10.0.0.1:7900", "a")
+    for i, value in enumerate((b"hello", b"[]", b'{"name": "x"}', b'{"url": 5}', b"\xff", b"")):
+        a._post("kv/put", {"key": sources._b64(f"/kv/four/{i}".encode()), "value": sources._b64(value)})
+    assert a.peers() == {"tcp://10.0.0.1:7900": "a"}
+    a.close()
+
+
+def test_an_address_of_nobody_is_not_told_to_others():
+    with pytest.raises(ConfigError, match=r"--peer-listen: tcp://0\.0\.0\.0:7900 is no address"):
+        sources.build([], "etcd://127.0.0.1:1/kv", "tcp://0.0.0.0:7900", "a", print)
+
+
 def test_no_etcd_is_an_error_in_words():
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
