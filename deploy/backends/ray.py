@@ -47,17 +47,23 @@ class RayAgent:
         self._handles[handle.pid] = handle
         return handle.pid, handle.created, ""
 
+    # A process that an earlier agent of this host ran has ended with it.
+
     def exit_code(self, pid: int) -> int | None:
-        return self._local.exit_code(self._handles[pid])
+        handle = self._handles.get(pid)
+        return self._local.exit_code(handle) if handle else _GONE
 
     def interrupt(self, pid: int) -> None:
-        self._local.interrupt(self._handles[pid])
+        if handle := self._handles.get(pid):
+            self._local.interrupt(handle)
 
     def kill(self, pid: int) -> None:
-        self._local.kill(self._handles[pid])
+        if handle := self._handles.get(pid):
+            self._local.kill(handle)
 
     def remains(self, pid: int) -> list[int]:
-        return self._local.remains(self._handles[pid])
+        handle = self._handles.get(pid)
+        return self._local.remains(handle) if handle else []
 
     def answers(self, url: str) -> bool:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -96,6 +102,8 @@ class RayBackend:
                 fix = "Start it: ray start --head here, ray start --address=HEAD on the others."
                 raise StartError(f"no Ray cluster answers ({error}). {fix}") from error
         self._agents: dict[str, Any] = {}
+        self._places: dict[str, dict[str, Any]] = {}  # by host: where its agent belongs, as Ray is told
+        self._dead: set[str] = set()  # hosts whose agent has ended
         try:
             self._check(check)
             self._place(hosts)
@@ -122,16 +130,26 @@ class RayBackend:
             raise StartError(
                 f"Ray had no room for the deployment within {PLACE_SECONDS:g} s ({asked}). See: ray status"
             )
-        variables = {name: value for name, value in os.environ.items() if name.startswith("PDSERVE_")}
-        agent = self._ray.remote(RayAgent)
         for i, (name, share) in enumerate(hosts.items()):
             strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=i)
-            options = {"num_cpus": share.get("CPU", 0), "num_gpus": share.get("GPU", 0), "max_restarts": 0}
-            self._agents[name] = agent.options(scheduling_strategy=strategy, **options).remote(variables)
+            self._places[name] = {
+                "scheduling_strategy": strategy,
+                "num_cpus": share.get("CPU", 0),
+                "num_gpus": share.get("GPU", 0),
+                "max_restarts": 0,  # what it ran is gone with it: the supervisor starts both anew
+            }
+            self._agents[name] = self._agent(name)
+
+    def _agent(self, host: str) -> Any:
+        variables = {name: value for name, value in os.environ.items() if name.startswith("PDSERVE_")}
+        return self._ray.remote(RayAgent).options(**self._places[host]).remote(variables)
 
     # ---- backends/base.py ----
 
     def start(self, process: Process) -> Handle:
+        if process.host in self._dead:  # killed, as Ray does when memory runs short; or its node died and may be back
+            self._dead.discard(process.host)
+            self._agents[process.host] = self._agent(process.host)
         pid, created, error = self._call(process.host, "start", process, lost=(0, 0.0, "its host is gone"))
         if error:
             raise StartError(error)
@@ -179,7 +197,12 @@ class RayBackend:
             return lost
         try:
             return self._ray.get(getattr(agent, method).remote(*words), timeout=CALL_SECONDS)
-        except (self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError):
+        except self._ray.exceptions.RayTaskError:
+            raise  # the agent's own mistake
+        except (self._ray.exceptions.GetTimeoutError, self._ray.exceptions.ActorUnavailableError):
+            return lost  # it may be there all the same
+        except (self._ray.exceptions.RayError, ConnectionError):  # killed, out of memory, no cluster any more
+            self._dead.add(host)
             return lost
 
 

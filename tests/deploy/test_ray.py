@@ -14,8 +14,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from ports import free_port
 
@@ -25,6 +27,7 @@ from pdserve.deploy.backends import conformance
 from pdserve.deploy.backends.base import Backend
 from pdserve.deploy.backends.local import marked
 from pdserve.deploy.backends.ray import RayBackend, for_topology
+from pdserve.deploy.plan import Process
 from pdserve.deploy.state import Deployment
 from pdserve.deploy.supervise import Supervisor
 from pdserve.errors import ConfigError
@@ -43,7 +46,10 @@ def cluster() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="pdray", dir="/tmp")  # the path of its sockets must be short
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder, resources={"a": 1, "b": 1})
+        ray.init(
+            num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder, resources={"a": 1, "b": 1},
+            _system_config={"memory_monitor_refresh_ms": 0},  # it would end agents when other tests fill the memory
+        )  # fmt: skip
         try:
             yield
         finally:
@@ -61,6 +67,30 @@ def backend(cluster: None) -> Iterator[RayBackend]:
 @pytest.mark.parametrize("rule", conformance.RULES, ids=lambda rule: rule.__name__)
 def test_conformance(rule: Callable[[Backend, Path], None], backend: RayBackend, tmp_path: Path) -> None:
     rule(backend, tmp_path)
+
+
+def test_a_killed_agent_takes_its_processes_with_it_and_the_next_start_makes_another(
+    backend: RayBackend, tmp_path: Path
+) -> None:
+    def at(host: str, name: str) -> Process:
+        return replace(conformance.process(tmp_path, conformance.SLEEP, name), host=host)
+
+    lost, fellow, other = (backend.start(at(*where)) for where in (("a", "one"), ("a", "two"), ("b", "three")))
+    agent = psutil.Process(lost.pid).parent()
+    assert agent is not None
+    assert "RayAgent" in agent.name() + " ".join(agent.cmdline())
+    agent.kill()
+    conformance.soon(lambda: backend.exit_code(lost) is not None, "its death is noticed")
+    conformance.soon(lambda: not psutil.pid_exists(lost.pid) and not psutil.pid_exists(fellow.pid), "nothing is left")
+    assert backend.exit_code(other) is None, "the other host goes on"
+    again = backend.start(at("a", "one"))
+    assert backend.exit_code(again) is None
+    assert backend.exit_code(fellow) == -9, "the new agent knows that what the former one ran is gone"
+    backend.interrupt(fellow)
+    backend.kill(fellow)
+    assert backend.remains(fellow) == []
+    for handle in (again, other):
+        backend.kill(handle)
 
 
 HOSTS = """
@@ -140,7 +170,11 @@ def test_the_command_itself(cluster: None, tmp_path: Path) -> None:
         done = subprocess.run([*command, "status", "--json"], env=variables, capture_output=True, text=True, timeout=60)
         (facts,) = json.loads(done.stdout)
         assert (facts["state"], facts["backend"], done.returncode) == ("ready", "ray", 0)
-        assert {(p["name"], p["host"]) for p in facts["processes"]} == {("prefill-0", "a"), ("decode-0", "a"), ("proxy", "a")}
+        assert {(p["name"], p["host"]) for p in facts["processes"]} == {
+            ("prefill-0", "a"),
+            ("decode-0", "a"),
+            ("proxy", "a"),
+        }
         launch.send_signal(signal.SIGINT)
         assert launch.wait(90) == 0
     finally:
