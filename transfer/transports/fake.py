@@ -30,7 +30,8 @@ from pdserve.transfer.transports.base import (
     Service,
 )
 from pdserve.transfer.transports.outbox import Segment
-from pdserve.transfer.transports.session import Limits, Session
+from pdserve.transfer.transports.plane import Limits
+from pdserve.transfer.transports.session import Session
 
 _TICK_S = 0.02
 

@@ -15,8 +15,9 @@ from pdserve.transfer.transports import handshake as h
 from pdserve.transfer.transports.base import Connection, DeadlinePassed, Local, PeerLost, PeerRefused, Service
 from pdserve.transfer.transports.control import Control
 from pdserve.transfer.transports.listener import Listener
+from pdserve.transfer.transports.plane import Limits, Plane
 from pdserve.transfer.transports.security import Security
-from pdserve.transfer.transports.session import Limits, Plane, Session
+from pdserve.transfer.transports.session import Session
 
 MAX_SESSIONS = 256
 

@@ -30,8 +30,9 @@ from pdserve.errors import ConfigError, ProtocolError
 from pdserve.transfer.transports.base import MAX_TICKETS, Expected, Local, Outcome
 from pdserve.transfer.transports.net import NetTransport, plane_ready
 from pdserve.transfer.transports.outbox import Segment
+from pdserve.transfer.transports.plane import Limits, Plane
 from pdserve.transfer.transports.security import Security
-from pdserve.transfer.transports.session import Limits, Plane, Session
+from pdserve.transfer.transports.session import Session
 
 #: what a notification says: ticket, key, shard, bytes of the piece, bytes written
 _WRITTEN = struct.Struct(f"<Q{KEY_BYTES}sHQQ")

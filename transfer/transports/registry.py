@@ -21,8 +21,8 @@ import msgspec
 
 from pdserve.errors import ConfigError
 from pdserve.transfer.transports.base import Local, Transport
+from pdserve.transfer.transports.plane import Limits
 from pdserve.transfer.transports.security import Security
-from pdserve.transfer.transports.session import Limits
 
 #: what serves everywhere
 FALLBACK = "tcp"

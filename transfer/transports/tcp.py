@@ -7,8 +7,9 @@ import asyncio
 from pdserve.transfer.transports import door
 from pdserve.transfer.transports.base import Local
 from pdserve.transfer.transports.net import NetTransport
+from pdserve.transfer.transports.plane import Limits, Plane
 from pdserve.transfer.transports.security import Security
-from pdserve.transfer.transports.session import Limits, Plane, Session
+from pdserve.transfer.transports.session import Session
 from pdserve.transfer.transports.streams import Streams
 
 DEFAULT_STREAMS = 4

@@ -35,8 +35,9 @@ from pdserve.errors import ConfigError, ProtocolError
 from pdserve.transfer.transports.base import Connection, Expected, Local, Outcome, Service
 from pdserve.transfer.transports.net import NetTransport, address_of, plane_ready
 from pdserve.transfer.transports.outbox import Segment
+from pdserve.transfer.transports.plane import Limits, Plane
 from pdserve.transfer.transports.security import Security
-from pdserve.transfer.transports.session import Limits, Plane, Session
+from pdserve.transfer.transports.session import Session
 
 #: payload tag, ticket, key, shard, digest of the piece, bytes of the piece, offset in it, bytes that follow
 _HEADER = struct.Struct(f"<QQ{KEY_BYTES}sHQQQQ")

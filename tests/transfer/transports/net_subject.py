@@ -6,8 +6,8 @@ from urllib.parse import urlsplit
 from relay import Relay
 
 from pdserve.transfer.transports.conformance.subject import Subject
+from pdserve.transfer.transports.plane import Limits
 from pdserve.transfer.transports.security import Security
-from pdserve.transfer.transports.session import Limits
 
 SECRET = b"a secret of the tests' own"
 

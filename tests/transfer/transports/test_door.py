@@ -21,8 +21,8 @@ from pdserve.transfer.transports.base import DeadlinePassed, Local, PeerRefused
 from pdserve.transfer.transports.conformance.ends import RecordingService, raised, soon
 from pdserve.transfer.transports.listener import MAX_PENDING_EACH, Gate
 from pdserve.transfer.transports.net import address_of
+from pdserve.transfer.transports.plane import Limits
 from pdserve.transfer.transports.security import Security
-from pdserve.transfer.transports.session import Limits
 from pdserve.transfer.transports.tcp import TcpTransport
 
 

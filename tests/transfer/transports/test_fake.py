@@ -101,6 +101,6 @@ def test_a_silent_way_is_given_up():
 
 
 def conformance_limits():
-    from pdserve.transfer.transports.session import Limits
+    from pdserve.transfer.transports.plane import Limits
 
     return Limits(silence_s=0.5)

@@ -10,8 +10,8 @@ from net_subject import SECRET, PlaneSubject
 from pdserve.errors import ConfigError
 from pdserve.transfer.transports import conformance, nixl
 from pdserve.transfer.transports.base import Local
+from pdserve.transfer.transports.plane import Limits
 from pdserve.transfer.transports.security import Security
-from pdserve.transfer.transports.session import Limits
 
 HAVE = any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13"))
 needs_nixl = pytest.mark.skipif(not HAVE, reason="neither nixl-cu12 nor nixl-cu13 is installed")

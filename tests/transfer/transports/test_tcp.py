@@ -11,8 +11,8 @@ from pdserve.transfer.transports import conformance
 from pdserve.transfer.transports.base import Local, PeerRefused
 from pdserve.transfer.transports.conformance import cancelling, pushing
 from pdserve.transfer.transports.conformance.ends import RecordingService, end, paired, pieces, raised, soon
+from pdserve.transfer.transports.plane import Limits
 from pdserve.transfer.transports.security import Security
-from pdserve.transfer.transports.session import Limits
 from pdserve.transfer.transports.tcp import TcpTransport
 
 

@@ -10,8 +10,8 @@ from net_subject import SECRET, PlaneSubject
 from pdserve.errors import ConfigError
 from pdserve.transfer.transports import conformance, ucx
 from pdserve.transfer.transports.base import Local
+from pdserve.transfer.transports.plane import Limits
 from pdserve.transfer.transports.security import Security
-from pdserve.transfer.transports.session import Limits
 
 HAVE = any(importlib.util.find_spec(name) for name in ("ucxx", "ucp"))
 needs_ucx = pytest.mark.skipif(not HAVE, reason="neither ucxx nor ucx-py is installed (extra: ucx)")
