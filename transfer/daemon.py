@@ -26,6 +26,7 @@ from pdserve.transfer.connection import Connection
 from pdserve.transfer.eviction import POLICIES
 from pdserve.transfer.flows import Flows
 from pdserve.transfer.gone import Gone
+from pdserve.transfer.held import Held
 from pdserve.transfer.journal import Journal
 from pdserve.transfer.lower import Rules
 from pdserve.transfer.peers.node import Node
@@ -89,6 +90,9 @@ class Daemon:
         self.store.on_forgotten.append(self.journal.forgotten)
         self.gone = Gone()
         self.requests = Requests(self.gone, self._left_alone, self.started)
+        self.held = Held(self.daemon_id, self._there)
+        self.requests.on_prompt = self.held.asked
+        self.store.on_committed.append(lambda chunk: self.held.came(chunk.key))
         self.store.on_forgotten.append(self._forgotten)
         self.spans: tracing.Spans | None = None  # made by trace()
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -119,6 +123,11 @@ class Daemon:
 
     def _forgotten(self, chunk: Chunk) -> None:
         self.gone.removed(chunk.key, "dram", self.store.removing, time.time())
+        self.held.went(chunk.key, self.store.removing == "capacity")
+
+    def _there(self, key: bytes) -> bool:
+        chunk = self.store.peek(key)
+        return chunk is not None and chunk.committed
 
     def _was_read(self, key: bytes, tier: str, outcome: str, seconds: float, nbytes: int) -> None:
         if outcome:
