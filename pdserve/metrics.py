@@ -148,6 +148,22 @@ PROXY = {
         unit="requests",
         act="Stays above zero: there is more load than the target allows.",
     ),
+    "location_heard_timestamp_seconds": Metric(
+        Gauge,
+        "When (unix time) a cache daemon was last heard of what it holds, by which requests are routed; of the worker that has "
+        "heard nothing for longest",
+        ("cache",),
+        unit="seconds",
+        act="time() minus this is how old the knowledge may be. A daemon says something every 5 s: above 15 it is down or "
+        "cannot be reached, above 20 it counts as empty.",
+    ),
+    "location_resyncs_total": Metric(
+        Counter,
+        "Times that a cache daemon told all that it holds, instead of what had changed",
+        ("cache",),
+        unit="times",
+        act="One for each connection to a new life of a daemon. Many: the proxy falls behind what it is told.",
+    ),
     "split_decisions_total": Metric(
         Counter,
         "Completions by what was decided at first: pd, or why a consumer alone was asked (no-producer, "
@@ -510,7 +526,8 @@ def build(table: dict[str, Metric], registry: CollectorRegistry) -> dict[str, An
         if m.kind is Histogram:
             made[name] = Histogram(PREFIX + name, m.help, m.labels, registry=registry, buckets=m.buckets)
         elif m.kind is Gauge:  # the mode counts only where several worker processes are shown as one
-            mode: Literal["livemax", "livesum"] = "livemax" if name.endswith("_up") else "livesum"
+            mode: Literal["livemax", "livemin", "livesum"] = "livemax" if name.endswith("_up") else "livesum"
+            mode = "livemin" if name.endswith("_timestamp_seconds") else mode
             made[name] = Gauge(PREFIX + name, m.help, m.labels, registry=registry, multiprocess_mode=mode)
         else:
             made[name] = m.kind(PREFIX + name, m.help, m.labels, registry=registry)

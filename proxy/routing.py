@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from pdserve.engines.body import Body
 from pdserve.proxy import facts as reading
@@ -10,7 +11,7 @@ from pdserve.proxy.policies import base
 from pdserve.proxy.policies.base import Candidate, Facts
 from pdserve.proxy.worth import Worth
 
-RECENT = 512  # prompts whose whereabouts are asked of the daemons
+RECENT = 512  # prompts of which daemons' news are looked up
 _BY_PROMPT = ("prefix", "chunk_location")
 
 
@@ -20,7 +21,8 @@ class Routing:
     def __init__(self, prefill: str, decode: str, worth: Worth | None = None) -> None:
         self.prefill, self.decode = base.make(prefill), base.make(decode)
         self.worth = worth or Worth()
-        self.recent: OrderedDict[str, Facts] = OrderedDict()  # prompts that may be asked about, by request
+        self.recent: OrderedDict[str, Facts] = OrderedDict()  # the latest prompts, by request
+        self.on_learned: Callable[[Facts], None] | None = None
         self._blocks = self.worth.wants_blocks or bool({prefill, decode} & {*_BY_PROMPT})
 
     def facts(self, endpoint: str, headers: list[tuple[bytes, bytes]], body: Body) -> Facts:
@@ -36,6 +38,8 @@ class Routing:
             self.recent.move_to_end(facts.request)
             while len(self.recent) > RECENT:
                 self.recent.popitem(last=False)
+            if self.on_learned is not None:
+                self.on_learned(facts)
 
     @property
     def by_prompt(self) -> bool:

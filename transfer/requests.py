@@ -47,6 +47,8 @@ class Requests:
         #: told of (instance, leg, spans of it, whether the leg is new) once both are known; for tracing
         self.on_told: Callable[[str, telling.Leg, list[telling.Span], bool], None] | None = None
         self.listeners = Listeners()
+        #: told of each prompt: (client's id, keys of its chunks, tokens of a whole chunk, tokens of the prompt)
+        self.on_prompt: Callable[[str, list[bytes], int, int], None] | None = None
 
     def __len__(self) -> int:
         return len(self._legs)
@@ -105,6 +107,8 @@ class Requests:
         leg.told = telling.Leg(*(getattr(told, name) for name in telling.Leg.__struct_fields__[:-2]))
         self._grow(leg, 100 * len(told.keys) + 60 * len(told.tiers) + 500)
         self.prompts.add(prompt)
+        if self.on_prompt is not None:
+            self.on_prompt(prompt.request, told.keys, told.chunk_tokens, told.tokens)
 
     def _take_end(self, leg: _Leg, ended: telling.Ended) -> None:
         leg.ended = ended
@@ -179,17 +183,6 @@ class Requests:
         legs = [self._legs[name].told for name in self._by_request.get(request, ()) if name in self._legs]
         told = next((leg for leg in reversed(legs) if leg is not None), None)
         return None if told is None else told.keys[: min(tokens, told.tokens) // told.chunk_tokens]
-
-    def held(self, ids: Iterable[str], there: Callable[[bytes], bool]) -> dict[str, tuple[int, int]]:
-        """Request id -> how many tokens of its prompt are there now, from the first on, and how many it has."""
-        found = {}
-        for request in ids:
-            legs = [self._legs[name].told for name in self._by_request.get(request, ()) if name in self._legs]
-            told = next((leg for leg in reversed(legs) if leg is not None), None)
-            if told is not None:
-                count = next((n for n, key in enumerate(told.keys) if not there(key)), len(told.keys))
-                found[request] = (min(count * told.chunk_tokens, told.tokens), told.tokens)
-        return found
 
     def _shown(self, leg: _Leg) -> dict[str, Any]:
         told, ended = leg.told, leg.ended

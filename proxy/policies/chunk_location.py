@@ -2,8 +2,8 @@
 
 An engine that has answered a prompt has its KV in its own memory, and the cache of its host has it too: a match on the
 engine itself counts in full, one on its host by HOST_WORTH (the chunks must be loaded from there). A reply that says
-that nothing was cached where a match had been believed takes the belief away. What caches hold now is asked of their
-daemons too (locating.py), and an engine or a daemon that begins a new life has nothing.
+that nothing was cached where a match had been believed takes the belief away. What caches hold now their daemons tell
+(locating.py), and an engine or a daemon that begins a new life has nothing.
 """
 
 from __future__ import annotations

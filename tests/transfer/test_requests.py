@@ -260,12 +260,3 @@ def test_the_keys_of_a_prompts_beginning_are_those_of_its_whole_chunks(requests:
     assert requests.keys("r", CHUNK - 1) == []
     assert requests.keys("r", 2 * CHUNK + 5) == keys(tokens)[:2]
     assert requests.keys("r", 10**6) == keys(tokens)[:3]
-
-
-def test_how_much_of_a_prompt_is_there_counts_from_its_beginning(requests: Requests) -> None:
-    tokens = ids(3 * CHUNK + 10)
-    requests.take(telling.Facts([leg("r", tokens)]), "prefill-0")
-    known = keys(tokens)
-    assert requests.held(["r", "s"], lambda key: True) == {"r": (len(tokens), len(tokens))}
-    assert requests.held(["r"], lambda key: key != known[1]) == {"r": (CHUNK, len(tokens))}
-    assert requests.held(["r"], lambda key: False) == {"r": (0, len(tokens))}
