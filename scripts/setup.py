@@ -9,6 +9,7 @@ After an interruption it goes on where it was, because every step first looks wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -20,6 +21,8 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,17 +51,18 @@ def main() -> int:
     engine = args.engine
     begun = time.monotonic()
     try:
-        if args.test_servers:
-            debian_packages(test_servers())
+        servers = test_servers() if args.test_servers else []
         if is_current(engine):
+            debian_packages(servers)
             print(f"setup: {VENV} is up to date")
             return 0
         system_packages()
-        make_venv()
-        install_engine(engine)
-        install_project(engine)
-        repair_engine(engine)
-        fetch_model()
+        with beside(lambda: debian_packages(servers)):
+            make_venv()
+            install_engine(engine)
+            install_project(engine)
+            repair_engine(engine)
+            fetch_model()
         write_stamp(engine)
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
@@ -99,6 +103,20 @@ def model_is_there() -> bool:
 
 
 # --- steps -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def beside(work: Callable[[], None]) -> Iterator[None]:
+    """Does the work while the block runs: apt and pip both unpack for minutes, on one core each. On a terminal before it,
+    where both would write into one line."""
+    if sys.stdout.isatty():
+        work()
+        yield
+        return
+    with ThreadPoolExecutor(1) as pool:
+        doing = pool.submit(work)
+        yield
+        doing.result()
 
 
 def system_packages() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -123,6 +125,31 @@ def test_a_missing_compiler_is_no_reason_to_stop(
     monkeypatch.setattr(setup.shutil, "which", lambda name: None)
     setup.system_packages()
     assert "going on without g++" in capsys.readouterr().out
+
+
+def test_the_tests_servers_are_installed_beside_the_rest_and_their_failure_is_told(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "sys", SimpleNamespace(stdout=io.StringIO()))  # no terminal
+    begun, goes_on, done = threading.Event(), threading.Event(), []
+
+    def servers() -> None:
+        begun.set()
+        assert goes_on.wait(60)
+        done.append("servers")
+
+    with setup.beside(servers):
+        assert begun.wait(60)
+        done.append("the rest")
+        goes_on.set()
+    assert done == ["the rest", "servers"]
+
+    def fails() -> None:
+        raise setup.SetupError("no apt")
+
+    with pytest.raises(setup.SetupError, match="no apt"), setup.beside(fails):
+        done.append("again")
+    assert done[-1] == "again"
 
 
 def test_nothing_missing_runs_nothing(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
