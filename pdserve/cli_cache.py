@@ -189,7 +189,9 @@ def _ls(args: argparse.Namespace) -> int:
 
 def _clear(args: argparse.Namespace) -> int:
     query = urllib.parse.urlencode({k: v for k in ("salt", "prefix") if (v := getattr(args, k)) is not None})
-    done = _ask(args, "DELETE", f"/cache?{query}")
+    with output.steps() as progress:  # lower tiers get some seconds for it
+        progress.step("clearing")
+        done = _ask(args, "DELETE", f"/cache?{query}")
     if args.json:
         output.print_json(done)
         return 0 if done["finished"] else 1
@@ -229,7 +231,8 @@ def _scrub(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from pdserve.transfer import fsck
 
-    report = fsck.check(Path(args.folder), repair=args.repair, progress=lambda line: print(line, file=sys.stderr))
+    with output.steps() as progress:
+        report = fsck.check(Path(args.folder), repair=args.repair, progress=progress.step)
     if args.json:
         output.print_json(msgspec.to_builtins(report))
         return 1 if len(report.problems) > report.repaired else 0

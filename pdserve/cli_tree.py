@@ -19,7 +19,7 @@ COMMANDS = {
     "stop": ("pdserve.cli_stop", "stop a deployment, or clean up after one that was killed"),
     "logs": ("pdserve.cli_logs", "show what all processes say, in order of time"),
     "explain": ("pdserve.cli_explain", "say where a request's time went and why a chunk was missing"),
-    "doctor": ("pdserve.cli_doctor", "check this machine, a topology or a running deployment, and say what to fix"),
+    "doctor": ("pdserve.cli_doctor", "check a machine, a topology or a deployment; say what to fix"),
     "verify": ("pdserve.verify", "compare the answers with plain vLLM's"),
     "demo": ("pdserve.demo", "start the CPU topology, send requests, show what came of them"),
     "bench": ("pdserve.bench", "run a workload against a server or in arms, compare, report"),
@@ -35,15 +35,15 @@ COMMANDS = {
 EXIT_CODES = {
     0: "it worked; doctor: nothing to fix",
     1: "it did not work, or a check failed; the message says why",
-    2: "a setting, a flag or this machine is not as it must be; nothing was started",
+    2: "a setting, a flag or this machine is not as it must be; nothing started",
     3: "what it should talk to does not run or does not answer",
     4: "doctor: it works, with warnings",
     130: "stopped by Ctrl-C",
 }
 
 EXAMPLES = """examples:
-  pdserve launch local-cpu             one producer, one consumer, cache and proxy on the CPU
-  pdserve launch my.yaml --dry-run     the exact processes, without starting them
+  pdserve launch local-cpu             a producer, a consumer, cache, proxy
+  pdserve launch my.yaml --dry-run     the exact processes, not started
   pdserve doctor my.yaml               will it run here, and what to change
   pdserve status --json
   pdserve verify local-cpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import pty
 import re
@@ -10,6 +11,7 @@ import select
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -206,3 +208,24 @@ def test_progress_only_on_a_terminal_and_no_colour_when_asked() -> None:
     )
     assert piped.stdout.split() == ["state", "failed"]
     assert "\x1b" not in piped.stdout
+
+
+def test_a_plain_line_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said while the work is one long call, too."""
+    monkeypatch.setattr(output, "FIRST_LINE_S", 0.01)
+    monkeypatch.setattr(output, "LINE_EVERY_S", 0.01)
+    told, lines = threading.Event(), list[str]()
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            lines.append(text)
+            if len(lines) >= 2:
+                told.set()
+            return len(text)
+
+    with output.steps(total=4, stream=Stream()) as progress:
+        progress.step("halfway", 2)
+        assert told.wait(60)
+    assert all(re.fullmatch(r"halfway, 2 of 4 done, \d+ s\n|working, \d+ s\n", line) for line in lines), lines
+    assert lines[-1].startswith("halfway")
+    assert not any(thread.name == "progress" for thread in threading.enumerate())
