@@ -25,7 +25,7 @@ demo: setup
 test:
 	@$(PYTHON) scripts/setup.py --engine $(ENGINE) --test-servers
 	@$(MAKE) --no-print-directory lint typecheck
-	@$(BIN)/pytest
+	@$(BIN)/pytest --durations=40
 
 lint:
 	@$(BIN)/ruff check .

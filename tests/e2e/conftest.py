@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,19 @@ def pd(stage: Stage) -> Deployment:
 def both(stage: Stage) -> Deployment:
     """One engine of both roles with very little KV space, a cache, a proxy, and a plain engine."""
     return stage.get("both")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """A failure here is looked into from its output alone: what the processes said last is part of it."""
+    report = yield
+    if report.failed and Path(__file__).parent in item.path.parents:
+        folders = (env.run_root().glob("*/logs/*.log"), Path(f"/tmp/pdh{os.getpid()}").glob("*/*/logs/*.log"))
+        for log in sorted(path for found in folders for path in found):
+            if log.stat().st_mtime >= call.start - 5:
+                last = log.read_text(errors="replace")[-20_000:].splitlines()[-40:]
+                report.sections.append((f"end of {log}", "\n".join(last)))
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
