@@ -99,7 +99,8 @@ class RayBackend:
             try:
                 ray.init(address=address or "auto", log_to_driver=False)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                fix = "Start it: ray start --head here, ray start --address=HEAD on the others."
+                fix = "Start it: ray start --head here, ray start --address=HEAD on the others; RAY_ADDRESS says where it is."
+                fix += " If it was started with a token (it said so), set RAY_AUTH_MODE=token."
                 raise StartError(f"no Ray cluster answers ({error}). {fix}") from error
         self._agents: dict[str, Any] = {}
         self._places: dict[str, dict[str, Any]] = {}  # by host: where its agent belongs, as Ray is told

@@ -81,11 +81,12 @@ class Link:
         return ticket
 
     async def _failed(self, ticket: int, why: str) -> None:
-        was_up = self.member.state(time.monotonic()) in ("up", "draining")
         self.member.failed(ticket, time.monotonic(), why)
         self.node.metrics["peer_failures_total"].labels(self.member.name or self.member.url).inc()
-        if was_up:
-            self.node.log.warning("peer %s (%s) does not answer: %s", self.member.name, self.member.url, why)
+        if self.member.is_news(
+            why
+        ):  # each reason once until it is well again: it may be tried every few seconds for days
+            self.node.log.warning("peer %s (%s) is left alone: %s", self.member.name, self.member.url, why)
         await self._disconnect(why)
 
     async def _connected(self, deadline: float) -> Connection:

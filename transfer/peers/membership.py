@@ -23,6 +23,8 @@ from pdserve.transfer.tiers.breaker import CLOSED, Breaker, BreakerOptions
 CAREFUL = BreakerOptions(failures=1, first_pause=0.5, longest_pause=15.0, probe_patience=10.0)
 #: bytes per second that a peer is believed to send before anything came from it
 FIRST_SPEED = 100e6
+#: reasons for leaving a peer alone that are told before it is well again
+MOST_TOLD = 8
 #: how much the last observation counts
 _WEIGHT = 0.3
 
@@ -39,6 +41,7 @@ class Member:
     goodbyes: int = 0
     greeted: bool = False
     last_error: str = ""
+    told: set[str] = field(default_factory=set)  # reasons that people have been told since it was last well
     chunk_bytes: int = 0  # of one of its chunks, roughly
     disk: bool = False  # it has one
     disk_told: float = 0.0  # bytes per second at which it says that its disk gives
@@ -95,10 +98,17 @@ class Member:
         if ticket is not None:
             self.breaker.failure(ticket, now)
 
+    def is_news(self, why: str) -> bool:
+        if why in self.told or len(self.told) >= MOST_TOLD:
+            return False
+        self.told.add(why)
+        return True
+
     def greeting(self, name: str, epoch: str) -> bool:
         """What it says of itself; True when this is another start than the one known before."""
         anew = bool(self.epoch) and self.epoch != epoch
         self.name, self.epoch, self.greeted, self.gone, self.draining = name or self.name, epoch, True, False, False
+        self.told.clear()
         return anew
 
 

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 
+import msgspec
 import pytest
 
+from pdserve.transfer.peers import messages
 from pdserve.transfer.peers.messages import DISK, MEMORY
 
 
@@ -296,6 +298,32 @@ def test_chunks_of_another_size_are_refused_in_words(helpers, network):
         finally:
             await a.stop()
             await b.stop()
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+
+
+def test_another_version_is_refused_in_words_in_status_and_log(helpers, network, caplog):
+    async def story():
+        a, b = helpers.Host(network, "a"), helpers.Host(network, "b")
+        answer = b.node.call
+
+        async def newer(connection, payload):  # as if a had come from an older pdserve
+            request = messages.decode_request(payload)
+            if isinstance(request, messages.Greet):
+                payload = messages.encode(msgspec.structs.replace(request, version=messages.VERSION - 1))
+            return await answer(connection, payload)
+
+        b.node.call = newer
+        await a.start("b")
+        await b.start("a")
+        words = f"this daemon speaks version {messages.VERSION} with its peers, the other {messages.VERSION - 1}"
+        try:
+            await helpers.until(lambda: any(words in peer["error"] for peer in a.node.status()["peers"]))
+            await helpers.until(lambda: a.counted("peer_failures_total", "b") >= 3, "it is tried again")
+        finally:
+            await a.stop()
+            await b.stop()
+        assert sum(words in record.getMessage() for record in caplog.records) == 1  # told once, not each time
 
     asyncio.run(asyncio.wait_for(story(), 60))
 
