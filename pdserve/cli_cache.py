@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = clear.add_mutually_exclusive_group()
     which.add_argument("--salt", help="only what was stored under this cache_salt")
     which.add_argument("--prefix", metavar="KEY", help="only this chunk and what builds on it")
+    which.add_argument("--shared", action="store_true", help="everything, also in tiers that other hosts use")
     text = "keep a prefix from being evicted for a while"
     pin = actions.add_parser("pin", help=text, epilog=_example("pin 1f0a... --seconds 600"))
     pin.add_argument("key", nargs="+", metavar="KEY", help="the last chunk of the prefix, as `ls` shows it")
@@ -189,6 +190,8 @@ def _ls(args: argparse.Namespace) -> int:
 
 def _clear(args: argparse.Namespace) -> int:
     query = urllib.parse.urlencode({k: v for k in ("salt", "prefix") if (v := getattr(args, k)) is not None})
+    if args.shared:
+        query = "shared=true"
     with output.steps() as progress:  # lower tiers get some seconds for it
         progress.step("clearing")
         done = _ask(args, "DELETE", f"/cache?{query}")

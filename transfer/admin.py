@@ -143,8 +143,9 @@ def _looking(app: FastAPI, daemon: Daemon) -> None:
 
 def _acting(app: FastAPI, daemon: Daemon) -> None:
     @app.delete("/cache")
-    async def clear(salt: str | None = None, prefix: Hex | None = None) -> dict[str, Any]:
-        """All; or what was stored under one cache_salt; or the chunk `prefix` and everything that builds on it."""
+    async def clear(salt: str | None = None, prefix: Hex | None = None, shared: bool = False) -> dict[str, Any]:
+        """All, with `shared` also in tiers that other hosts use; or what was stored under one cache_salt, or the chunk
+        `prefix` and everything that builds on it, everywhere."""
         if salt == "":
             raise HTTPException(422, "an empty salt is everybody who gives none: leave it out to clear everything")
         if salt is not None:
@@ -152,7 +153,7 @@ def _acting(app: FastAPI, daemon: Daemon) -> None:
         elif prefix is not None:
             dropped, outcome = daemon.drop(*daemon.catalog.below(bytes.fromhex(prefix)))
         else:
-            dropped, outcome = daemon.clear()
+            dropped, outcome = daemon.clear(shared)
         ends = time.monotonic() + DELETE_S
         while outcome.pending and time.monotonic() < ends:  # noqa: ASYNC110 - a few milliseconds, of threads
             await asyncio.sleep(0.005)

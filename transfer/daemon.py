@@ -265,9 +265,10 @@ class Daemon:
         self.journal.flush()
         return count, outcome
 
-    def clear(self) -> tuple[int, Outcome]:
+    def clear(self, shared: bool = False) -> tuple[int, Outcome]:
+        """Everything; what is in tiers that other hosts use only if they are meant, too."""
         count = self.store.clear()
-        outcome = self.tiering.clear()
+        outcome = self.tiering.clear(shared)
         self.journal.flush()
         return count, outcome
 

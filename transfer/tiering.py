@@ -366,9 +366,12 @@ class Tiering:
             self.remote.forget_all()
         return self.wipe.keys(keys, choose)
 
-    def clear(self) -> Outcome:
+    def clear(self, shared: bool = False) -> Outcome:
+        """`shared`: also what other hosts may use."""
         self._unwanted(list(self._loads))
-        return self.wipe.everything()
+        if shared:
+            self.remote.forget_all()
+        return self.wipe.everything(shared)
 
     def _unwanted(self, keys: list[bytes]) -> None:
         for key in keys:

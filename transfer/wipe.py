@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from pdserve.transfer.lower import Lower
-from pdserve.transfer.tiers.base import ChunkRecord
+from pdserve.transfer.tiers.base import ChunkRecord, TierError
 
 #: which of the chunks that a tier lists are meant
 Choose = Callable[[Iterable[ChunkRecord]], list[bytes]]
@@ -15,7 +15,7 @@ Choose = Callable[[Iterable[ChunkRecord]], list[bytes]]
 #: what listing a remote tier may take, and keys in one call of its delete()
 LIST_S, BATCH = 300.0, 256
 CANNOT_LIST = "cannot list what it holds: only chunks that this host knows of were deleted, the others age out"
-KEPT = "kept: it may be shared with other hosts; delete by salt or by prefix, or age it out"
+KEPT = "kept: it may be shared with other hosts; say that shared tiers are meant, too, or delete by salt or by prefix"
 
 
 class Outcome:
@@ -44,15 +44,17 @@ class Wipe:
             self._start(outcome, lower, lambda lower=lower: _delete(lower, keys, choose))  # type: ignore[misc]
         return outcome
 
-    def everything(self) -> Outcome:
-        """All of every tier that is this host's alone; one that others may share keeps its chunks."""
+    def everything(self, shared: bool = False) -> Outcome:
+        """All of every tier that is this host's alone, and with `shared` of the others, too."""
         outcome = Outcome()
         for lower in self._lowers:
             clear = getattr(lower.tier, "clear", None)
-            if clear is None:
-                outcome.tiers[lower.name] = {"deleted": 0, "left": KEPT}
-            else:
+            if clear is not None:
                 self._start(outcome, lower, lambda clear=clear: (clear(), ""))  # type: ignore[misc]
+            elif shared:
+                self._start(outcome, lower, lambda lower=lower: _delete(lower, [], _all))  # type: ignore[misc]
+            else:
+                outcome.tiers[lower.name] = {"deleted": 0, "left": KEPT}
         return outcome
 
     @property
@@ -80,14 +82,21 @@ class Wipe:
             self._failed(lower.name, "delete", "error", why)
 
 
+def _all(records: Iterable[ChunkRecord]) -> list[bytes]:
+    return [record.key for record in records]
+
+
 def _delete(lower: Lower, keys: list[bytes], choose: Choose | None) -> tuple[int, str]:
     """(how many were there, what is left and why)."""
     left = ""
     if choose is not None and not lower.indexed:
         listing = getattr(lower.tier, "listing", None)
         listed = listing(time.monotonic() + LIST_S) if listing is not None else None
-        if listed is None:
-            left = CANNOT_LIST
-        else:
-            keys = list({*keys, *choose(listed)})
+        try:
+            if listed is None:
+                left = CANNOT_LIST
+            else:
+                keys = list({*keys, *choose(listed)})
+        except TierError as e:  # what is known goes all the same
+            left = f"{CANNOT_LIST} ({e})"
     return sum(lower.tier.delete(keys[i : i + BATCH]) for i in range(0, len(keys), BATCH)), left

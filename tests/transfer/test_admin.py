@@ -321,7 +321,7 @@ def two_hosts(tmp_path, start_cache):
         client.close()
 
 
-def test_a_tenants_chunks_go_from_a_shared_tier_also_where_another_host_stored_them(two_hosts):
+def test_a_tenants_chunks_go_from_a_shared_tier_also_where_another_host_stored_them(two_hosts, capsys):
     (a, b), (client_a, client_b) = two_hosts
     mine, other = tenant_tag("mine"), tenant_tag("other")
 
@@ -350,6 +350,12 @@ def test_a_tenants_chunks_go_from_a_shared_tier_also_where_another_host_stored_t
     everything = delete("/cache")
     assert everything["tiers"]["fs"]["deleted"] == 0
     assert "shared with other hosts" in everything["tiers"]["fs"]["left"]
+    put(client_b, 21)
+    below_b = 'pdserve_cache_tier_chunks_total{direction="down",tier="fs"} 1.0'
+    _until(lambda: below_b in b.get("/metrics"))
+    assert command.main(["cache", "clear", "--shared", "--admin-port", str(a.port)]) == 0
+    assert "2 from fs" in capsys.readouterr().out
+    assert hits(client_b, 11) == 0
 
 
 def test_a_tier_that_cannot_list_says_what_is_left():

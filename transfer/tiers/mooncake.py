@@ -16,20 +16,25 @@ when the library ends it, deadline or not.
 
 from __future__ import annotations
 
+import http.client
 import importlib
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
 from blake3 import blake3
 
+from pdserve.chunk import KEY_BYTES
 from pdserve.errors import ConfigError
 from pdserve.transfer.tiers import envelope
 from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, TierError
@@ -43,6 +48,8 @@ _BATCH = 512
 #: how many names the shards of one record may have
 _NAMES = 3
 _SETTLE_S = 1.0
+#: what the master's HTTP side may take to go on, and a line of its list
+_LIST_S, _LONGEST_NAME = 10.0, 4096
 _PROBE_TCP_S, _PROBE_S = 1.0, 15.0
 _PROBE = """
 import os, sys
@@ -69,6 +76,8 @@ class MooncakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     segment: Annotated[int, msgspec.Meta(ge=0)] = 0
     zero_copy: bool = False
     prefix: str = "pdserve"
+    #: of the master's HTTP side, the only one that lists what is in the pool
+    metrics_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 9003
     #: seconds that contains() and delete() may take
     timeout: float = 1.0
     threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
@@ -97,7 +106,7 @@ class MooncakeTier:
             self._registered.append(arena)
 
     def contains(self, keys: list[bytes]) -> list[ChunkRecord | None]:
-        return self._io.call(lambda _: self._within(lambda store: self._records(store, keys)), self._soon())
+        return self._io.call(partial(self._records_of, keys), self._soon())
 
     def get(self, record: ChunkRecord, into: list[np.ndarray], deadline: float) -> bool:
         if self._direct(into):
@@ -155,6 +164,35 @@ class MooncakeTier:
 
         return self._io.call(lambda _: self._within(forget), self._soon())
 
+    def listing(self, deadline: float) -> Iterator[ChunkRecord]:
+        """By the names that the master tells over HTTP; the library itself has no call for that."""
+        names = self._listed_keys(deadline)
+        while keys := list(islice(names, _BATCH)):
+            records = self._io.call(partial(self._records_of, keys), deadline)
+            yield from (record for record in records if record is not None)
+
+    def _listed_keys(self, deadline: float) -> Iterator[bytes]:
+        if time.monotonic() > deadline:
+            raise TierError("mooncake: deadline passed")
+        host, at = self._options.master.rpartition(":")[0].strip("[]"), self._options.metrics_port
+        connection = http.client.HTTPConnection(host, at, timeout=_LIST_S)
+        ours = re.compile(rf"{re.escape(self._options.prefix)}/([0-9a-f]{{{2 * KEY_BYTES}}})\n?".encode())
+        try:
+            connection.request("GET", "/get_all_keys")
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise TierError(f"mooncake: the master at {host}:{at} lists no keys (HTTP {answer.status})")
+            while line := answer.readline(_LONGEST_NAME):
+                if time.monotonic() > deadline:
+                    raise TierError("mooncake: the deadline passed while the master listed its keys")
+                if found := ours.fullmatch(line):
+                    yield bytes.fromhex(found[1].decode())
+        except (OSError, http.client.HTTPException) as e:
+            why = f"{host}:{at} does not list the pool's keys ({e or type(e).__name__})"
+            raise TierError(f"mooncake: {why}; metrics_port= must be the master's --metrics_port") from e
+        finally:
+            connection.close()
+
     def stats(self) -> dict[str, int | float | str]:
         # The pool belongs to all who lend to it: what of it is ours is not known without asking for every key.
         return {
@@ -188,6 +226,9 @@ class MooncakeTier:
         return time.monotonic() + self._options.timeout
 
     # ---- with a store at hand ----
+
+    def _records_of(self, keys: list[bytes], _: Operation) -> list[ChunkRecord | None]:
+        return self._within(lambda store: self._records(store, keys))
 
     def _records(self, store: Any, keys: list[bytes]) -> list[ChunkRecord | None]:
         found: list[ChunkRecord | None] = []

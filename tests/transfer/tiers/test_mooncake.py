@@ -14,15 +14,19 @@ from types import SimpleNamespace
 import msgspec
 import numpy as np
 import pytest
+from ports import free_port
 
 from pdserve import kernels
 from pdserve.errors import ConfigError
 from pdserve.transfer import wire
 from pdserve.transfer.client import CacheClient
+from pdserve.transfer.lower import Lower, Rules
 from pdserve.transfer.tiers import conformance
 from pdserve.transfer.tiers.base import TierError
+from pdserve.transfer.tiers.breaker import Guarded
 from pdserve.transfer.tiers.conformance import Subject, eventually, is_whole, make_chunk, read, soon
 from pdserve.transfer.tiers.mooncake import MooncakeOptions, MooncakeTier
+from pdserve.transfer.wipe import Wipe
 
 # Writes a chunk and is killed: while the shards are on their way, or when the record is all that is missing.
 KILLED_WRITER = """
@@ -64,7 +68,8 @@ class OverMooncake(Subject):
         self.breaks = 0
 
     def open(self):
-        return Quick(MooncakeOptions(master=f"127.0.0.1:{self.server.port}", timeout=20.0))
+        at = {"master": f"127.0.0.1:{self.server.port}", "metrics_port": self.server.metrics_port}
+        return Quick(MooncakeOptions(**at, timeout=20.0))
 
     def break_put(self, tier, record, payload):
         self.breaks += 1
@@ -142,6 +147,36 @@ def test_straight_from_and_to_the_arena(mooncake_server):
             tier.get(record, inside, time.monotonic() - 1)
 
 
+def test_a_master_that_lists_nothing_is_named_with_the_option_that_says_where_it_does(mooncake_server, tier):
+    tier._options = msgspec.structs.replace(tier._options, metrics_port=mooncake_server.port)  # speaks no HTTP
+    with pytest.raises(TierError, match=rf"127.0.0.1:{mooncake_server.port} does not list.*metrics_port="):
+        list(tier.listing(soon()))
+    tier._options = msgspec.structs.replace(tier._options, metrics_port=free_port())
+    with pytest.raises(TierError, match=r"refused.*metrics_port="):
+        list(tier.listing(soon()))
+
+
+def test_deleting_by_tenant_reaches_what_an_earlier_daemon_stored(subject):
+    """A new tier over the same pool, as after a restart, that was told of no key."""
+    chunks = [make_chunk(512, 1) for _ in range(4)]
+    with contextlib.closing(subject.open()) as tier:
+        for i, (record, payload) in enumerate(chunks):
+            assert tier.put(msgspec.structs.replace(record, tag=b"one" if i % 2 else b"two"), payload, soon())
+    done = []
+    with contextlib.closing(subject.open()) as tier:
+        lower = Lower(Guarded(tier), Rules())
+        keys = [record.key for record, _ in chunks]
+        picked = {k for k in keys[1::2]}
+        outcome = Wipe([lower], done.append, lambda *_: None).keys(
+            [], lambda records: [r.key for r in records if r.tag == b"one" and r.key in picked]
+        )
+        assert eventually(lambda: bool(done), 30.0)
+        done[0]()
+        assert outcome.tiers == {"mooncake": {"deleted": 2}}
+        assert [r is not None for r in tier.contains(keys)] == [True, False, True, False]
+        lower.close(time.monotonic() + 5)
+
+
 def test_shards_that_the_pool_evicted_are_a_miss(tier):
     record, payload = make_chunk(1000)
     assert tier.put(record, payload, soon())
@@ -202,7 +237,7 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch):
 def test_a_daemon_lends_its_arena_and_chunks_go_there_and_back_without_a_copy(tmp_path, start_cache, mooncake_server):
     """Two daemons, as on two hosts: the second finds in the pool what the first has stored, byte for byte."""
     rng, shard, written = np.random.default_rng(), 1 << 20, {}
-    words = ("--tier", f"{mooncake_server.url}?zero_copy=1")
+    words = ("--tier", f"{mooncake_server.url}&zero_copy=1")
     first = start_cache(tmp_path, f"test-{os.getpid()}-mc1", 64 << 20, *words)
     client = CacheClient(first.socket, "x")
     for i in range(3):

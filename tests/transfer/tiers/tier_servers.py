@@ -160,8 +160,8 @@ class Mooncake(Server):
             ctypes.CDLL("libibverbs.so.1")
         except OSError as e:
             raise Missing(f"{e}: apt-get install -y libibverbs1") from e
-        self.port, metrics = free_port(), free_port()
-        argv = [program, f"--rpc_port={self.port}", f"--metrics_port={metrics}"]
+        self.port, self.metrics_port = free_port(), free_port()
+        argv = [program, f"--rpc_port={self.port}", f"--metrics_port={self.metrics_port}"]
         super().__init__(argv, lambda: answers(self.port), _folder())
         folder = _folder()
         lend = [sys.executable, "-P", "-c", LENDER, f"127.0.0.1:{self.port}", str(memory)]
@@ -173,7 +173,7 @@ class Mooncake(Server):
 
     @property
     def url(self) -> str:
-        return f"mooncake://127.0.0.1:{self.port}"
+        return f"mooncake://127.0.0.1:{self.port}?metrics_port={self.metrics_port}"
 
     def kill(self) -> None:
         if hasattr(self, "lender"):
