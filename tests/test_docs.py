@@ -3,9 +3,11 @@ names commands that exist."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -14,8 +16,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from prometheus_client import Histogram
 
-from pdserve import cli_tree
+from pdserve import cli_tree, metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -75,6 +78,55 @@ def commands(text: str) -> Iterator[str]:
 def test_commands_that_are_named_exist(page: Path) -> None:
     unknown = set(commands(page.read_text())) - set(cli_tree.COMMANDS)
     assert not unknown, f"{page.name} names commands that do not exist: {unknown}"
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    return cli_tree.whole()
+
+
+def whole_commands(text: str, inline: bool) -> Iterator[str]:
+    """Command lines in code, without what is said behind them. `inline`: those within sentences, too."""
+    fenced = re.findall(r"```(?:sh|text)?\n(.*?)```", text, re.DOTALL)
+    indented = re.findall(r"^ {4}(.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    for line in [line for block in fenced for line in block.replace("\\\n", " ").splitlines()] + indented:
+        if found := re.match(r"(?:\$ |\.venv/bin/|[A-Z_]+=\S+ )*pdserve (.*)", line):
+            yield re.split(r" {2,}| [#|>&]|; ", found[1])[0]
+    if inline:
+        yield from re.findall(r"`pdserve ([a-z][^`\n]*)`", text)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_commands_are_understood_as_they_stand(page: Path, parser: argparse.ArgumentParser) -> None:
+    wrong = []
+    # In other pages a sentence may name an option without its value; what is read at night is to be typed as it stands.
+    for words in set(whole_commands(page.read_text(), inline=page.name == "troubleshooting.md")):
+        given = shlex.split(re.sub(r"\.\.\.|…", "x", words))
+        if given[0] in cli_tree.COMMANDS and (len(given) > 1 or given[0] not in BARE):
+            try:
+                parser.parse_args(given)
+            except SystemExit as end:
+                if end.code:
+                    wrong.append(words)
+    assert not wrong, f"{page.name}: {wrong}"
+
+
+# Commands that want more words, where a text speaks of them by name.
+BARE = ("launch", "bench", "topology", "cache", "completion", "model", "size")
+
+
+def catalogue() -> set[str]:
+    suffixes = {Histogram: ("_bucket", "_count", "_sum")}
+    names = {metrics.PREFIX + name: about for table in metrics.TABLES for name, about in table.items()}
+    return {name + suffix for name, about in names.items() for suffix in ("", *suffixes.get(about.kind, ()))}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_metrics_that_are_named_exist(page: Path) -> None:
+    kinds = "|".join(sorted({name.split("_")[1] for name in catalogue()}))
+    named = set(re.findall(rf"(?<![\w/.-])pdserve_(?:{kinds})_\w+(?![\w*])", page.read_text()))
+    unknown = named - catalogue()
+    assert not unknown, f"{page.name} names metrics that do not exist: {unknown}"
 
 
 # What troubleshooting.md tells people to look for in logs: the words must be those that are written.
