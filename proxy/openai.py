@@ -41,6 +41,7 @@ LAST: Final[dict[str, tuple[bytes, ...]]] = {
 _MARK: Final = rb'"cache_control"\s*:\s*\{[^{}]*"type"\s*:\s*"ephemeral"[^{}]*\}'
 _MARKER: Final = re.compile(rb"\s*,\s*" + _MARK)
 _MARKER_ALONE: Final = re.compile(_MARK + rb"\s*,?\s*")
+_NUMBER: Final = re.compile(rb'"sequence_number"\s*:\s*(\d+)')
 _REQUEST_ID_LIMIT: Final = 256
 # An id of our own: what tells this process from all others, and a number. (A UUID for each request asks the kernel.)
 _PROCESS: Final = secrets.token_hex(8)
@@ -165,14 +166,16 @@ def error_of(endpoint: str, status: int, body: bytes) -> bytes:
     return json.dumps({"type": "error", "error": {"type": kind, "message": said["error"]["message"]}}).encode()
 
 
-def error_event(endpoint: str, body: bytes) -> bytes:
-    """An error after the stream has begun, and the stream's end, in the endpoint's own form."""
+def error_event(endpoint: str, body: bytes, before: bytes) -> bytes:
+    """An error after the stream has begun, and the stream's end, in the endpoint's own form. `before`: the last events."""
     message = json.loads(body)["error"]["message"]
     event: dict[str, object]
     if endpoint == MESSAGES:
         event = {"type": "error", "error": {"type": "api_error", "message": message}}
     elif endpoint == RESPONSES:
-        event = {"type": "error", "code": "server_error", "message": message, "param": None}
+        numbers = _NUMBER.findall(before)
+        number = int(numbers[-1]) + 1 if numbers else 0
+        event = {"type": "error", "code": "server_error", "message": message, "param": None, "sequence_number": number}
     else:
         return b"data: " + body + b"\n\n" + DONE
     return b"event: error\ndata: " + json.dumps(event).encode() + b"\n\n"

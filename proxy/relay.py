@@ -25,7 +25,7 @@ EVENT_LIMIT = 8 * 1024 * 1024  # a longer "event" is passed on in pieces rather 
 class Client:
     """Writes one response. Knows whether it has begun, and counts what a dashboard wants to know of a stream."""
 
-    __slots__ = ("_call", "_deadline", "_last", "arrived", "extra", "lifetime", "on_first", "on_gap", "status")
+    __slots__ = ("_call", "_deadline", "_last", "arrived", "extra", "last_events", "lifetime", "on_first", "on_gap", "status")
 
     def __init__(self, call: Call, lifetime: Lifetime, deadlines: Deadlines) -> None:
         self._call = call
@@ -33,6 +33,7 @@ class Client:
         self.lifetime = lifetime
         self.arrived = self._last = call.came
         self.status = 0
+        self.last_events = b""  # the latest that were written
         self.extra: Headers = []  # headers of ours for the answer
         self.on_first: Callable[[float], None] | None = None
         self.on_gap: Callable[[float], None] | None = None
@@ -60,6 +61,7 @@ class Client:
         elif state is State.CONTINUING:
             self.lifetime.on(Event.RESUMED)
         self._last = now
+        self.last_events = data
         self._call.write(data, last)
         return not self._call.paused
 
@@ -193,4 +195,4 @@ async def broken_off(client: Client, endpoint: str, failure: UpstreamError) -> N
         return await client.end(failure.body)
     if failure.body.startswith(b"data: "):
         return await client.end(failure.body if failure.body.endswith(openai.DONE) else failure.body + openai.DONE)
-    await client.end(openai.error_event(endpoint, openai.error_json(failure.status, str(failure))))
+    await client.end(openai.error_event(endpoint, openai.error_json(failure.status, str(failure)), client.last_events))

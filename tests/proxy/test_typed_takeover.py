@@ -154,6 +154,8 @@ async def test_a_sampled_call_ends_with_an_error_of_the_apis_own_form(run: Any, 
     assert found[-1]["type"] == "error"
     assert len(found) == 7
     assert run.went_on == ["none"]
+    if path == "/v1/responses":
+        assert [event["sequence_number"] for event in found] == list(range(7))
 
 
 @both
