@@ -53,6 +53,11 @@ class Fleet:
     shared: Shared = field(default_factory=Alone)
     on_new_life: Callable[[str], None] | None = None  # told of an engine that has lost what it had
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _told: list[frozenset[str]] = field(default_factory=list)  # of `models`, which each request asks for
+    _models: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self._models = self.served
 
     async def start(self) -> None:
         await self.follow()
@@ -142,7 +147,10 @@ class Fleet:
     @property
     def models(self) -> frozenset[str]:
         """Every model name that a request may use; empty if none is known, and then none is refused."""
-        return self.served.union(*(i.models for i in self.instances))
+        told = [i.models for i in self.instances]
+        if told != self._told:
+            self._told, self._models = told, self.served.union(*told)
+        return self._models
 
     def choose(
         self, policy: Policy, facts: Facts, of: Sequence[Instance], but: Sequence[Instance] = ()

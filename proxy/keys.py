@@ -71,14 +71,17 @@ class Keys:
     shared: Shared = field(default_factory=Alone)
 
     def take(self, key: Key) -> None:
-        """Counts a request of this key in. Raises RequestError 429."""
+        """Counts a request of this key in. Raises RequestError 429. The other workers are told where there is a limit."""
+        if not key.streams:
+            return key.take(time.monotonic())
         name = f"key {key.name}"
-        key.take(time.monotonic(), self.shared.others(name) if key.streams else 0)
+        key.take(time.monotonic(), self.shared.others(name))
         self.shared.add(name, 1)
 
     def give_back(self, key: Key) -> None:
         key.running -= 1
-        self.shared.add(f"key {key.name}", -1)
+        if key.streams:
+            self.shared.add(f"key {key.name}", -1)
 
     def admit(self, headers: Headers) -> tuple[Key, Headers]:
         """Whose request it is, and the headers without our key. Raises RequestError 401."""

@@ -46,6 +46,8 @@ ATTEMPTS = 2  # instances tried per leg: one failure is seen through, a failing 
 REPLY_LIMIT = 16 * 1024 * 1024
 ANSWER_LIMIT = 512 * 1024 * 1024
 NOBODY = "No engine that can answer is up."
+_NOBODY = Key(ANYBODY)  # until it is known who asks
+_NO_FACTS = Facts("")
 _THEIR_LOAD = (408, 429)  # 4xx that say something of the producer, not of the request
 
 
@@ -62,9 +64,9 @@ class Exchange:
     route: str = "local"
     prefill: str = ""
     decode: str = ""
-    key: Key = field(default_factory=lambda: Key(ANYBODY))
+    key: Key = field(default_factory=lambda: _NOBODY)
     leave: Pass | None = None  # its place at the gate, until its first token
-    facts: Facts = field(default_factory=lambda: Facts(""))
+    facts: Facts = _NO_FACTS
     decided: float = 0.0  # when it was decided whether a producer takes part
     uncached: tuple[float, float] = (0.0, 0.0)  # tokens to compute, then: with a producer, and without
     prompt_tokens: int | None = None  # as the producer counted them
@@ -104,6 +106,7 @@ class Splitter:
     ) -> None:
         self._fleet, self._dialect, self._deadlines, self._metrics = fleet, dialect, deadlines, fleet.metrics
         self._routing, self._budget, self._early = routing, Budget(), early
+        self._known: dict[tuple[str, str], Any] = {}
         self._began = Began((), "") if began is None else began
 
     @property
@@ -117,7 +120,7 @@ class Splitter:
         self._budget.earn()
         exchange.facts = self._routing.facts(exchange.endpoint, exchange.headers, ask.body)
         why = self._why_local(exchange, ask)
-        self._metrics["split_decisions_total"].labels(why or "pd").inc()
+        self._labelled("split_decisions_total", why or "pd").inc()
         keep = ask.stream and len(self._fleet.consumers()) > 1
         takeover = made_takeover(self._dialect, exchange.endpoint, ask.body, keep)
         handover, consumer, leg = None, None, None
@@ -240,7 +243,7 @@ class Splitter:
             handover = self._dialect.read_handover(reply)
         except ValueError as exc:
             raise LegFailure(502, str(exc), instance.name, "broken") from exc
-        self._metrics["prefill_leg_seconds"].labels(instance.name).observe(time.perf_counter() - began)
+        self._labelled("prefill_leg_seconds", instance.name).observe(time.perf_counter() - began)
         instance.went_well()
         cached = self._dialect.cached_tokens(handover) if handover is not None else None
         exchange.trail.handed = self._dialect.handed(handover) if handover is not None else None
@@ -387,6 +390,13 @@ class Splitter:
             local = exchange.route == "local"
             took = time.perf_counter() - exchange.decided
             self._routing.worth.took(local, exchange.uncached[local], took)
+
+    def _labelled(self, metric: str, label: str) -> Any:
+        """Looked up in the library once, which takes a lock and its time."""
+        found = self._known.get((metric, label))
+        if found is None:
+            found = self._known[metric, label] = self._metrics[metric].labels(label)
+        return found
 
     def _open(
         self, instance: Instance, exchange: Exchange, body: bytes, until: float, path: bytes | None = None
