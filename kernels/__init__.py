@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import build, reference
+from . import build, reference, rounded
 
 _lock = threading.Lock()
 _native: ctypes.CDLL | None = None
@@ -35,6 +35,10 @@ def _load() -> ctypes.CDLL | None:
             lib.pd_gather.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p]
             lib.pd_scatter.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
             lib.pd_digest.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+            shape = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_uint32, ctypes.c_int]
+            lib.pd_gather_rounded.restype = lib.pd_scatter_rounded.restype = ctypes.c_uint64
+            lib.pd_gather_rounded.argtypes = [ctypes.c_void_p, *shape, ctypes.c_void_p]
+            lib.pd_scatter_rounded.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *shape]
             _native = lib
         except (build.BuildError, OSError) as e:
             _why_not = str(e)
@@ -78,6 +82,32 @@ def scatter(source: np.ndarray, addresses: np.ndarray, nbytes: int) -> int:
     if lib is None:
         return reference.scatter(source, addresses, nbytes)
     return int(lib.pd_scatter(source.ctypes.data, addresses.ctypes.data, addresses.size, nbytes))
+
+
+def gather_rounded(
+    addresses: np.ndarray, rows: int, values: int, payload: str, dtype: str, to: np.ndarray
+) -> int:
+    """gather() with a rounded payload (csrc/rounded.h): pieces of `rows` rows of `values` values of type `dtype`."""
+    _check(addresses, rows * rounded.row_bytes(values), to)
+    rounded.groups(values)
+    lib = _load()
+    if lib is None:
+        return reference.gather_rounded(addresses, rows, values, payload, dtype, to)
+    shape = (addresses.size, rows, values, rounded.code(payload, dtype))
+    return int(lib.pd_gather_rounded(addresses.ctypes.data, *shape, to.ctypes.data))
+
+
+def scatter_rounded(
+    source: np.ndarray, addresses: np.ndarray, rows: int, values: int, payload: str, dtype: str
+) -> int:
+    """scatter() of what gather_rounded() made."""
+    _check(addresses, rows * rounded.row_bytes(values), source)
+    rounded.groups(values)
+    lib = _load()
+    if lib is None:
+        return reference.scatter_rounded(source, addresses, rows, values, payload, dtype)
+    shape = (addresses.size, rows, values, rounded.code(payload, dtype))
+    return int(lib.pd_scatter_rounded(source.ctypes.data, addresses.ctypes.data, *shape))
 
 
 def _check(addresses: np.ndarray, nbytes: int, area: np.ndarray) -> None:

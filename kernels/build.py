@@ -58,7 +58,7 @@ def _cpu_identity() -> str:
 
 def cpu_library(build_root: Path) -> Path:
     """Path of the CPU library, compiled now if it is not there. Raises BuildError."""
-    return _host_library(build_root, "cpu", ("cpu.cpp", "digest.h"))
+    return _host_library(build_root, "cpu", ("cpu.cpp", "digest.h", "rounded.h"))
 
 
 def receive_library(build_root: Path) -> Path:
@@ -82,7 +82,7 @@ def gpu_library(build_root: Path, arch: str) -> Path:
         raise BuildError(f"no {'hipcc' if arch.startswith('gfx') else 'nvcc'} found to compile for {arch}")
     kind, path = found
     flags = [flag.format(arch=arch) for flag in GPU_FLAGS[kind]]
-    sources = ("blocks.cu", "blocks.cuh", "gpu.h", "digest.h")
+    sources = ("blocks.cu", "blocks.cuh", "gpu.h", "digest.h", "rounded.h")
     identity = (path, *flags, platform.machine())
     return _built([path, *flags, str(SOURCES / "blocks.cu")], sources, identity, build_root, arch)
 

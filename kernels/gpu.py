@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import build
+from . import build, rounded
 from .paged import Geometry
 
 SAVE, LOAD = 0, 1
@@ -29,7 +29,7 @@ class GpuError(Exception):
 
 class _Geometry(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("block", "head", "token", "part")] + [
-        (n, ctypes.c_uint32) for n in ("layers", "heads", "parts", "part_bytes", "block_tokens")
+        (n, ctypes.c_uint32) for n in ("layers", "heads", "parts", "part_bytes", "block_tokens", "payload")
     ]
 
 
@@ -107,6 +107,7 @@ class Gpu:
             g.parts,
             g.part_bytes,
             g.block_tokens,
+            rounded.code(g.payload, g.dtype),
         )
         bases = np.asarray(g.bases, dtype=np.uint64)
         self._context = self._lib.pd_gpu_open(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from . import rounded
+
 #: of a shard's start: chunks may be read and written 16 bytes at a time
 ALIGN = 16
 
@@ -26,6 +28,9 @@ class Geometry:
     part_bytes: int
     block_tokens: int
     num_blocks: int
+    #: a rounded payload (csrc/rounded.h) and the type of the values; "": chunks carry the bytes as they are
+    payload: str = ""
+    dtype: str = ""
 
     @property
     def layers(self) -> int:
@@ -36,8 +41,13 @@ class Geometry:
         """K and V of one token, one head, one layer."""
         return self.parts * self.part_bytes
 
+    @property
+    def stored_token_bytes(self) -> int:
+        """The same in a chunk."""
+        return rounded.row_bytes(self.token_bytes // rounded.value_bytes(self.dtype)) if self.payload else self.token_bytes
+
     def shard_bytes(self, tokens: int) -> int:
-        return self.layers * tokens * self.token_bytes
+        return self.layers * tokens * self.stored_token_bytes
 
     @property
     def wide(self) -> bool:
@@ -52,3 +62,8 @@ class Geometry:
             raise ValueError(f"addresses or strides are not multiples of 8 bytes: {strides}")
         if min(self.heads, self.parts, self.part_bytes, self.block_tokens, self.num_blocks, self.layers) < 1:
             raise ValueError(f"an empty KV cache: {self}")
+        if self.payload:
+            size = rounded.value_bytes(self.dtype)
+            rounded.groups(self.token_bytes // size)
+            if self.part_bytes % (8 * size):
+                raise ValueError(f"K or V of {self.part_bytes} bytes a token is not a multiple of 8 values of type {self.dtype}")

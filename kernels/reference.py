@@ -9,6 +9,8 @@ import ctypes
 
 import numpy as np
 
+from . import rounded
+
 _STEP, _MUL_A, _MUL_B = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F))
 _U32, _U29 = np.uint64(32), np.uint64(29)
 _SLICE_WORDS = 1 << 15  # 256 KiB at a time: temporaries stay in the cache
@@ -58,4 +60,23 @@ def scatter(source: np.ndarray, addresses: np.ndarray, nbytes: int) -> int:
     for k, address in enumerate(addresses.tolist()):
         if address:
             np.copyto(_view(address, nbytes), source[k * nbytes : (k + 1) * nbytes])
+    return digest(source[: len(addresses) * nbytes])
+
+
+def gather_rounded(addresses: np.ndarray, rows: int, values: int, payload: str, dtype: str, to: np.ndarray) -> int:
+    """gather() with a rounded payload: pieces of `rows` rows of `values` values."""
+    nbytes = rows * rounded.row_bytes(values)
+    for k, address in enumerate(addresses.tolist()):
+        raw = _view(address, rows * values * rounded.value_bytes(dtype)).reshape(rows, -1)
+        to[k * nbytes : (k + 1) * nbytes] = rounded.shrink(raw, payload, dtype).reshape(-1)
+    return digest(to[: len(addresses) * nbytes])
+
+
+def scatter_rounded(source: np.ndarray, addresses: np.ndarray, rows: int, values: int, payload: str, dtype: str) -> int:
+    """The way back; an address of 0 is not written. Returns the digest of all of `source`."""
+    nbytes = rows * rounded.row_bytes(values)
+    for k, address in enumerate(addresses.tolist()):
+        if address:
+            raw = rounded.grow(source[k * nbytes : (k + 1) * nbytes].reshape(rows, -1), payload, dtype)
+            np.copyto(_view(address, raw.size), raw.reshape(-1))
     return digest(source[: len(addresses) * nbytes])

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from . import rounded
+
 _STEP, _MUL_A, _MUL_B = (
     x - (1 << 64) if x >> 63 else x for x in (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F)
 )
@@ -54,3 +56,37 @@ def scatter(chunk: torch.Tensor, layers: Sequence[torch.Tensor], blocks: Sequenc
     for i, pages in enumerate(layers):
         rows = chunk[:, i].transpose(0, 1)[keep]  # [token, head, bytes]
         pages[block[keep], (at % size)[keep]] = rows.unflatten(2, tuple(pages.shape[3:]))
+
+
+def shrink(chunk: torch.Tensor, payload: str, dtype: str) -> torch.Tensor:
+    """A chunk [.., bytes of a token] in the cache's format -> [.., stored row], a payload of csrc/rounded.h."""
+    x = chunk.contiguous().view(getattr(torch, dtype)).float()
+    grouped = x.unflatten(-1, (rounded.groups(x.shape[-1]), -1)).contiguous()
+    bits = grouped.view(torch.int32) & 0x7FFFFFFF
+    finite = bits < 0x7F800000
+    carry, shift = (0x1FFFFF, 8) if payload == rounded.FP8 else (0x1FFFF, 6)
+    scale = (((torch.where(finite, bits, 0).amax(-1) + carry) >> 23) - shift).clamp(min=10)
+    scaled = torch.where(finite, grouped, 0) * ((254 - scale) << 23).view(torch.float32).unsqueeze(-1)
+    if payload == rounded.FP8:
+        codes = torch.where(finite, scaled.to(torch.float8_e4m3fn).view(torch.uint8), 0x7F)
+    else:
+        codes = torch.where(finite, scaled.round().clamp(-127, 127), -128).to(torch.int8).view(torch.uint8)
+    scales = torch.zeros(*x.shape[:-1], 8, dtype=torch.uint8, device=x.device)
+    scales[..., : scale.shape[-1]] = scale.to(torch.uint8)
+    return torch.cat((scales, codes.flatten(-2)), dim=-1)
+
+
+def grow(stored: torch.Tensor, payload: str, dtype: str) -> torch.Tensor:
+    """The way back."""
+    count = rounded.groups(stored.shape[-1] - 8)
+    up = (stored[..., :count].to(torch.int32) << 23).view(torch.float32)
+    codes = stored[..., 8:].contiguous()
+    if payload == rounded.FP8:
+        values, is_nan = codes.view(torch.float8_e4m3fn).float(), (codes & 0x7F) == 0x7F
+    else:
+        values, is_nan = codes.view(torch.int8).float(), codes == 0x80
+    x = (values.unflatten(-1, (count, -1)) * up.unsqueeze(-1)).flatten(-2)
+    if dtype == "float16":
+        x = x.clamp(-65504, 65504)
+    bits = x.to(getattr(torch, dtype)).view(torch.int32 if dtype == "float32" else torch.int16)
+    return torch.where(is_nan, rounded.NAN[dtype], bits).view(torch.uint8)

@@ -15,18 +15,22 @@ from blake3 import blake3
 FORMAT_VERSION = 1
 KEY_BYTES = 32
 OPAQUE, CANONICAL = "opaque-block", "canonical"
+#: what a chunk's bytes are: those of the engine's cache, or fewer (kernels/csrc/rounded.h)
+AS_IS, FP8, INT8 = "", "fp8", "int8"
+ROUNDED_VALUE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 #: (identifier of the image or audio, its first token, how many tokens it covers)
 MediaSpan = tuple[str, int, int]
 
 
-class ChunkLayout(msgspec.Struct, frozen=True, kw_only=True):
+class ChunkLayout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a chunk's bytes are arranged. Two engines share chunks only if every field is equal.
 
-    `opaque-block`: whole engine blocks, in the engine's own packing: [shard][layer][block]. The inside of a block is not
-    interpreted (CPU vLLM packs K and V for its matrix unit), so block size, parallel sizes and instruction set are part of it.
-    `canonical`: [shard][layer][token][K then V], one shard per KV head of the whole model: the same bytes whatever block size
-    and tensor parallel size the engine has, so `block_tokens` is only this engine's and not part of the identity.
+    Both have one shard per KV head of the whole model, so that engines of any tensor parallel size share them.
+    `opaque-block`: whole blocks of a head, in the engine's own packing: [shard][layer][block]. The inside of a block is not
+    interpreted (CPU vLLM packs K and V for its matrix unit), so block size and instruction set are part of it.
+    `canonical`: [shard][layer][token][K then V]: the same bytes whatever block size the engine has, so `block_tokens` is only
+    this engine's and not part of the identity.
     """
 
     kind: str
@@ -35,16 +39,27 @@ class ChunkLayout(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens: int
     #: bytes of one block of one layer on one shard
     block_bytes: int
-    #: opaque-block: how many workers each hold a part of every token; canonical: how many KV heads the model has
+    #: how many KV heads the model has
     shards: int
     #: what else must match for the bytes to mean the same: instruction set, backend
     detail: str = ""
+    #: AS_IS, FP8 or INT8
+    payload: str = AS_IS
+
+    def stored_as(self, payload: str) -> ChunkLayout:
+        return msgspec.structs.replace(self, payload=payload)
+
+    @property
+    def row_values(self) -> int:
+        """Values of one token of one head (in an opaque block: as many): a row of a rounded payload."""
+        return self.block_bytes // self.block_tokens // ROUNDED_VALUE_BYTES[self.kv_dtype]
 
     def shard_bytes(self, tokens: int) -> int:
         """Bytes of one shard of a chunk of `tokens` tokens."""
-        if self.kind == CANONICAL:
-            return tokens * self.layers * (self.block_bytes // self.block_tokens)
-        return -(-tokens // self.block_tokens) * self.block_bytes * self.layers
+        token_bytes = 8 + self.row_values if self.payload else self.block_bytes // self.block_tokens
+        if self.kind == OPAQUE:
+            tokens = -(-tokens // self.block_tokens) * self.block_tokens
+        return tokens * self.layers * token_bytes
 
     def identity(self) -> bytes:
         if self.kind == CANONICAL:

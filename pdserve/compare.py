@@ -18,6 +18,9 @@ from pdserve.openai_client import Completion, TokenLogprob
 DEFAULT_TOLERANCE = 0.5
 TOP_LOGPROBS = 5
 
+# Where the cache stores KV rounded, whatever the engine computes in: docs/decisions.md.
+ROUNDED_TOLERANCE = {"int8": 0.5, "fp8": 1.0}
+
 # In these the tokens themselves must be equal.
 EXACT_DTYPES = frozenset({"float32", "float"})
 
@@ -30,8 +33,11 @@ class Rule:
     tolerance: float = DEFAULT_TOLERANCE
 
     @classmethod
-    def for_dtype(cls, dtype: str, tolerance: float = DEFAULT_TOLERANCE) -> Rule:
-        return cls(dtype.removeprefix("torch.") in EXACT_DTYPES, tolerance)
+    def for_dtype(cls, dtype: str, tolerance: float | None = None, payload: str = "") -> Rule:
+        """`payload`: the topology's cache.payload; what was rounded on its way into the cache gives near ties at best."""
+        if tolerance is None:
+            tolerance = ROUNDED_TOLERANCE.get(payload, DEFAULT_TOLERANCE)
+        return cls(not payload and dtype.removeprefix("torch.") in EXACT_DTYPES, tolerance)
 
     def __str__(self) -> str:
         return "greedy tokens equal" if self.exact else f"log-probabilities within {self.tolerance:g}"

@@ -54,6 +54,7 @@ class Target:
     has_cache: bool = True
     chunk_tokens: int = 256
     dtype: str | None = None
+    payload: str = ""  # the topology's cache.payload
     name: str = ""
 
     @classmethod
@@ -71,6 +72,7 @@ class Target:
             has_cache=cache is not None,
             chunk_tokens=cache.chunk_tokens if cache else 256,
             dtype=None if dtypes == {"auto"} else ", ".join(sorted(dtypes - {"auto"})),
+            payload=cache.payload if cache else "",
             name=top.name,
         )
 

@@ -144,6 +144,11 @@ KEYS: dict[str, Key] = {
         "`always` loads; `never` loads only what a producer hands over. The last two are for comparisons.",
         "adaptive",
     ),
+    "cache.payload": Key(
+        "`int8` or `fp8` stores KV in 8 bits a value: about half the bytes on the bus and in every tier, at the price of answers that are "
+        "no longer exactly plain vLLM's. `int8` loses less; see [tuning](tuning.md#half-the-bytes). Default: the engine's own bytes.",
+        "int8",
+    ),
     "cache.admin_host": Key(
         "Address of /healthz, /status, /metrics. Off loopback it wants PDSERVE_ADMIN_TOKEN.", "127.0.0.1"
     ),

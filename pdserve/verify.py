@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="repeat an earlier run's prompts (default: fresh, printed)")
     parser.add_argument("--dtype", help="the engines' dtype, where neither topology nor engine tells it")
     parser.add_argument(
-        "--tolerance", type=float, default=DEFAULT_TOLERANCE, help="allowed log-probability difference, not in float32"
+        "--tolerance",
+        type=float,
+        help=f"allowed log-probability difference, where tokens need not be equal (default {DEFAULT_TOLERANCE})",
     )
     parser.add_argument("--cache-admin", metavar="URL", help="the cache daemon's admin address, when a URL is verified")
     parser.add_argument("--chunk-tokens", type=int, help="the cache's chunk size, when a URL is verified (default 256)")
@@ -104,7 +106,7 @@ class Report:
 
 def main(args: argparse.Namespace) -> int:
     """The command. 0: everything equal and hit; 1: a difference that counts; 2: it could not be asked."""
-    if args.max_tokens < 1 or args.tolerance < 0 or args.timeout <= 0:
+    if args.max_tokens < 1 or (args.tolerance or 0) < 0 or args.timeout <= 0:
         raise ConfigError("verify", "--max-tokens, --tolerance and --timeout must be positive")
     if not args.json:
         return _run(args, lambda text: print(text, file=sys.stderr, flush=True))
@@ -119,7 +121,7 @@ def _run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         if dtype is None:
             raise ConfigError("--dtype", "the engines do not tell their dtype", "Say it, e.g. --dtype bfloat16.")
         seed = args.seed if args.seed is not None else random.SystemRandom().randrange(10**9)
-        options = Options(seed, Rule.for_dtype(dtype, args.tolerance), args.max_tokens, args.timeout)
+        options = Options(seed, Rule.for_dtype(dtype, args.tolerance, target.payload), args.max_tokens, args.timeout)
         with Client(target.plain_url, timeout=args.timeout) as plain:
             cases = _cases(args, seed, plain)
         report = verify(target, cases, options, dtype=dtype, say=say)

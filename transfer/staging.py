@@ -1,4 +1,4 @@
-"""Engine blocks <-> arena, through the kernels: one class for KV in host memory, two for KV on a device.
+"""Engine blocks <-> arena, through the kernels: what all ways have in common, and those for KV on a device.
 
 A worker's pages hold `shard_count` shards of every chunk, from `first_shard` on. `store` and `load` submit one chunk and give
 back a Copy; on a device several are under way at once. Stores belong to one thread and loads to one other; `mark` and
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pdserve import kernels
-from pdserve.kernels import build, gpu
+from pdserve.kernels import build, gpu, rounded
 from pdserve.kernels.paged import Geometry
 from pdserve.transfer.allocator import align
 from pdserve.transfer.arena import Arena
@@ -86,7 +86,7 @@ class Pages(Protocol):
     def close(self) -> None: ...
 
 
-class _OneByOne:
+class OneByOne:
     """store_all and load_all for pages that copy one chunk at a time."""
 
     together = 1
@@ -98,7 +98,7 @@ class _OneByOne:
         return [self.load(mark, area, ids, tokens, stride) for ids, tokens, area, stride in parts]
 
 
-class _Done:
+class Done:
     """A copy that had ended when it was returned."""
 
     def __init__(self, digests: list[int]) -> None:
@@ -109,80 +109,6 @@ class _Done:
 
     def digests(self) -> list[int]:
         return self._digests
-
-
-class HostPages(_OneByOne):
-    """KV in host memory, in whole opaque blocks: a shard is [layer][block]. The caller keeps the memory alive.
-
-    bases: address of block 0 of each layer; strides: bytes from one block to the next, by layer; block_bytes: bytes of
-    one block of one layer, contiguous.
-    """
-
-    shard_count = 1
-    stores = True
-    on_device = False
-
-    def __init__(
-        self,
-        bases: Sequence[int],
-        strides: Sequence[int],
-        block_bytes: int,
-        num_blocks: int,
-        *,
-        first_shard: int = 0,
-    ) -> None:
-        if block_bytes % 8:
-            raise ValueError(f"a block of {block_bytes} bytes is not a multiple of 8")
-        self.block_bytes, self.num_blocks, self.layers = block_bytes, num_blocks, len(bases)
-        self.first_shard = first_shard
-        self._bases = np.asarray(bases, dtype=np.uint64)[:, None]
-        self._strides = np.asarray(strides, dtype=np.uint64)[:, None]
-
-    def describe(self) -> str:
-        kind, why = kernels.path()
-        blocks = f"{self.num_blocks} blocks of {self.block_bytes} bytes"
-        return f"{kind}{f' ({why})' if why else ''}; {self.layers} layers, {blocks}"
-
-    def shard_bytes(self, tokens: int, blocks: int) -> int:
-        return self.layers * blocks * self.block_bytes
-
-    def attach(self, arena: Arena, chunk_tokens: int) -> None:
-        pass
-
-    def decoding(self, now: bool) -> None:
-        pass
-
-    def mark(self) -> None:
-        return None
-
-    def store(self, mark: Any, block_ids: Sequence[int], tokens: int, to: np.ndarray, stride: int) -> Copy:
-        return _Done([self.gather(block_ids, to[: self.shard_bytes(tokens, len(block_ids))])])
-
-    def load(self, mark: Any, source: np.ndarray, block_ids: Sequence[int | None], tokens: int, stride: int) -> Copy:
-        return _Done([self.scatter(source[: self.shard_bytes(tokens, len(block_ids))], block_ids)])
-
-    def settle(self) -> None:
-        pass  # a store has ended when store() returns
-
-    def close(self) -> None:
-        pass
-
-    def gather(self, block_ids: Sequence[int], to: np.ndarray) -> int:
-        """Copies the blocks into `to` (uint8, one shard long); returns the digest."""
-        return kernels.gather(self._addresses(block_ids), self.block_bytes, to)
-
-    def scatter(self, source: np.ndarray, block_ids: Sequence[int | None]) -> int:
-        """Copies a shard into the blocks; None leaves that block alone. Returns the digest of all of `source`."""
-        wanted = np.array([b is not None for b in block_ids])
-        addresses = self._addresses([b or 0 for b in block_ids]).reshape(self.layers, len(block_ids))
-        addresses[:, ~wanted] = 0
-        return kernels.scatter(source, np.ascontiguousarray(addresses.reshape(-1)), self.block_bytes)
-
-    def _addresses(self, block_ids: Sequence[int]) -> np.ndarray:
-        ids = np.asarray(block_ids, dtype=np.uint64)
-        if ids.size and int(ids.max()) >= self.num_blocks:
-            raise ValueError(f"block {int(ids.max())} of {self.num_blocks}")
-        return np.ascontiguousarray((self._bases + ids[None, :] * self._strides).reshape(-1))
 
 
 class _Ticket:
@@ -236,7 +162,8 @@ class DevicePages:
     def describe(self) -> str:
         g = self._geometry
         blocks = f"{g.num_blocks} blocks of {g.block_tokens} tokens"
-        return f"{self._arch}; {g.layers} layers, {blocks}, {g.heads} heads of {g.token_bytes} bytes a token"
+        stored = f", stored as {g.payload}" if g.payload else ""
+        return f"{self._arch}; {g.layers} layers, {blocks}, {g.heads} heads of {g.token_bytes} bytes a token{stored}"
 
     def shard_bytes(self, tokens: int, blocks: int = 0) -> int:
         return self._geometry.shard_bytes(tokens)
@@ -328,18 +255,25 @@ class DevicePages:
             self._gpu = self._arena = None
 
 
-class TorchPages(_OneByOne):
+class TorchPages(OneByOne):
     """The same where no compiler is: plain torch operations, one chunk at a time. Several times slower.
 
-    layers: per layer a uint8 view [block, token, head, K or V, bytes].
+    layers: per layer a uint8 view [block, token, head, K or V, bytes]; rounding: (payload, type of the values).
     """
 
     on_device = True
 
     def __init__(
-        self, layers: Sequence[torch.Tensor], *, first_shard: int, stores: bool, split: int = 1, why: str = ""
+        self,
+        layers: Sequence[torch.Tensor],
+        *,
+        first_shard: int,
+        stores: bool,
+        split: int = 1,
+        why: str = "",
+        rounding: tuple[str, str] | None = None,
     ) -> None:
-        self._views, self._split, self._why = list(layers), split, why
+        self._views, self._split, self._why, self._rounding = list(layers), split, why, rounding
         self.layers, self.num_blocks = len(self._views), self._views[0].shape[0] // split
         self.first_shard, self.shard_count, self.stores = first_shard, self._views[0].shape[2], stores
 
@@ -347,7 +281,10 @@ class TorchPages(_OneByOne):
         return f"torch ({self._why}); {self.layers} layers, {self.num_blocks} blocks"
 
     def shard_bytes(self, tokens: int, blocks: int = 0) -> int:
-        return self.layers * tokens * int(self._views[0].shape[3] * self._views[0].shape[4])
+        token_bytes = int(self._views[0].shape[3] * self._views[0].shape[4])
+        if self._rounding:
+            token_bytes = rounded.row_bytes(token_bytes // rounded.value_bytes(self._rounding[1]))
+        return self.layers * tokens * token_bytes
 
     def attach(self, arena: Arena, chunk_tokens: int) -> None:
         pass
@@ -372,11 +309,13 @@ class TorchPages(_OneByOne):
         if mark is not None:
             mark.synchronize()
         chunk = torch_path.gather(self._views, self._expand(block_ids, tokens), tokens)
+        if self._rounding:
+            chunk = torch_path.shrink(chunk, *self._rounding)
         size = self.shard_bytes(tokens)
         for i in range(self.shard_count):
             torch.from_numpy(to[i * stride : i * stride + size]).copy_(chunk[i].reshape(-1))
         # Over what has arrived in the arena.
-        return _Done([kernels.digest(to[i * stride : i * stride + size]) for i in range(self.shard_count)])
+        return Done([kernels.digest(to[i * stride : i * stride + size]) for i in range(self.shard_count)])
 
     def load(self, mark: Any, source: np.ndarray, block_ids: Sequence[int | None], tokens: int, stride: int) -> Copy:
         import torch
@@ -390,12 +329,13 @@ class TorchPages(_OneByOne):
         chunk = torch.from_numpy(np.stack(shards)).to(self._views[0].device)
         if mark is not None:
             mark.synchronize()
-        torch_path.scatter(
-            chunk.view(self.shard_count, self.layers, tokens, -1), self._views, self._expand(block_ids, tokens)
-        )
+        chunk = chunk.view(self.shard_count, self.layers, tokens, -1)
+        if self._rounding:
+            chunk = torch_path.grow(chunk, *self._rounding)
+        torch_path.scatter(chunk, self._views, self._expand(block_ids, tokens))
         if chunk.device.type == "cuda":
             torch.cuda.current_stream(chunk.device).synchronize()
-        return _Done(digests)
+        return Done(digests)
 
     def _expand(self, block_ids: Sequence[Any], tokens: int) -> list[Any]:
         if self._split > 1:
@@ -417,4 +357,5 @@ def pages_on_device(
     try:
         return DevicePages(geometry, arch=arch, device=device, current_stream=current_stream, **options)
     except build.BuildError as e:
-        return TorchPages(views(), why=str(e), **options)
+        rounding = (geometry.payload, geometry.dtype) if geometry.payload else None
+        return TorchPages(views(), why=str(e), rounding=rounding, **options)

@@ -63,19 +63,38 @@ constexpr uint32_t SHORT = 256;
 
 // `direct` 0: a short kernel on c.blocks blocks. Else all on one multiprocessor, with that many threads: a multiprocessor
 // that holds one of our blocks is lost to a matrix product that wants all of its registers, however small the block is.
+template <bool GATHER, int P>
+void launch_one(const Context& c, const Job& job, const Sums& sums, uint64_t* result, gpuStream_t stream, dim3 grid, uint32_t threads) {
+  if (c.wide && P == 0) move<uint4, GATHER, P><<<grid, threads, 0, stream>>>(c.pages, job, sums, result);
+  else move<uint2, GATHER, P><<<grid, threads, 0, stream>>>(c.pages, job, sums, result);
+}
+
 template <bool GATHER>
 gpuError_t launch(const Context& c, const Job& job, const Sums& sums, uint64_t* result, gpuStream_t stream, uint32_t blocks, uint32_t direct) {
   uint32_t threads = direct ? 32 : SHORT;
   while (direct && threads * 2 <= direct && threads < THREADS) threads *= 2;
   const dim3 grid = direct ? dim3((direct + threads - 1) / threads, 1) : dim3((blocks + c.pages.heads - 1) / c.pages.heads, c.pages.heads);
-  if (c.wide) move<uint4, GATHER><<<grid, threads, 0, stream>>>(c.pages, job, sums, result);
-  else move<uint2, GATHER><<<grid, threads, 0, stream>>>(c.pages, job, sums, result);
+  switch (c.pages.payload) {
+    case 0: launch_one<GATHER, 0>(c, job, sums, result, stream, grid, threads); break;
+    case BF16: launch_one<GATHER, BF16>(c, job, sums, result, stream, grid, threads); break;
+    case FP16: launch_one<GATHER, FP16>(c, job, sums, result, stream, grid, threads); break;
+    case FP32: launch_one<GATHER, FP32>(c, job, sums, result, stream, grid, threads); break;
+    case BF16 | INT8: launch_one<GATHER, BF16 | INT8>(c, job, sums, result, stream, grid, threads); break;
+    case FP16 | INT8: launch_one<GATHER, FP16 | INT8>(c, job, sums, result, stream, grid, threads); break;
+    default: launch_one<GATHER, FP32 | INT8>(c, job, sums, result, stream, grid, threads);
+  }
   return gpuGetLastError();
+}
+
+// Bytes of one shard of a chunk.
+uint64_t shard_bytes(const Pages& p, uint32_t tokens) {
+  const uint32_t token = p.parts * p.part_bytes;
+  return (uint64_t)p.layers * tokens * (p.payload ? 8 + token / ((p.payload & FORMAT) == FP32 ? 4 : 2) : token);
 }
 
 // What the kernel assumes is checked here: it works on raw addresses.
 int make_job(const Context& c, Job& job, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, bool gather) {
-  const uint64_t shard = (uint64_t)c.pages.layers * tokens * c.pages.parts * c.pages.part_bytes;
+  const uint64_t shard = shard_bytes(c.pages, tokens);
   if (tokens == 0 || count > MAX_BLOCKS || (uint64_t)count * c.pages.block_tokens < tokens) return refuse("blocks do not cover the tokens");
   if (shard > stride || stride % 16) return refuse("shard stride too small or not a multiple of 16");
   if (shard / 8 > 0x7fffffffull) return refuse("chunk too large");
@@ -139,14 +158,14 @@ const char* pd_gpu_error() { return last_error.c_str(); }
 
 struct PdGeometry {
   int64_t block, head, token, part;
-  uint32_t layers, heads, parts, part_bytes, block_tokens;
+  uint32_t layers, heads, parts, part_bytes, block_tokens, payload;
 };
 
 // `wide`: every address and stride of the pages is a multiple of 16. Returns null on error.
 void* pd_gpu_open(int device, const uint64_t* bases, const PdGeometry* g, uint64_t staging_bytes, int depth, int blocks, int wide) {
   Context* c = new Context();
   c->device = device;
-  c->pages = Pages{nullptr, g->block, g->head, g->token, g->part, g->layers, g->heads, g->parts, g->part_bytes, g->block_tokens};
+  c->pages = Pages{nullptr, g->block, g->head, g->token, g->part, g->layers, g->heads, g->parts, g->part_bytes, g->block_tokens, g->payload};
   c->staging_bytes = staging_bytes;
   c->blocks = (uint32_t)blocks;
   c->wide = wide != 0;
@@ -330,7 +349,7 @@ int pd_gpu_move(void* context, int which, const int32_t* blocks, int count, uint
   uint64_t* result = lane.results_device + (RESULTS - 1) * c.pages.heads;
   TRY(which == SAVE ? launch<true>(c, job, lane.sums, result, lane.kernels, grid, 0) : launch<false>(c, job, lane.sums, result, lane.kernels, grid, 0));
   TRY(gpuStreamSynchronize(lane.kernels));
-  const uint64_t bytes = (uint64_t)c.pages.layers * tokens * c.pages.parts * c.pages.part_bytes;
+  const uint64_t bytes = shard_bytes(c.pages, tokens);
   for (uint32_t h = 0; h < c.pages.heads; h++) out[h] = finish(lane.results[(RESULTS - 1) * c.pages.heads + h], bytes);
   return 0;
 }

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "digest.h"
-#include "fp8.h"
+#include "rounded.h"
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -69,72 +69,74 @@ uint64_t pass(const unsigned char* src, unsigned char* dst, size_t bytes, uint64
   return sum;
 }
 
-constexpr size_t FP8_ROWS = 16, FP8_VALUES = 4096;  // rows at a time; values of a row, at most
+constexpr size_t SOME_ROWS = 16, MOST_VALUES = 4096;  // rows at a time; values of a row, at most
+
+template <int P> using Stored = typename pd::Value<P & pd::FORMAT>::type;
 
 // Rows of values in the cache's format -> stored rows, one after another.
-template <int F>
+template <int P>
 void shrink(const unsigned char* from, size_t rows, uint32_t values, unsigned char* to) {
-  using T = typename pd::Value<F>::type;
-  const uint32_t groups = pd::fp8_groups(values), width = values / groups;
+  using T = Stored<P>;
+  const uint32_t groups = pd::groups_of(values), width = values / groups;
   for (size_t r = 0; r < rows; r++, from += values * sizeof(T), to += 8 + values) {
     std::memset(to, 0, 8);
     for (uint32_t g = 0; g < groups; g++) {
-      float x[FP8_VALUES];
-      T raw[FP8_VALUES];
+      float x[MOST_VALUES];
+      T raw[MOST_VALUES];
       std::memcpy(raw, from + (size_t)g * width * sizeof(T), width * sizeof(T));
       uint32_t largest = 0;
       for (uint32_t i = 0; i < width; i++) {
-        x[i] = pd::Value<F>::get(raw[i]);
+        x[i] = pd::Value<P & pd::FORMAT>::get(raw[i]);
         const uint32_t m = pd::magnitude(x[i]);
         largest = m > largest ? m : largest;
       }
-      const uint32_t scale = pd::fp8_scale(largest);
-      const float down = pd::fp8_down(scale);
+      const uint32_t scale = pd::scale_of<P>(largest);
+      const float down = pd::scale_down(scale);
       to[g] = (unsigned char)scale;
       unsigned char* const out = to + 8 + g * width;
-      for (uint32_t i = 0; i < width; i++) out[i] = pd::fp8_encode(x[i] * down);
+      for (uint32_t i = 0; i < width; i++) out[i] = pd::encode<P>(x[i] * down);
     }
   }
 }
 
-template <int F>
+template <int P>
 void grow(const unsigned char* from, size_t rows, uint32_t values, unsigned char* to) {
-  using T = typename pd::Value<F>::type;
-  const uint32_t groups = pd::fp8_groups(values), width = values / groups;
+  using T = Stored<P>;
+  const uint32_t groups = pd::groups_of(values), width = values / groups;
   for (size_t r = 0; r < rows; r++, from += 8 + values, to += values * sizeof(T))
     for (uint32_t g = 0; g < groups; g++) {
-      T out[FP8_VALUES];
-      const float up = pd::fp8_up(from[g]);
-      for (uint32_t i = 0; i < width; i++) out[i] = pd::Value<F>::put(pd::fp8_decode(from[8 + g * width + i]) * up);
+      T out[MOST_VALUES];
+      const float up = pd::scale_up(from[g]);
+      for (uint32_t i = 0; i < width; i++) out[i] = pd::decode<P>(from[8 + g * width + i], up);
       std::memcpy(to + (size_t)g * width * sizeof(T), out, width * sizeof(T));
     }
 }
 
-template <int F>
-uint64_t gather_fp8(const uint64_t* from, size_t count, size_t rows, uint32_t values, unsigned char* to) {
-  const size_t row = 8 + values, in = values * sizeof(typename pd::Value<F>::type);
-  alignas(64) unsigned char some[FP8_ROWS * (8 + FP8_VALUES)];
+template <int P>
+uint64_t gather_rounded(const uint64_t* from, size_t count, size_t rows, uint32_t values, unsigned char* to) {
+  const size_t row = 8 + values, in = values * sizeof(Stored<P>);
+  alignas(64) unsigned char some[SOME_ROWS * (8 + MOST_VALUES)];
   uint64_t sum = 0;
   for (size_t k = 0; k < count; k++)
-    for (size_t r = 0; r < rows; r += FP8_ROWS) {
-      const size_t n = rows - r < FP8_ROWS ? rows - r : FP8_ROWS, at = (k * rows + r) * row;
-      shrink<F>(reinterpret_cast<const unsigned char*>(from[k]) + r * in, n, values, some);
+    for (size_t r = 0; r < rows; r += SOME_ROWS) {
+      const size_t n = rows - r < SOME_ROWS ? rows - r : SOME_ROWS, at = (k * rows + r) * row;
+      shrink<P>(reinterpret_cast<const unsigned char*>(from[k]) + r * in, n, values, some);
       sum += pass<COPY>(some, to + at, n * row, at / 8);
     }
   return pd::finish(sum, count * rows * row);
 }
 
 // Each stored row is read once, so that what is digested is what is used.
-template <int F>
-uint64_t scatter_fp8(const unsigned char* from, const uint64_t* to, size_t count, size_t rows, uint32_t values) {
-  const size_t row = 8 + values, out = values * sizeof(typename pd::Value<F>::type);
-  alignas(64) unsigned char some[FP8_ROWS * (8 + FP8_VALUES)];
+template <int P>
+uint64_t scatter_rounded(const unsigned char* from, const uint64_t* to, size_t count, size_t rows, uint32_t values) {
+  const size_t row = 8 + values, out = values * sizeof(Stored<P>);
+  alignas(64) unsigned char some[SOME_ROWS * (8 + MOST_VALUES)];
   uint64_t sum = 0;
   for (size_t k = 0; k < count; k++)
-    for (size_t r = 0; r < rows; r += FP8_ROWS) {
-      const size_t n = rows - r < FP8_ROWS ? rows - r : FP8_ROWS, at = (k * rows + r) * row;
+    for (size_t r = 0; r < rows; r += SOME_ROWS) {
+      const size_t n = rows - r < SOME_ROWS ? rows - r : SOME_ROWS, at = (k * rows + r) * row;
       sum += pass<COPY>(from + at, some, n * row, at / 8);
-      if (to[k]) grow<F>(some, n, values, reinterpret_cast<unsigned char*>(to[k]) + r * out);
+      if (to[k]) grow<P>(some, n, values, reinterpret_cast<unsigned char*>(to[k]) + r * out);
     }
   return pd::finish(sum, count * rows * row);
 }
@@ -161,17 +163,27 @@ uint64_t pd_scatter(const unsigned char* from, const uint64_t* to, size_t count,
   return pd::finish(sum, count * bytes);
 }
 
-// The same with the fp8 payload: pieces of `rows` rows of `values` values (at most 4096, a multiple of 8) in `format`.
-uint64_t pd_gather_fp8(const uint64_t* from, size_t count, size_t rows, uint32_t values, int format, unsigned char* to) {
-  if (format == pd::BF16) return gather_fp8<pd::BF16>(from, count, rows, values, to);
-  if (format == pd::FP16) return gather_fp8<pd::FP16>(from, count, rows, values, to);
-  return gather_fp8<pd::FP32>(from, count, rows, values, to);
+// The same with a rounded payload: pieces of `rows` rows of `values` values (at most 4096, a multiple of 8); `payload`: its code.
+uint64_t pd_gather_rounded(const uint64_t* from, size_t count, size_t rows, uint32_t values, int payload, unsigned char* to) {
+  switch (payload) {
+    case pd::BF16: return gather_rounded<pd::BF16>(from, count, rows, values, to);
+    case pd::FP16: return gather_rounded<pd::FP16>(from, count, rows, values, to);
+    case pd::FP32: return gather_rounded<pd::FP32>(from, count, rows, values, to);
+    case pd::BF16 | pd::INT8: return gather_rounded<pd::BF16 | pd::INT8>(from, count, rows, values, to);
+    case pd::FP16 | pd::INT8: return gather_rounded<pd::FP16 | pd::INT8>(from, count, rows, values, to);
+    default: return gather_rounded<pd::FP32 | pd::INT8>(from, count, rows, values, to);
+  }
 }
 
-uint64_t pd_scatter_fp8(const unsigned char* from, const uint64_t* to, size_t count, size_t rows, uint32_t values, int format) {
-  if (format == pd::BF16) return scatter_fp8<pd::BF16>(from, to, count, rows, values);
-  if (format == pd::FP16) return scatter_fp8<pd::FP16>(from, to, count, rows, values);
-  return scatter_fp8<pd::FP32>(from, to, count, rows, values);
+uint64_t pd_scatter_rounded(const unsigned char* from, const uint64_t* to, size_t count, size_t rows, uint32_t values, int payload) {
+  switch (payload) {
+    case pd::BF16: return scatter_rounded<pd::BF16>(from, to, count, rows, values);
+    case pd::FP16: return scatter_rounded<pd::FP16>(from, to, count, rows, values);
+    case pd::FP32: return scatter_rounded<pd::FP32>(from, to, count, rows, values);
+    case pd::BF16 | pd::INT8: return scatter_rounded<pd::BF16 | pd::INT8>(from, to, count, rows, values);
+    case pd::FP16 | pd::INT8: return scatter_rounded<pd::FP16 | pd::INT8>(from, to, count, rows, values);
+    default: return scatter_rounded<pd::FP32 | pd::INT8>(from, to, count, rows, values);
+  }
 }
 
 uint64_t pd_digest(const unsigned char* from, size_t bytes) { return pd::finish(pass<DIGEST_ONLY>(from, nullptr, bytes, 0), bytes); }

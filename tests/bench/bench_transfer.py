@@ -29,7 +29,7 @@ from running_cache import RunningCache
 from pdserve import kernels
 from pdserve.transfer import wire
 from pdserve.transfer.client import CacheClient
-from pdserve.transfer.staging import HostPages
+from pdserve.transfer.staging_host import HostPages
 
 # The demo model on CPU vLLM: 30 layers, blocks of 128 tokens with 3 KV heads of 64, K and V, bf16.
 LAYERS, BLOCK_BYTES, BLOCKS = 30, 98304, 2
@@ -58,7 +58,7 @@ def copies(client: CacheClient, rounds: int) -> list[dict[str, Any]]:
     pool = np.random.default_rng(0).integers(0, 256, LAYERS * chunks * BLOCKS * BLOCK_BYTES, dtype=np.uint8)
     per_layer = chunks * BLOCKS * BLOCK_BYTES
     bases = [pool.ctypes.data + i * per_layer for i in range(LAYERS)]
-    pages = HostPages(bases, [BLOCK_BYTES] * LAYERS, BLOCK_BYTES, chunks * BLOCKS)
+    pages = HostPages([bases], [BLOCK_BYTES] * LAYERS, BLOCK_BYTES, chunks * BLOCKS)
     order = np.random.default_rng(1).permutation(chunks * BLOCKS).tolist()
     slots = [client.arena.bytes[i * SHARD : (i + 1) * SHARD] for i in range(chunks)]
     plain = [pool[i * SHARD : (i + 1) * SHARD] for i in range(chunks)]
@@ -73,9 +73,9 @@ def copies(client: CacheClient, rounds: int) -> list[dict[str, Any]]:
     seconds = interleaved(
         rounds,
         memcpy_in=each(lambda i: np.copyto(slots[i], plain[i])),
-        store=each(lambda i: pages.gather(order[i * BLOCKS : (i + 1) * BLOCKS], slots[i])),
+        store=each(lambda i: pages.store(None, order[i * BLOCKS : (i + 1) * BLOCKS], 256, slots[i], SHARD)),
         memcpy_out=each(lambda i: np.copyto(plain[i], slots[i])),
-        load=each(lambda i: pages.scatter(slots[i], order[i * BLOCKS : (i + 1) * BLOCKS])),
+        load=each(lambda i: pages.load(None, slots[i], order[i * BLOCKS : (i + 1) * BLOCKS], 256, SHARD)),
         digest=each(lambda i: kernels.digest(slots[i])),
     )
     speed = {name: chunks * SHARD / s / 1e9 for name, s in seconds.items()}
@@ -86,39 +86,45 @@ def copies(client: CacheClient, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
+#: as engines ask: what a step of so many tokens has computed is reserved at once, and committed a few chunks at a time
+STEP, COMMITTED, PROMPT = 8, 4, 24
+
+
 def processor(cache: RunningCache, client: CacheClient, gigabytes: float) -> list[dict[str, Any]]:
-    """Prompts of 12 chunks are stored and loaded back, each chunk with its own calls and then twelve to a call, until the
-    bytes are many; what the daemon's process used meanwhile, and what it uses when nobody asks. New chunks evict old ones."""
+    """Prompts are stored and loaded back until the bytes are many: each chunk with its own calls, in the calls of an engine
+    that prefills in steps, and all chunks of a prompt in one call. What the daemon's process used meanwhile. New chunks
+    evict old ones."""
     assert client.arena is not None
     data = np.random.default_rng(2).integers(0, 256, SHARD, dtype=np.uint8)
     out = np.empty_like(data)
     digest = kernels.digest(data)
     fresh, rows = 1 << 50, []
-    for batch in (1, 12):
+    ways = {
+        "1 chunk a call": (1, 1, 1),
+        f"steps of {STEP} chunks": (PROMPT, STEP, COMMITTED),
+        "12 chunks a call": (12, 12, 12),
+    }
+    for name, (prompt, step, committed) in ways.items():
         moved, before, began = 0, cache.cpu_seconds(), time.monotonic()
         while moved < gigabytes * 1e9:
-            keys = [(fresh + i).to_bytes(32, "big") for i in range(batch)]
-            fresh += batch
+            keys = [(fresh + i).to_bytes(32, "big") for i in range(prompt)]
+            fresh += prompt
             items = [wire.ReserveItem(k, keys[i - 1] if i else b"", 0, 1, SHARD, 256) for i, k in enumerate(keys)]
-            grants = client.reserve("bench", items, 5)
-            for grant in grants:
-                np.copyto(client.arena.bytes[grant.offset : grant.offset + SHARD], data)
-            client.commit([wire.CommitItem(g.reservation, digest) for g in grants], 5)
+            for at in range(0, prompt, step):
+                grants = client.reserve("bench", items[at : at + step], 5)
+                for first in range(0, step, committed):
+                    some = grants[first : first + committed]
+                    for grant in some:
+                        np.copyto(client.arena.bytes[grant.offset : grant.offset + SHARD], data)
+                    client.commit([wire.CommitItem(g.reservation, digest) for g in some], 5)
             reply = client.lookup(keys, 5)
             for found in reply.found:
                 np.copyto(out, client.arena.bytes[found.offset : found.offset + SHARD])
             client.release(reply.lease, 5, len(reply.found), SHARD * len(reply.found))
-            moved += SHARD * (len(grants) + len(reply.found))
+            moved += SHARD * (prompt + len(reply.found))
         used, took = cache.cpu_seconds() - before, time.monotonic() - began
-        rows.append(
-            row(
-                f"daemon's CPU, {batch} chunk{'s' * (batch > 1)} a call",
-                "ms/GB",
-                used * 1e3 / (moved / 1e9),
-                "ms/GB taken by all",
-                took * 1e3 / (moved / 1e9),
-            )
-        )
+        per_gb = 1e3 / (moved / 1e9)
+        rows.append(row(f"daemon's CPU, {name}", "ms/GB", used * per_gb, "ms/GB taken by all", took * per_gb))
     return rows
 
 

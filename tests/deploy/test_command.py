@@ -117,6 +117,11 @@ def test_what_engines_do_with_a_hit_and_another_connector_reach_the_command_line
         argv = plan.make(top, cores=[0]).processes[1].argv
         extra = json.loads(argv[argv.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
         assert extra.get("pdserve.load") == wanted
+    for payload, wanted in (("", None), ("int8", "int8")):
+        top = topology.parse(f"{base}cache: {{size: 1GiB, payload: '{payload}'}}\n")
+        argv = plan.make(top, cores=[0]).processes[1].argv
+        extra = json.loads(argv[argv.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+        assert extra.get("pdserve.payload") == wanted
     other = topology.parse(base.replace("kind: vllm", "kv_transfer_config: {kv_connector: Other, kv_role: kv_both}"))
     argv = plan.make(other, cores=[0]).processes[0].argv
     assert json.loads(argv[argv.index("--kv-transfer-config") + 1]) == {"kv_connector": "Other", "kv_role": "kv_both"}

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from pdserve.chunk import ChunkLayout
-from pdserve.errors import UnsupportedError
+from pdserve.errors import ConfigError, UnsupportedError
 
 torch = pytest.importorskip("torch", reason="needs an engine's environment")
 specs = pytest.importorskip("vllm.v1.kv_cache_interface", reason="needs an engine's environment")
 layout = pytest.importorskip("pdserve.engines.vllm.layout")
 
 BLOCKS, HEADS, BLOCK, WIDTH = 6, 3, 8, 16
-BYTES = HEADS * BLOCK * WIDTH * 4
+BYTES = BLOCK * WIDTH * 4  # of one head's block
+MINE = (0, HEADS, True)  # all heads are this worker's
 
 
 def declared(**change):
@@ -23,7 +24,7 @@ def declared(**change):
         "layers": 2,
         "block_tokens": BLOCK,
         "block_bytes": BYTES,
-        "shards": 1,
+        "shards": HEADS,
     }
     return ChunkLayout(**{**fields, **change})
 
@@ -35,12 +36,13 @@ def caches():
 
 def test_registered_tensors_become_pages_that_read_and_write_them():
     kv = caches()
-    pages = layout.host_pages(kv, ["a", "b"], declared(), BLOCKS)
-    shard = np.zeros(pages.shard_bytes(16, 2), np.uint8)
-    digest = pages.gather([4, 1], shard)
-    want = torch.stack([kv["a"][[4, 1]], kv["b"][[4, 1]]])
-    assert (shard == want.numpy().reshape(-1).view(np.uint8)).all()
-    assert pages.scatter(shard, [0, None]) == digest
+    pages = layout.host_pages(kv, ["a", "b"], declared(), BLOCKS, MINE)
+    size = pages.shard_bytes(16, 2)
+    chunk = np.zeros(HEADS * size, np.uint8)
+    digests = pages.store(None, [4, 1], 16, chunk, size).digests()
+    want = torch.stack([kv["a"][[4, 1]], kv["b"][[4, 1]]]).permute(2, 0, 1, 3, 4)  # head, layer, block
+    assert (chunk == want.numpy().reshape(-1).view(np.uint8)).all()
+    assert pages.load(None, chunk, [0, None], 16, size).digests() == digests
     assert torch.equal(kv["a"][0], kv["a"][4])
     assert torch.equal(kv["b"][0], kv["b"][4])
 
@@ -55,25 +57,27 @@ def test_registered_tensors_become_pages_that_read_and_write_them():
 )
 def test_tensors_that_are_not_as_declared_are_refused(change, blocks, names, says):
     with pytest.raises(UnsupportedError, match=says):
-        layout.host_pages(caches(), names, declared(**change), blocks)
+        layout.host_pages(caches(), names, declared(**change), blocks, MINE)
 
 
 def test_blocks_with_gaps_inside_are_refused():
     kv = {"a": torch.rand(BLOCKS, HEADS, BLOCK, WIDTH * 2)[..., :WIDTH]}
     with pytest.raises(UnsupportedError, match="does not guess layouts"):
-        layout.host_pages(kv, ["a"], declared(layers=1), BLOCKS)
+        layout.host_pages(kv, ["a"], declared(layers=1), BLOCKS, MINE)
 
 
 def test_a_block_that_does_not_exist_is_refused_before_memory_is_touched():
-    pages = layout.host_pages(caches(), ["a", "b"], declared(), BLOCKS)
+    pages = layout.host_pages(caches(), ["a", "b"], declared(), BLOCKS, MINE)
     with pytest.raises(ValueError, match=f"block {BLOCKS} of {BLOCKS}"):
-        pages.gather([BLOCKS], np.zeros(pages.shard_bytes(8, 1), np.uint8))
+        pages.store(None, [BLOCKS], 8, np.zeros(HEADS * pages.shard_bytes(8, 1), np.uint8), pages.shard_bytes(8, 1))
 
 
 def configs(spec, groups=1, **parallel):
     parallel_config = types.SimpleNamespace(**{"pipeline_parallel_size": 1, "tensor_parallel_size": 1, **parallel})
     vllm_config = types.SimpleNamespace(
-        parallel_config=parallel_config, device_config=types.SimpleNamespace(device_type="cpu")
+        parallel_config=parallel_config,
+        device_config=types.SimpleNamespace(device_type="cpu"),
+        model_config=types.SimpleNamespace(get_total_num_kv_heads=lambda: 3),
     )
     return vllm_config, types.SimpleNamespace(
         kv_cache_groups=[types.SimpleNamespace(kv_cache_spec=spec, layer_names=["a"])] * groups
@@ -87,12 +91,21 @@ def test_full_attention_is_supported_and_declares_its_layout():
     vllm_config, kv_config = configs(specs.FullAttentionSpec(**FULL))
     layout.check_supported(vllm_config, kv_config)
     made = layout.chunk_layout(vllm_config, kv_config)
-    assert (made.block_tokens, made.block_bytes, made.kv_dtype, made.layers) == (
-        128,
-        2 * 128 * 3 * 64 * 2,
-        "bfloat16",
-        1,
-    )
+    assert (made.block_tokens, made.block_bytes, made.shards) == (128, 2 * 128 * 64 * 2, 3)  # of one head
+    assert (made.kv_dtype, made.layers) == ("bfloat16", 1)
+
+
+def test_a_rounded_payload_is_part_of_the_identity_and_refused_where_it_saves_nothing():
+    vllm_config, kv_config = configs(specs.FullAttentionSpec(**FULL))
+    made = [layout.chunk_layout(vllm_config, kv_config, payload) for payload in ("", "int8", "fp8")]
+    assert len({m.identity() for m in made}) == 3
+    assert made[0].shard_bytes(130) == 2 * 128 * 128 * 2  # two blocks of 128 tokens, K and V of 64 values
+    assert made[1].shard_bytes(130) == made[2].shard_bytes(130) == 2 * 128 * (128 + 8)
+    eight_bits = configs(specs.FullAttentionSpec(**{**FULL, "dtype": torch.uint8}))
+    with pytest.raises(ConfigError, match="does not go with a KV cache of uint8"):
+        layout.chunk_layout(*eight_bits, "int8")
+    with pytest.raises(ConfigError, match="'int4' does not go"):
+        layout.chunk_layout(vllm_config, kv_config, "int4")
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,31 @@ def main() -> None:
     Path(sys.argv[1]).write_text(json.dumps(results, indent=1))
 
 
+def rounding(payload, arena, geometry, arch, cuts, ids, back) -> None:
+    """The same 20000 tokens in 8 bits a value; the bytes of the engine's cache count."""
+    small = device_layout.rounded(geometry, payload, "bfloat16")
+    area = HEADS * stride_of(small.shard_bytes(CHUNK))
+    device = gpu.Gpu(arch, 0, small, area)
+
+    def through(lane: int, blocks: list[int]):
+        def run() -> list[list[int]]:
+            chunks = []
+            for n, (at, tokens) in enumerate(cuts):
+                some = blocks[at // BLOCK : -(-(at + tokens) // BLOCK)]
+                chunks.append((some, tokens, stride_of(small.shard_bytes(tokens)), arena.bytes.ctypes.data + n * area))
+            tickets = device.submit(lane, None, chunks)
+            device.wait(lane, tickets[-1])
+            return [device.digests(lane, t, c[1]) for t, c in zip(tickets, chunks, strict=True)]
+
+        return run
+
+    nbytes = HEADS * geometry.shard_bytes(TOKENS)
+    note(f"store as {payload}", timed(through(gpu.SAVE, ids)), nbytes)
+    note(f"load as {payload}", timed(through(gpu.LOAD, back)), nbytes)
+    results[f"equal {payload}"] = through(gpu.SAVE, ids)() == through(gpu.LOAD, back)()
+    device.close()
+
+
 def measure(rng, layers, geometry, arch, arena) -> None:
     ids = rng.permutation(BLOCKS)[: TOKENS // BLOCK].tolist()
     back = rng.permutation(BLOCKS)[: TOKENS // BLOCK].tolist()
@@ -148,6 +173,9 @@ def measure(rng, layers, geometry, arch, arena) -> None:
     same = all(torch.equal(t[ids], t[back]) for t in layers) or stored == loaded
     results["equal"] = bool(stored == loaded and same)
     print("digests equal:", stored == loaded, flush=True)
+
+    for payload in ("int8", "fp8"):
+        rounding(payload, arena, geometry, arch, cuts, ids, back)
 
     one, stride = ids[: CHUNK // BLOCK], stride_of(geometry.shard_bytes(CHUNK))
     size = HEADS * geometry.shard_bytes(CHUNK)

@@ -1,23 +1,33 @@
 """Builds, checks and measures the GPU path on one GPU: run_all.py --model DIR [--small DIR] --out DIR   (under 9 minutes)
 
 --model: a folder with config.json (and tokenizer files) of the model to measure, loaded with dummy weights; --small: a real
-small model, for greedy tokens. Ends with a short table; results.json has everything, with the versions and the machine.
+small model, for greedy tokens. Steps run in the order of STEPS, each with a deadline of its own and only while its seconds are
+left of --budget; results.json is written after each figure, the short table comes last. --dry-run starts nothing and needs no
+GPU: it prints the plan and checks what can be checked without one. docs/gpu-runbook.md says what to run in which order.
 """
 
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
+import queue
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).parent
 results: dict = {}
 table: list[tuple[str, str]] = []
+out_file: Path | None = None
 TEXTS = [
     "The history of the city begins with a small harbour on the river. " * n + "In one sentence, the city is"
     for n in (20, 45, 61, 88)
@@ -27,10 +37,19 @@ TEXTS = [
 def row(what: str, figure: str) -> None:
     table.append((what, figure))
     print(f"## {what}: {figure}", flush=True)
+    write()
+
+
+def write() -> None:
+    if out_file is not None:
+        out_file.write_text(json.dumps({**results, "table": table}, indent=1))
 
 
 class Engine:
+    """One engine_probe.py. Every answer has a deadline; one that does not come ends the engine."""
+
     ports = 29500  # engines that start at the same moment would otherwise choose the same one
+    START_S = 240.0
 
     def __init__(self, name: str, out: Path, **options) -> None:
         self.name = name
@@ -41,28 +60,46 @@ class Engine:
             env={**os.environ, "PYTHONSAFEPATH": "1", "VLLM_PORT": str(Engine.ports)},
         )  # fmt: skip
         Engine.ports += 100
+        self._answers: queue.Queue[dict | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
 
-    def answer(self) -> dict:
+    def _read(self) -> None:
         for line in self.process.stdout:
             if line.startswith("@@"):
-                found = json.loads(line[2:])
-                if "error" in found:
-                    raise RuntimeError(f"{self.name}: {found['error']}")
-                return found
-            self._log.write(line)
-        raise RuntimeError(f"engine {self.name} ended; see its log")
+                self._answers.put(json.loads(line[2:]))
+            else:
+                self._log.write(line)
+        self._answers.put(None)
 
-    def do(self, name: str, **arguments) -> dict:
+    def answer(self, seconds: float) -> dict:
+        try:
+            found = self._answers.get(timeout=seconds)
+        except queue.Empty:
+            self.process.kill()
+            raise RuntimeError(f"{self.name}: no answer within {seconds:.0f} s") from None
+        if found is None:
+            raise RuntimeError(f"engine {self.name} ended; see its log")
+        if "error" in found:
+            raise RuntimeError(f"{self.name}: {found['error']}")
+        return found
+
+    def ready(self) -> Engine:
+        results[f"start_{self.name}_s"] = self.answer(self.START_S)["ready"]
+        write()
+        return self
+
+    def do(self, name: str, seconds: float = 60, **arguments) -> dict:
         self.process.stdin.write(json.dumps({"do": name, **arguments}) + "\n")
         self.process.stdin.flush()
-        return self.answer()
+        return self.answer(seconds)
 
     def stop(self) -> None:
-        self.process.stdin.close()
-        try:
-            self.process.wait(15)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        if self.process.poll() is None:
+            self.process.stdin.close()
+            try:
+                self.process.wait(15)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
 
 
 def daemon(name: str, size: str, port: int, out: Path) -> tuple[subprocess.Popen, str]:
@@ -83,22 +120,86 @@ def daemon(name: str, size: str, port: int, out: Path) -> tuple[subprocess.Popen
     return process, socket
 
 
-def copies(out: Path) -> None:
-    subprocess.run([sys.executable, str(HERE / "bench_copies.py"), str(out / "copies.json")], check=True, timeout=120)
-    c = results["copies"] = json.loads((out / "copies.json").read_text())
+def copies(run: Run) -> None:
+    subprocess.run([sys.executable, str(HERE / "bench_copies.py"), str(run.out / "copies.json")], check=True, timeout=run.left)
+    c = results["copies"] = json.loads((run.out / "copies.json").read_text())
     for way, ours in (
         ("d2h", "(b) store: gather, staging, DMA, digest made"),
         ("h2d", "(b) load: DMA, staging, scatter, digest checked"),
     ):
         bus = max(c[f"copy pinned {way}"]["gb_s"], c[f"copy arena {way}"]["gb_s"])
-        row(
-            f"{ours.split(':')[0][4:]} 20k tokens",
-            f"{c[ours]['gb_s']:.1f} of {bus:.1f} GB/s = {c[ours]['gb_s'] / bus:.3f}",
-        )
+        what = ours.split(":")[0][4:]
+        row(f"{what} 20k tokens", f"{c[ours]['gb_s']:.1f} of {bus:.1f} GB/s = {c[ours]['gb_s'] / bus:.3f}")
+        for payload in ("int8", "fp8"):
+            got = c[f"{what} as {payload}"]["ms_median"]
+            row(f"{what} 20k tokens as {payload}", f"{got:.1f} ms, as it is {c[ours]['ms_median']:.1f} ms")
 
 
-def tokens_agree(small: Engine, reference: Engine) -> None:
+def kernel_tests(run: Run) -> None:
+    words = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_blocks.py")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=run.left, check=False)
+    results["kernel_tests"] = done.stdout[-3000:]
+    row("kernel tests", done.stdout.strip().splitlines()[-1] if done.stdout.strip() else f"exit {done.returncode}")
+
+
+def sanitizer(run: Run) -> None:
+    """memcheck and racecheck of each kind of kernel, a few sizes of each."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    some = "equal_plain_indexing and 77 and (NHD or MLA) or rounded and 45"
+    for check in ("memcheck", "racecheck"):
+        words = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        words += [str(HERE / "test_blocks.py"), "-k", some]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=run.left, check=False)
+        said = [line for line in done.stdout.splitlines() if "SUMMARY" in line or " passed" in line]
+        results[check] = done.stdout[-3000:]
+        row(f"compute-sanitizer {check}", "; ".join(said) or f"exit {done.returncode}: {done.stderr[-200:]}")
+
+
+def peers(run: Run) -> None:
+    """The same 20k prompt from the others' DRAM; each has an engine of its own, after ours have stopped."""
+    for name in ("offloading", "lmcache"):
+        try:
+            engine = run.engine(f"peer-{name}", peer=name, **run.big)
+            for seed, n in ((1, 2000), (2, 10000)):
+                engine.do("generate", seeds=[seed], n=n, out=4)
+            reused, cold = [], []
+            for seed in range(31, 34):
+                cold.append(engine.do("generate", seeds=[seed], n=20000, out=1)["ms"])
+                time.sleep(1)
+                engine.do("reset")
+                reused.append(engine.do("generate", seeds=[seed], n=20000, out=1)["ms"])
+            rates = [engine.do("generate", seeds=list(range(a, a + 24)), n=4000, out=64)["tok_s"] for a in (50100, 50200, 50300)]
+            results[f"peer_{name}"] = {"reused_ms": reused, "cold_ms": cold, "new_tok_s": rates}
+            figures = f"reused {statistics.median(reused):.1f}, cold {statistics.median(cold):.1f}"
+            row(f"{name}: TTFT 20k, ms", f"{figures}; 24 x 4000 + 64 new: {statistics.median(rates):.1f} tok/s")
+            engine.stop()
+        except (RuntimeError, OSError) as e:
+            row(name, f"FAILED {e}")
+
+
+def payload(run: Run) -> None:
+    """An engine that stores int8: TTFT from DRAM, and that what is loaded is what was stored."""
+    engine = run.engine("int8", connector=True, socket=run.socket, payload="int8", **run.big)
+    for seed, n in ((1, 2000), (2, 20000)):
+        engine.do("generate", seeds=[seed], n=n, out=4)
+    found = []
+    for seed in range(41, 44):
+        engine.do("generate", seeds=[seed], n=20000, out=1)
+        engine.do("settle")
+        engine.do("reset")
+        found.append(engine.do("generate", seeds=[seed], n=20000, out=1)["ms"])
+    same = engine.do("check_kv")
+    results["int8"] = {"dram_ms": found, "kv": same}
+    row("TTFT 20k tokens stored as int8, ms", f"{statistics.median(found):.1f}; blocks = arena: {same['equal']} of {same['chunks']}")
+    engine.stop()
+
+
+def tokens_agree(run: Run) -> None:
     """The real model: plain vLLM, computed with pdserve, and loaded from DRAM say the same."""
+    if run.small is None:
+        return
+    tiny = {"model": run.small, "kv_gib": 2, "load_format": "auto", "max_model_len": 2048, "dtype": "float32"}
+    small, reference = run.engines(("small", {"connector": True, "socket": run.socket, **tiny}), ("small-plain", tiny))
     plain, cold, loaded, cached = [], [], [], []
     for text in TEXTS:
         plain += reference.do("generate", seeds=[], n=0, out=48, texts=[text])["tokens"]
@@ -118,10 +219,13 @@ def tokens_agree(small: Engine, reference: Engine) -> None:
         f"{same} of {len(plain)} (cached {cached}); computed = plain {computed}",
     )
     results["tokens_kv"] = small.do("check_kv")
+    for engine in (small, reference):
+        engine.stop()
 
 
-def first_token(ours: Engine, plain: Engine) -> None:
+def first_token(run: Run) -> None:
     """TTFT cold, from the GPU's cache, from DRAM after the GPU's cache is emptied; one token out."""
+    ours, plain = run.pair()
     found: dict = results.setdefault("ttft", {})
     for e in (ours, plain):
         for seed, n in ((1, 2000), (2, 10000)):
@@ -170,7 +274,8 @@ def first_token(ours: Engine, plain: Engine) -> None:
     )
 
 
-def throughput(ours: Engine, plain: Engine) -> None:
+def throughput(run: Run) -> None:
+    ours, plain = run.pair()
     found = results["throughput"] = {"new": [], "new_plain": [], "cached": [], "cached_plain": []}
     fixed = list(range(70000, 70024))
     for again in range(6):
@@ -193,7 +298,8 @@ def throughput(ours: Engine, plain: Engine) -> None:
         row(f"24 x 4000 + 64, {what}, tok/s", f"{a:.1f} of plain {b:.1f} = {a / b:.3f}")
 
 
-def between_tokens(ours: Engine, plain: Engine) -> None:
+def between_tokens(run: Run) -> None:
+    ours, plain = run.pair()
     found: dict = {}
     results["itl"] = found
     for again in range(2):
@@ -238,74 +344,144 @@ def between_tokens(ours: Engine, plain: Engine) -> None:
     )
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Step:
+    name: str
+    work: Callable[[Run], None]
+    seconds: float  # what it takes at most; it is left out where less is left
+    shows: str
+
+
+#: in order of value: what comes first has the time
+STEPS = (
+    Step("copies", copies, 75, "store and load beside the bus, and with 8 bits a value; builds the kernels"),
+    Step("ttft", first_token, 170, "first token from DRAM at 2k, 10k, 20k, 30k tokens, beside plain vLLM; KV byte by byte; with the start"),
+    Step("throughput", throughput, 110, "nothing to reuse and all in the GPU's cache, interleaved with plain vLLM"),
+    Step("itl", between_tokens, 75, "time between tokens of 8 streams while 20k tokens are stored or loaded"),
+    Step("tokens", tokens_agree, 90, "greedy tokens of the real model: loaded = computed = plain"),
+    Step("tests", kernel_tests, 60, "kernels against plain indexing, bit for bit"),
+    Step("sanitizer", sanitizer, 90, "memcheck and racecheck of the kernels"),
+    Step("payload", payload, 110, "an engine that stores int8"),
+    Step("peers", peers, 220, "OffloadingConnector and LMCache at 20k tokens"),
+)
+
+
+@dataclass
+class Run:
+    out: Path
+    model: str
+    small: str | None
+    socket: str
+    until: float
+    started: dict[str, Engine] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        return max(1.0, self.until - time.monotonic())
+
+    @property
+    def big(self) -> dict:
+        return {"model": self.model, "kv_gib": 26}
+
+    def engines(self, *named: tuple[str, dict]) -> list[Engine]:
+        """Started side by side."""
+        made = [Engine(name, self.out, **options) for name, options in named]
+        self.started |= {e.name: e for e in made}
+        return [e.ready() for e in made]
+
+    def engine(self, name: str, **options) -> Engine:
+        return self.engines((name, options))[0]
+
+    def pair(self) -> tuple[Engine, Engine]:
+        """Ours and the plain one, started by the step that needs them first."""
+        if "pdserve" not in self.started:
+            self.engines(("pdserve", {"connector": True, "socket": self.socket, **self.big}), ("plain", self.big))
+        return self.started["pdserve"], self.started["plain"]
+
+    def end_pair(self) -> None:
+        for name in ("pdserve", "plain"):
+            if name in self.started:
+                self.started[name].stop()
+
+
+def chosen(only: str, skip: str) -> list[Step]:
+    wanted, unwanted = [w for w in only.split(",") if w], skip.split(",")
+    unknown = ({*wanted, *unwanted} - {""}) - {s.name for s in STEPS}
+    if unknown:
+        raise SystemExit(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in STEPS)}")
+    return [s for s in STEPS if (not wanted or s.name in wanted) and s.name not in unwanted]
+
+
+def dry_run(steps: list[Step], args: argparse.Namespace) -> int:
+    """The plan, and whether what it needs is here."""
+    left, bad = args.budget, 0
+    for step in steps:
+        fits = step.seconds <= left
+        left -= step.seconds if fits else 0
+        print(f"{step.name:12} {step.seconds:4.0f} s  {'' if fits else '(only if others take less)  '}{step.shows}")
+    with tempfile.TemporaryDirectory() as folder:
+        for file in sorted(HERE.glob("*.py")):
+            ok = compileall.compile_file(file, ddir=folder, quiet=1, legacy=False)
+            bad += not ok
+    from pdserve.kernels import build
+
+    for what, there in (
+        ("model's config.json", (Path(args.model) / "config.json").is_file()),
+        ("small model", args.small is None or (Path(args.small) / "config.json").is_file()),
+        ("nvcc", build.gpu_compiler("sm_90") is not None),
+    ):
+        bad += not there
+        print(f"{'found' if there else 'MISSING'}: {what}")
+    return 1 if bad else 0
+
+
+def main() -> int:
+    global out_file
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--small")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--cache", default="24GiB")
-    parser.add_argument("--skip", default="", help="comma-separated: copies,tokens,ttft,throughput,itl")
+    parser.add_argument("--only", default="", help=f"comma-separated, of {','.join(s.name for s in STEPS)}")
+    parser.add_argument("--skip", default="", help="the same")
+    parser.add_argument("--budget", type=float, default=520, help="seconds for everything (default %(default)s)")
+    parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
+    steps = chosen(args.only, args.skip)
+    if args.dry_run:
+        return dry_run(steps, args)
     args.out.mkdir(parents=True, exist_ok=True)
-    skip, begun = args.skip.split(","), time.time()
-    engines: list[Engine] = []
+    out_file, begun = args.out / "results.json", time.monotonic()
     cache, socket = daemon("gpu", args.cache, 8080, args.out)
+    run = Run(args.out, args.model, args.small, socket, begun + args.budget)
     try:
-        big = {"model": args.model, "kv_gib": 26}
-        ours, plain = (
-            Engine("pdserve", args.out, connector=True, socket=socket, **big),
-            Engine("plain", args.out, **big),
-        )
-        engines += [ours, plain]
-        pair = []
-        if args.small and "tokens" not in skip:
-            tiny = {"model": args.small, "kv_gib": 2, "load_format": "auto", "max_model_len": 2048}
-            tiny["dtype"] = "float32"
-            pair = [
-                Engine("small", args.out, connector=True, socket=socket, **tiny),
-                Engine("small-plain", args.out, **tiny),
-            ]
-        for e in engines:
-            results[f"start_{e.name}_s"] = e.answer()["ready"]
-        try:
-            for e in pair:
-                results[f"start_{e.name}_s"] = e.answer()["ready"]
-        except RuntimeError as e:
-            row("greedy tokens", f"FAILED {e}")
-            pair = []
-        engines += pair
-        print("engines up after", round(time.time() - begun, 1), flush=True)
-        for name, part in (
-            ("tokens", lambda: tokens_agree(*pair) if pair else None),
-            ("ttft", lambda: first_token(ours, plain)),
-            ("throughput", lambda: throughput(ours, plain)),
-            ("itl", lambda: between_tokens(ours, plain)),
-        ):
-            if name in skip:
+        for step in steps:
+            if run.left < step.seconds:
+                row(step.name, f"left out: {run.left:.0f} s are left, it takes up to {step.seconds:.0f}")
                 continue
+            if step.name not in ("copies", "ttft", "throughput", "itl"):
+                run.end_pair()  # the rest needs the memory
             try:
-                part()
-            except Exception as e:  # noqa: BLE001 - the other parts still count
-                results[f"{name}_error"] = f"{type(e).__name__}: {e}"
-                row(name, f"FAILED {e}")
-            print(name, "done after", round(time.time() - begun, 1), flush=True)
-            (args.out / "results.json").write_text(json.dumps(results, indent=1))
-        for e in engines:
-            e.stop()
-        if "copies" not in skip:
-            copies(args.out)
+                step.work(run)
+            except Exception as e:  # noqa: BLE001 - the other steps still count
+                results[f"{step.name}_error"] = f"{type(e).__name__}: {e}"
+                row(step.name, f"FAILED {type(e).__name__}: {e}")
+            print(f"{step.name} done after {time.monotonic() - begun:.0f} s", flush=True)
     finally:
-        for e in engines:
-            e.process.kill()
+        for engine in run.started.values():
+            engine.process.kill()
         cache.terminate()
-        cache.wait(20)
-        results["seconds"] = time.time() - begun
-        results["table"] = table
-        (args.out / "results.json").write_text(json.dumps(results, indent=1))
+        try:
+            cache.wait(20)
+        except subprocess.TimeoutExpired:
+            cache.kill()
+        results["seconds"] = time.monotonic() - begun
+        write()
         print()
         for what, figure in table:
             print(f"{what:52} {figure}")
+    return 1 if any(figure.startswith("FAILED") for _, figure in table) else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -6,7 +6,7 @@ import torch
 
 from pdserve import kernels
 from pdserve.engines.vllm import device_layout
-from pdserve.kernels import gpu, torch_path
+from pdserve.kernels import gpu, rounded, torch_path
 
 GENERATOR = np.random.default_rng()
 #: name -> (shape of the logical tensor from its sizes, order in which its dimensions lie in memory, what each dimension is)
@@ -205,4 +205,38 @@ def test_what_would_read_or_write_elsewhere_is_refused(arch):
     for blocks, tokens, stride in (([1], 17, 40960), ([1], 16, 4096), ([1], 16, 81920), ([None], 16, 40960)):
         with pytest.raises(gpu.GpuError):
             device.save(None, blocks, tokens, stride, arena.ctypes.data)
+    device.close()
+
+
+@pytest.mark.parametrize("payload", rounded.PAYLOADS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("heads", "head_size", "dtype", "tokens"),
+    [(8, 128, torch.bfloat16, 256), (3, 80, torch.float16, 45), (2, 64, torch.float32, 45)],
+    ids=str,
+)
+def test_rounded_payloads_equal_plain_torch(layout, heads, head_size, dtype, tokens, payload, arch):
+    layers, names, geometry = case(layout, 16, heads, head_size, dtype)
+    name = str(dtype).removeprefix("torch.")
+    geometry = device_layout.rounded(geometry, payload, name)
+    count, shard = -(-tokens // 16), geometry.shard_bytes(tokens)
+    blocks = GENERATOR.permutation(NUM_BLOCKS)[:count].tolist()
+    stride = -(-shard // 4096) * 4096
+    views = [device_layout.view_of(t, names) for t in layers]
+    want = torch_path.shrink(torch_path.gather(views, blocks, tokens), payload, name).flatten(1)
+    device = gpu.Gpu(arch, 0, geometry, geometry.heads * stride)
+    chunk = random_bytes(geometry.heads, stride)
+    poison = chunk.clone()
+    digests = device.move(gpu.SAVE, blocks, tokens, stride, chunk.data_ptr(), grid=int(GENERATOR.integers(1, 300)))
+    assert torch.equal(chunk[:, :shard], want)
+    assert torch.equal(chunk[:, shard:], poison[:, shard:])
+    assert digests == [torch_path.digest(w) for w in want]
+
+    expected = [v.clone() for v in views]
+    targets = [int(b) if GENERATOR.random() < 0.7 else None for b in GENERATOR.permutation(NUM_BLOCKS)[:count]]
+    source = want.view(geometry.heads, NUM_LAYERS, tokens, -1)
+    torch_path.scatter(torch_path.grow(source, payload, name), expected, targets)
+    assert device.move(gpu.LOAD, targets, tokens, stride, chunk.data_ptr()) == digests
+    for got, wanted in zip(views, expected, strict=True):
+        assert torch.equal(got, wanted)
     device.close()

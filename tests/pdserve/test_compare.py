@@ -41,6 +41,9 @@ def test_float32_is_exact_and_bfloat16_is_not() -> None:
     assert Rule.for_dtype("torch.float32").exact
     assert not Rule.for_dtype("bfloat16").exact
     assert not Rule.for_dtype("half").exact
+    assert not Rule.for_dtype("float32", payload="int8").exact
+    assert Rule.for_dtype("float32", payload="fp8").tolerance > Rule.for_dtype("float32", payload="int8").tolerance
+    assert Rule.for_dtype("float32", 0.1, "fp8").tolerance == 0.1
 
 
 def test_exact_rule_wants_every_token() -> None:

@@ -74,6 +74,8 @@ def kv_transfer_config(instance: Instance, context: Context) -> dict[str, object
     extra = {"pdserve.socket": str(context.cache_socket), "pdserve.instance": instance.name}
     if context.cache_load != "adaptive":
         extra["pdserve.load"] = context.cache_load
+    if context.cache_payload:
+        extra["pdserve.payload"] = context.cache_payload
     return {
         "kv_connector": "PdserveConnector",
         "kv_connector_module_path": "pdserve.engines.vllm.connector",

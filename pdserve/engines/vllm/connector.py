@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from pdserve import log
+from pdserve.chunk import AS_IS
 from pdserve.engines.vllm import finding, layout, versions
 from pdserve.engines.vllm.facts import Teller
 from pdserve.engines.vllm.messages import StepPlan
@@ -43,8 +44,9 @@ class PdserveConnector(KVConnectorBase_V1):
         layout.check_supported(vllm_config, kv_cache_config)
         self._log = log.get("connector")
         self._vllm_config, self._config = vllm_config, kv_cache_config
-        self._layout = layout.chunk_layout(vllm_config, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
+        payload = transfer.get_from_extra_config("pdserve.payload", AS_IS)
+        self._layout = layout.chunk_layout(vllm_config, kv_cache_config, payload)
         socket = transfer.get_from_extra_config("pdserve.socket", None)
         if not socket:
             raise ConfigError(

@@ -6,10 +6,12 @@ answer is unambiguous. The strides are those of the registered tensors. Never gu
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
+from pdserve.chunk import ChunkLayout
 from pdserve.errors import UnsupportedError
 from pdserve.kernels.paged import Geometry
 from pdserve.transfer.staging import Pages, pages_on_device
@@ -65,7 +67,9 @@ def owned(rank: int, workers: int, heads: int) -> tuple[int, int, bool]:
     return rank // copies, 1, rank % copies == 0
 
 
-def device_pages(kv_caches: dict[str, torch.Tensor], vllm_config: Any, kv_cache_config: Any, rank: int) -> Pages:
+def device_pages(
+    kv_caches: dict[str, torch.Tensor], vllm_config: Any, kv_cache_config: Any, layout: ChunkLayout, rank: int
+) -> Pages:
     """The registered tensors as pages. Raises UnsupportedError when they are not what vLLM declared."""
     group = kv_cache_config.kv_cache_groups[0]
     heads = total_heads(vllm_config, group.kv_cache_spec)
@@ -81,6 +85,8 @@ def device_pages(kv_caches: dict[str, torch.Tensor], vllm_config: Any, kv_cache_
         raise UnsupportedError(f"layers use different attention backends: {sorted(b.__name__ for b in backends)}")
     order = dimensions(backends.pop(), group.kv_cache_spec, str(vllm_config.cache_config.cache_dtype))
     geometry, split = geometry_of(tensors, order, group.kv_cache_spec, kv_cache_config.num_blocks, count)
+    if layout.payload:
+        geometry = rounded(geometry, layout.payload, layout.kv_dtype)
     device = tensors[0].device.index or 0
     return pages_on_device(
         geometry,
@@ -92,6 +98,16 @@ def device_pages(kv_caches: dict[str, torch.Tensor], vllm_config: Any, kv_cache_
         split=split,
         current_stream=lambda: int(torch.cuda.current_stream(device).cuda_stream),
     )
+
+
+def rounded(geometry: Geometry, payload: str, dtype: str) -> Geometry:
+    """The same blocks, stored with that payload. Raises UnsupportedError where a token's values do not make a row."""
+    made = dataclasses.replace(geometry, payload=payload, dtype=dtype)
+    try:
+        made.check()
+    except ValueError as e:
+        raise UnsupportedError(f"cache.payload {payload} cannot be used with this model: {e}. Leave it out.") from e
+    return made
 
 
 def arch_of(device: int) -> str:

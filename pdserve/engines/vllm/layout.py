@@ -10,10 +10,11 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from pdserve import fingerprint, log
-from pdserve.chunk import CANONICAL, OPAQUE, ChunkLayout
+from pdserve.chunk import AS_IS, CANONICAL, FP8, INT8, OPAQUE, ROUNDED_VALUE_BYTES, ChunkLayout
 from pdserve.engines.vllm import device_layout
-from pdserve.errors import UnsupportedError
-from pdserve.transfer.staging import HostPages, Pages
+from pdserve.errors import ConfigError, UnsupportedError
+from pdserve.transfer.staging import Pages
+from pdserve.transfer.staging_host import HostPages
 
 
 def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
@@ -50,8 +51,21 @@ def on_device(vllm_config: Any) -> bool:
     return bool(vllm_config.device_config.device_type == "cuda")
 
 
-def chunk_layout(vllm_config: Any, kv_cache_config: Any) -> ChunkLayout:
+def chunk_layout(vllm_config: Any, kv_cache_config: Any, payload: str = AS_IS) -> ChunkLayout:
     """How this engine's chunks look. Both sides of the connector compute it from the same declarations."""
+    made = _chunk_layout(vllm_config, kv_cache_config)
+    if payload == AS_IS:
+        return made
+    if payload not in (FP8, INT8) or made.kv_dtype not in ROUNDED_VALUE_BYTES:
+        raise ConfigError(
+            "kv_connector_extra_config.pdserve.payload",
+            f"{payload!r} does not go with a KV cache of {made.kv_dtype}",
+            f"Leave it out, or use {FP8} or {INT8} with {', '.join(ROUNDED_VALUE_BYTES)}.",
+        )
+    return made.stored_as(payload)
+
+
+def _chunk_layout(vllm_config: Any, kv_cache_config: Any) -> ChunkLayout:
     group = kv_cache_config.kv_cache_groups[0]
     spec = group.kv_cache_spec
     kind = "mla" if isinstance(spec, MLAAttentionSpec) else "attention"
@@ -70,10 +84,10 @@ def chunk_layout(vllm_config: Any, kv_cache_config: Any) -> ChunkLayout:
         kv_dtype=str(spec.dtype).removeprefix("torch."),
         layers=len(group.layer_names),
         block_tokens=spec.block_size,
-        block_bytes=spec.page_size_bytes,
-        shards=vllm_config.parallel_config.tensor_parallel_size,
-        # The packing inside a block depends on the attention code that the machine's instruction set selects.
-        detail=f"{kind} kv_heads={getattr(spec, 'num_kv_heads', 0)} head={getattr(spec, 'head_size', 0)} {_backend(vllm_config)}",
+        block_bytes=spec.page_size_bytes // spec.num_kv_heads,
+        shards=device_layout.total_heads(vllm_config, spec),
+        # The packing inside a head's block depends on the attention code that the machine's instruction set selects.
+        detail=f"{kind} head={getattr(spec, 'head_size', 0)} {_backend(vllm_config)}",
     )
 
 
@@ -123,28 +137,46 @@ def pages(
 ) -> Pages:
     """Where a worker's blocks are, ready to be copied. Raises UnsupportedError when they are not what vLLM declared."""
     if layout.kind == CANONICAL:
-        return device_layout.device_pages(kv_caches, vllm_config, kv_cache_config, rank)
+        return device_layout.device_pages(kv_caches, vllm_config, kv_cache_config, layout, rank)
     names = kv_cache_config.kv_cache_groups[0].layer_names
-    return host_pages(kv_caches, names, layout, kv_cache_config.num_blocks, rank)
+    place = device_layout.owned(rank, vllm_config.parallel_config.tensor_parallel_size, layout.shards)
+    return host_pages(kv_caches, names, layout, kv_cache_config.num_blocks, place)
 
 
 def host_pages(
-    kv_caches: dict[str, torch.Tensor], layer_names: list[str], layout: ChunkLayout, num_blocks: int, rank: int = 0
+    kv_caches: dict[str, torch.Tensor],
+    layer_names: list[str],
+    layout: ChunkLayout,
+    num_blocks: int,
+    place: tuple[int, int, bool] = (0, 1, True),
 ) -> HostPages:
-    """Maps the registered tensors. Raises UnsupportedError when they are not what vLLM declared."""
-    bases, strides = [], []
+    """Maps the registered tensors, `place` being what device_layout.owned says of this worker: [block][head][token][K, V],
+    of which only the first two dimensions are looked into. Raises UnsupportedError when they are not what vLLM declared."""
+    first, heads, stores = place
+    bases: list[list[int]] = [[] for _ in range(heads)]
+    strides = []
     for name in layer_names:
         tensor = kv_caches.get(name)
         if tensor is None:
             raise UnsupportedError(f"vLLM declared a KV cache for layer {name} but registered none")
-        block = tensor[0]
-        size = block.numel() * tensor.element_size()
-        if tensor.shape[0] != num_blocks or size != layout.block_bytes or not block.is_contiguous():
+        view = tensor.unsqueeze(1) if heads == 1 and tensor.dim() == 3 else tensor  # latent attention has no heads
+        inside = view[0, 0]
+        size = inside.numel() * view.element_size()
+        if view.shape[:2] != (num_blocks, heads) or size != layout.block_bytes or not inside.is_contiguous():
             raise UnsupportedError(
                 f"layer {name}: KV cache of shape {tuple(tensor.shape)}, strides {tensor.stride()} is not "
-                f"{num_blocks} contiguous blocks of {layout.block_bytes} bytes as declared; "
+                f"{num_blocks} blocks of {heads} heads, each {layout.block_bytes} contiguous bytes, as declared; "
                 "pdserve does not guess layouts. Report this vLLM version and backend."
             )
-        bases.append(tensor.data_ptr())
-        strides.append(tensor.stride(0) * tensor.element_size())
-    return HostPages(bases, strides, layout.block_bytes, num_blocks, first_shard=rank)
+        for head in range(heads):
+            bases[head].append(view[0, head].data_ptr())
+        strides.append(view.stride(0) * view.element_size())
+    return HostPages(
+        bases,
+        strides,
+        layout.block_bytes,
+        num_blocks,
+        first_shard=first,
+        stores=stores,
+        rounding=(layout.payload, layout.kv_dtype, layout.row_values) if layout.payload else None,
+    )

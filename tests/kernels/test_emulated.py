@@ -1,0 +1,123 @@
+"""The GPU kernels' own source, compiled for ordinary threads, against plain torch: bit for bit, without a GPU.
+
+What a GPU alone can show (speed, memory checks, streams) is in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pdserve import kernels
+from pdserve.kernels import build, rounded
+from pdserve.kernels.paged import Geometry
+
+torch = pytest.importorskip("torch", reason="the oracle is the plain torch path")
+from pdserve.kernels import torch_path  # noqa: E402
+
+rng = np.random.default_rng()
+HERE = Path(__file__).parent / "emulated"
+LAYERS, BLOCKS = 2, 9
+#: what the dimensions of a cache are, in the order in which they lie in memory
+ORDERS = {
+    "packed NHD": ("block", "token", "head", "part", "content"),
+    "packed HND": ("block", "head", "token", "part", "content"),
+    "K and V apart": ("part", "block", "token", "head", "content"),
+    "K and V in block": ("block", "part", "token", "head", "content"),
+}
+#: block tokens, heads, head size, tokens of the chunk
+SIZES = [(16, 2, 64, 18), (8, 1, 80, 9)]
+
+
+PAYLOADS = [("", "bfloat16"), *((p, d) for p in rounded.PAYLOADS for d in rounded.FORMATS)]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    compiler = build.compiler()
+    assert compiler, "a C++ compiler"
+    out = tmp_path_factory.mktemp("emulated") / "lib.so"
+    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", f"-I{HERE}", f"-I{build.SOURCES}"]
+    subprocess.run([compiler, *flags, str(HERE / "main.cpp"), "-o", str(out)], check=True, timeout=120)
+    return ctypes.CDLL(str(out))
+
+
+def make(order, block_tokens, heads, head, dtype):
+    """(layers of random bits as [block, token, head, part, bytes], geometry)"""
+    size = rounded.value_bytes(dtype)
+    extent = {"block": BLOCKS, "token": block_tokens, "head": heads, "part": 2, "content": head * size}
+    physical = [extent[n] for n in ORDERS[order]]
+    flat = [torch.from_numpy(rng.integers(0, 256, physical, dtype=np.uint8)) for _ in range(LAYERS)]
+    back = [ORDERS[order].index(n) for n in ("block", "token", "head", "part", "content")]
+    views = [t.permute(back) for t in flat]
+    strides = dict(zip(("block", "token", "head", "part"), views[0].stride()[:4], strict=True))
+    geometry = Geometry(
+        bases=tuple(t.data_ptr() for t in flat), block_stride=strides["block"], head_stride=strides["head"],
+        token_stride=strides["token"], part_stride=strides["part"], heads=heads, parts=2, part_bytes=head * size,
+        block_tokens=block_tokens, num_blocks=BLOCKS,
+    )  # fmt: skip
+    return views, geometry
+
+
+def run(library, gather, g, blocks, tokens, stride, chunk):
+    grid = int(rng.integers(1, 3)), int(rng.integers(1, g.heads + 1))
+    threads = 64 if rng.random() < 0.2 else 32
+    ids = np.array([-1 if b is None else b for b in blocks], np.int32)
+    bases = np.array(g.bases, np.uint64)
+    numbers = np.array([g.block_stride, g.head_stride, g.token_stride, g.part_stride], np.int64)
+    kind = rounded.code(g.payload, g.dtype)
+    sizes = np.array([g.layers, g.heads, g.parts, g.part_bytes, g.block_tokens, kind], np.uint32)
+    digests = np.zeros(g.heads, np.uint64)
+    library.emulate(
+        int(gather), int(g.wide), *grid, threads, *(ctypes.c_void_p(a.ctypes.data) for a in (bases, numbers, sizes, ids)),
+        ids.size, tokens, ctypes.c_uint64(stride), ctypes.c_void_p(chunk.ctypes.data),
+        ctypes.c_uint64(g.shard_bytes(tokens)), ctypes.c_void_p(digests.ctypes.data),
+    )  # fmt: skip
+    return [int(d) for d in digests]
+
+
+@pytest.mark.parametrize(("payload", "dtype"), PAYLOADS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gather_and_scatter_are_the_torch_path(library, order, size, payload, dtype):
+    *shape, tokens = size
+    views, geometry = make(order, *shape, dtype)
+    geometry = dataclasses.replace(geometry, payload=payload, dtype=dtype)
+    geometry.check()
+    count, shard = -(-tokens // geometry.block_tokens), geometry.shard_bytes(tokens)
+    blocks = rng.permutation(BLOCKS)[:count].tolist()
+    stride = shard + 16 * int(rng.integers(1, 5))
+    chunk = rng.integers(0, 256, (geometry.heads, stride), dtype=np.uint8)
+    poison = chunk.copy()
+    want = torch_path.gather(views, blocks, tokens)
+    want = torch_path.shrink(want, payload, dtype) if payload else want
+    found = run(library, True, geometry, blocks, tokens, stride, chunk)
+    assert (chunk[:, :shard] == want.flatten(1).numpy()).all()
+    assert (chunk[:, shard:] == poison[:, shard:]).all()
+    assert found == [kernels.digest(chunk[h, :shard].copy()) for h in range(geometry.heads)]
+
+    expected = [v.clone() for v in views]
+    targets = [int(b) if rng.random() < 0.7 else None for b in rng.permutation(BLOCKS)[:count]]
+    source = torch.from_numpy(chunk[:, :shard].copy()).view(geometry.heads, LAYERS, tokens, -1)
+    torch_path.scatter(torch_path.grow(source, payload, dtype) if payload else source, expected, targets)
+    assert run(library, False, geometry, targets, tokens, stride, chunk) == found
+    for got, wanted in zip(views, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("payload", rounded.PAYLOADS)
+def test_any_bits_at_all_can_be_scattered(library, payload):
+    """A damaged chunk is found by its digest; until then its bytes must do no harm."""
+    views, geometry = make("packed NHD", 16, 2, 64, "float16")  # kept: the geometry has their addresses
+    geometry = dataclasses.replace(geometry, payload=payload, dtype="float16")
+    shard = geometry.shard_bytes(16)
+    chunk = rng.integers(0, 256, (2, shard), dtype=np.uint8)
+    found = run(library, False, geometry, [3], 16, shard, chunk)
+    assert found == [kernels.digest(c) for c in chunk]
+    want = torch_path.grow(torch.from_numpy(chunk).view(2, LAYERS, 16, -1), payload, "float16")
+    assert torch.equal(torch_path.gather(views, [3], 16), want)
