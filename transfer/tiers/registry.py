@@ -2,7 +2,7 @@
 
     redis://[user]:${NAME}@host:port/db?ttl=86400       rediss:// with TLS; valkey:// and valkeys:// mean the same
     s3://bucket/prefix?endpoint=http://host:9000        credentials from the usual places (environment, ~/.aws, the instance)
-    mooncake://master:50051?segment=1GiB
+    mooncake://master:50051?segment=1GiB                &metrics_port=9003, where the master lists the pool (for deleting)
     file:///shared/directory?ttl=604800
     memory:                                             this process's own memory, for trying things out
 
