@@ -226,15 +226,16 @@ function line(d, flow, broken) {
 function label(x, y, flow, anchor) {
   const some = ["stored", "loaded"].filter((what) => flow[what] > 0);
   const said = (some.length ? some : [known(flow.stored) ? "idle" : "not told"]).map((what) => (flow[what] > 0 ? [rate(flow[what]), what] : [NONE, what]));
-  const width = Math.max(...said.flat().map((words) => words.length)) * 6.6 + 14;
-  const height = said.length * 28 + 8;
-  const left = anchor === "middle" ? x - width / 2 : x - 4;
-  const top = y - height / 2;
+  const beside = anchor === "start"; // there is room to the right of a line that goes down, and none above and below
+  const each = Math.max(...said.flat().map((words) => words.length)) * 6.6 + 14;
+  const [width, height] = beside ? [each * said.length, 36] : [each, said.length * 28 + 8];
+  const [left, top] = [beside ? x - 4 : x - width / 2, y - height / 2];
+  const at = (n) => (beside ? [left + each * (n + 0.5), top] : [left + each / 2, top + n * 28]);
   return [
     h("rect", { x: left, y: top, width, height, rx: 6, class: "label-box" }),
     ...said.flatMap(([figure, word], n) => [
-      h("text", { x: left + width / 2, y: top + 15 + n * 28, "text-anchor": "middle", class: "label-figure" }, figure),
-      h("text", { x: left + width / 2, y: top + 28 + n * 28, "text-anchor": "middle", class: "label-word" }, word),
+      h("text", { x: at(n)[0], y: at(n)[1] + 15, "text-anchor": "middle", class: "label-figure" }, figure),
+      h("text", { x: at(n)[0], y: at(n)[1] + 28, "text-anchor": "middle", class: "label-word" }, word),
     ]),
   ];
 }
