@@ -17,7 +17,8 @@ import contextlib
 import gc
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Protocol
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -88,29 +89,9 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
     admin = Admin(fleet, settings.admin_token)
     dashboard = Dashboard(fleet, settings, lambda: series.page(registry, fleet.names), shared.folder)
 
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await fleet.start()
-        await dashboard.start()
-        await siblings.start()
-        await locating.start()
-        await began.start()
-        try:
-            yield
-        finally:
-            await dashboard.stop()
-            await siblings.stop()
-            await caches.stop()
-            await pinning.stop()
-            await locating.stop()
-            await began.stop()
-            await admin.stop()
-            await fleet.stop()
-            if tracing is not None:
-                await asyncio.to_thread(tracing.stop)
-
+    life = _life((fleet, dashboard, siblings, locating, began), (caches, pinning, admin), tracing)
     front: dict[tuple[bytes, bytes], Endpoint] = {}
-    app = FastAPI(title="pdserve proxy", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="pdserve proxy", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.fleet, app.state.registry, app.state.settings = fleet, registry, settings
     methods = dict.fromkeys((*openai.SPLIT, *openai.PASSED_ON), "POST") | dict.fromkeys(openai.FETCHED, "GET")
     for path, method in methods.items():
@@ -125,6 +106,34 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
     requests.add_to(app)
     _add_own_pages(app, fleet, registry, methods)
     return app
+
+
+class _Starts(Protocol):
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+class _Stops(Protocol):
+    async def stop(self) -> None: ...
+
+
+def _life(starting: Sequence[_Starts], others: Sequence[_Stops], tracing: trace.Tracing | None) -> Any:
+    """What runs beside the requests: begun in order, stopped in the opposite one, the fleet, which all use, last."""
+
+    @contextlib.asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        for part in starting:
+            await part.start()
+        try:
+            yield
+        finally:
+            for one in (*others, *reversed(starting)):
+                await one.stop()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.stop)
+
+    return life
 
 
 def _check_classes(known: Keys, classes: Classes) -> None:
