@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,9 +120,12 @@ BAD: list[tuple[str, Callable[[str], str], str]] = [
 
 
 @pytest.mark.parametrize(("what", "spoil", "message"), BAD, ids=[case[0] for case in BAD])
-@pytest.mark.parametrize("more", [(), ("--detach",)], ids=["here", "detached"])
-def test_bad_input(cli: Cli, what: str, spoil: Callable[[str], str], message: str, more: tuple[str, ...]) -> None:
-    assert message in refused(cli, cli.file(spoil(FAKE)), *more)
+def test_bad_input(cli: Cli, what: str, spoil: Callable[[str], str], message: str) -> None:
+    """In the foreground and detached; side by side, since each takes a second of one core to start."""
+    path = cli.file(spoil(FAKE))
+    with ThreadPoolExecutor(2) as pool:
+        for said in pool.map(lambda more: refused(cli, path, *more), ((), ("--detach",))):
+            assert message in said
 
 
 def test_port_in_use(cli: Cli) -> None:
@@ -149,8 +153,9 @@ def test_help_of_every_command(cli: Cli) -> None:
     from pdserve.__main__ import COMMANDS
 
     assert "exit codes:" in cli("--help").stdout
-    for name in COMMANDS:
-        done = cli(name, "--help")
+    with ThreadPoolExecutor(2) as pool:
+        told = list(pool.map(lambda name: cli(name, "--help"), COMMANDS))
+    for name, done in zip(COMMANDS, told, strict=True):
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"usage: pdserve {name}")
 
