@@ -144,13 +144,15 @@ def is_object(body: bytes) -> bool:
     return True
 
 
-def engine_error(status: int, body: bytes, instance: str) -> bytes:
+def engine_error(endpoint: str, status: int, body: bytes, instance: str) -> bytes:
     """An engine's own error, unchanged if it has an error object (OpenAI's and Anthropic's have); else put into one."""
+    said: object = None
     with contextlib.suppress(ValueError):
-        if "error" in Body(body):
-            return body
-    text = body[:500].decode("utf-8", "replace").strip() or "no message"
-    return error_json(status, f"The engine {instance} answered {status}: {text}")
+        said = Body(body).get("error")
+    if isinstance(said, dict) and isinstance(said.get("message"), str):
+        return body
+    text = said if isinstance(said, str) else body[:500].decode("utf-8", "replace").strip() or "no message"
+    return error_of(endpoint, status, error_json(status, f"The engine {instance} answered {status}: {text}"))
 
 
 def error_of(endpoint: str, status: int, body: bytes) -> bytes:

@@ -7,7 +7,7 @@
                                   5xx, no connection, broken off, late -> another producer, then route "local"
       decode leg on a consumer    no connection, or broken off before the first byte -> another consumer
                                   (an answer that is not JSON counts as broken off)
-                                  an error status -> returned as it is
+                                  4xx -> returned as it is; 5xx -> another consumer, whose answer is returned as it is
                                   broken off later -> another consumer goes on, as takeover.py plans it;
                                   the client sees one stream, or at the worst an error event as its end
 
@@ -235,7 +235,7 @@ class Splitter:
         if 400 <= answer.status < 500 and answer.status not in _THEIR_LOAD:
             exchange.route, exchange.prefill = "pd", instance.name
             exchange.tell_route()
-            error = openai.engine_error(answer.status, reply, instance.name)
+            error = openai.engine_error(exchange.endpoint, answer.status, reply, instance.name)
             raise UpstreamError(answer.status, "the prompt was refused", instance.name, error)
         if answer.status != 200:
             raise LegFailure(answer.status, f"it answered {answer.status}", instance.name, "status")
@@ -286,7 +286,7 @@ class Splitter:
                 self._fleet.failed(instance, "decode", failure, exchange.request_id)
                 last = failure
                 if not exchange.client.started:
-                    if failure.reason == "timeout":
+                    if failure.reason == "timeout" or (failure.reason == "status" and not self._budget.spend("status")):
                         raise
                     continue
                 plan = await self._plan_on(exchange, takeover, failure, instance)
@@ -367,10 +367,10 @@ class Splitter:
         if answer.status < 300 and exchange.endpoint in openai.SPLIT and not openai.is_object(body):
             raise LegFailure(502, "its answer is not a JSON object", instance.name, "broken")
         if answer.status >= 400:
-            exchange.error = f"{instance.name} answered {answer.status}"
+            shaped = openai.engine_error(exchange.endpoint, answer.status, body, instance.name)
             if answer.status >= 500:
-                self._metrics["leg_failures_total"].labels(instance.name, "decode", "status").inc()
-            shaped = openai.engine_error(answer.status, body, instance.name)
+                raise LegFailure(answer.status, f"it answered {answer.status}", instance.name, "status", shaped)
+            exchange.error = f"{instance.name} answered {answer.status}"
             if shaped is not body:
                 headers = [h for h in headers if h[0] != b"content-type"] + [(b"content-type", openai.JSON)]
             body = shaped

@@ -277,6 +277,45 @@ async def test_an_engines_error_keeps_status_and_shape(stream: bool, rig: Any) -
         assert "Internal Server Error" in reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fault", [Fault("status", status=500), Fault("plain", status=502), Fault("status", status=503)])
+async def test_a_consumer_that_answers_with_an_error_of_its_own_is_replaced(fault: Fault, stream: bool, rig: Any) -> None:
+    """An engine whose core has died answers 500 as long as its server lives."""
+    async with rig(consumers=2) as r:
+        r.d.always = fault
+        for _ in range(2):
+            reply = await r.complete(stream=stream)
+            assert (reply.status, reply.headers["x-pdserve-decode"]) == (200, "decode-1")
+        r.consumers[1].always = Fault("status", status=500)
+        reply = await r.complete(stream=stream)
+        assert reply.status in (fault.status, 500)  # of the one that was asked last
+        assert len([seen for engine in r.consumers for seen in engine.seen]) == 6
+
+
+async def test_a_fleet_that_is_overloaded_is_not_asked_twice_for_everything(rig: Any) -> None:
+    async with rig(consumers=2, producers=0) as r:
+        for engine in r.consumers:
+            engine.always = Fault("status", status=503)
+        replies = [await r.complete() for _ in range(40)]
+        assert {reply.status for reply in replies} == {503}
+        assert sum(len(engine.seen) for engine in r.consumers) < 40 + 10 + 8 + 3  # what is left at the start, what is earned
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize"])
+@pytest.mark.parametrize("leg", ["producer", "consumer"])
+@pytest.mark.parametrize("fault", [Fault("bare", status=401), Fault("detail", status=404), Fault("plain", status=400)])
+async def test_an_error_has_the_form_of_the_endpoint(path: str, leg: str, fault: Fault, rig: Any) -> None:
+    """vLLM's own answer to a wrong key is {"error": "Unauthorized"}, which no client library reads."""
+    async with rig() as r:
+        (r.p if leg == "producer" and path != "/tokenize" else r.d).always = fault
+        body = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "input": "a", "max_tokens": 5}
+        for stream in (False, True):
+            reply = await r.post(path, {**body, "stream": stream})
+            assert (reply.status, reply.headers["content-type"]) == (fault.status, "application/json")
+            assert isinstance(reply.json()["error"]["message"], str)
+            assert (reply.json().get("type") == "error") is (path == "/v1/messages")
+
+
 async def test_an_error_of_another_shape_is_put_into_openais(rig: Any) -> None:
     async with rig() as r:
         r.d.always = Fault("detail", status=404)

@@ -35,6 +35,7 @@ class Fault:
     kind  status   answers `status` with an OpenAI error
           plain    answers `status` with plain text
           detail   answers `status` with JSON that is not OpenAI's
+          bare     answers `status` with a word for an error, as vLLM does to a wrong key
           reset    breaks the connection without an answer
           cut      breaks the connection after `after` events (streamed) or half the body
           early    ends the stream in order after `after` events, without [DONE]
@@ -205,6 +206,8 @@ class FakeEngine:
             out.raw_whole(fault.status, b"Internal Server Error", "text/plain")
         elif fault.kind == "detail":
             out.whole(fault.status, {"detail": "Not Found"})
+        elif fault.kind == "bare":
+            out.whole(fault.status, {"error": "Unauthorized"})
         elif fault.kind == "reset":
             out.cut()
         elif fault.kind == "garbage":
