@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -84,8 +86,9 @@ async def ask(r: Any, asked: Asked, seen: Counter[str]) -> None:
         async with asyncio.timeout(asked.leaves or BOUND):
             head = await reader.readuntil(b"\r\n\r\n")
             if b"chunked" in head:
-                rest = await reader.readuntil(b"0\r\n\r\n")
-                assert b"\n\n" in rest
+                rest = await reader.readuntil(b"\r\n0\r\n\r\n")
+                if asked.path != "/tokenize":
+                    check_stream(asked, rest)
             else:
                 raw = await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
                 if asked.path != "/tokenize":  # passed on as it is, nonsense too
@@ -98,6 +101,35 @@ async def ask(r: Any, asked: Asked, seen: Counter[str]) -> None:
         writer.transport.abort()
 
 
+LAST = {"/v1/responses": ("response.completed", "error"), "/v1/messages": ("message_stop", "error")}
+ANSWER = "".join(f" w{(zlib.crc32(b'a b c') + n) % 1000}" for n in range(6))
+
+
+def check_stream(asked: Asked, chunked: bytes) -> None:
+    """Whatever happened behind it, a stream is the one true answer up to its end or to an error, and ends in order."""
+    raw = b"".join(re.split(rb"(?:^|\r\n)[0-9a-f]+\r\n", chunked))
+    data = [line[6:].strip() for line in raw.split(b"\n") if line.startswith(b"data: ")]
+    if asked.path in LAST:
+        assert json.loads(data[-1])["type"] in LAST[asked.path]
+    else:
+        assert data.pop() == b"[DONE]"
+    events = [json.loads(piece) for piece in data]
+    text = "".join(map(piece_of, events))
+    assert ANSWER.startswith(text)
+    if not any("error" in event or event.get("type") == "error" for event in events) and ("stop", "w99") not in asked.extra:
+        assert text == ANSWER
+
+
+def piece_of(event: dict[str, Any]) -> str:
+    """The text of the first choice in it, or of its only one."""
+    out = ""
+    for choice in event.get("choices") or ():
+        if choice["index"] == 0:
+            out += choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+    delta = event.get("delta")
+    return out + (delta if isinstance(delta, str) else (delta or {}).get("text") or "")
+
+
 async def run(rig: Any, quick: Any, requests: list[Asked], faults: list[list[Fault | None]], limits: str) -> None:
     Watched.made.clear()
     times = quick(prefill=0.4, answer=0.8, event=0.4, resume=0.4, send=1)
@@ -105,6 +137,7 @@ async def run(rig: Any, quick: Any, requests: list[Asked], faults: list[list[Fau
         "deadlines": times,
         "engine": {"gap": 0.002, "hands_over": True},
         "slo_ttft": 5.0 if "slo" in limits else 0.0,
+        "early_decode": "early" in limits,
     }
     async with rig(producers=2, consumers=2, **given) as r:
         for engine, made in zip(r.producers + r.consumers, faults, strict=True):
@@ -131,7 +164,7 @@ async def run(rig: Any, quick: Any, requests: list[Asked], faults: list[list[Fau
 @given(
     st.lists(ASKED, min_size=1, max_size=10),
     st.lists(st.lists(FAULT, max_size=8), min_size=4, max_size=4),
-    st.sampled_from(["", "slo"]),
+    st.sampled_from(["", "slo", "early", "early slo"]),
 )
 def test_exactly_one_end_and_nothing_left(
     rig: Any, quick: Any, monkeypatch: pytest.MonkeyPatch, requests: list[Asked], faults: Any, limits: str
