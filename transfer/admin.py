@@ -107,11 +107,12 @@ def _looking(app: FastAPI, daemon: Daemon) -> None:
         tier: str = "dram",
     ) -> dict[str, Any]:
         """Chunks of a tier, paged: in memory those that can be hit, below those that the tier can list."""
-        listed = daemon.catalog.objects(tier)
+        listed = daemon.catalog.objects(tier, offset, limit)
         if listed is None:
             known = ", ".join(daemon.catalog.listable())
             raise HTTPException(404, f"tier: no tier {tier!r} here that can be listed. Known: {known}.")
-        return {"total": len(listed), "offset": offset, "objects": listed[offset : offset + limit]}
+        total, some = listed
+        return {"total": total, "offset": offset, "objects": some}
 
     @app.post("/requests")
     async def requests(body: RequestsBody) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from pdserve.transfer.store import Store
@@ -23,7 +24,8 @@ class Catalog:
         def choose(records: Iterable[ChunkRecord]) -> list[bytes]:
             return list({r.key for r in records if r.tag == tag})
 
-        return choose(self._listed()), choose
+        here = [chunk.key for chunk in self._store.chunks() if chunk.tag == tag]  # no record of each: the loop waits
+        return list({*here, *choose(self._listed_below())}), choose
 
     def below(self, root: bytes) -> tuple[list[bytes], Choose]:
         """`root` and every chunk that builds on it; as of_tag()."""
@@ -32,6 +34,9 @@ class Catalog:
 
     def _listed(self) -> Iterator[ChunkRecord]:
         yield from (chunk.record() for chunk in self._store.chunks())
+        yield from self._listed_below()
+
+    def _listed_below(self) -> Iterator[ChunkRecord]:
         for lower in self._tiering.lowers:
             if hasattr(lower.tier, "records"):
                 yield from lower.tier.records()
@@ -40,13 +45,18 @@ class Catalog:
         """Names of the tiers that objects() can list."""
         return ["dram", *(lower.name for lower in self._tiering.lowers if hasattr(lower.tier, "records"))]
 
-    def objects(self, tier: str) -> list[dict[str, Any]] | None:
-        """What GET /cache/objects lists; None when that tier is not here or cannot be listed."""
+    def objects(self, tier: str, offset: int, limit: int) -> tuple[int, list[dict[str, Any]]] | None:
+        """How many GET /cache/objects has to list, and some of them; None when that tier is not here or cannot be listed.
+        Only what is shown is put into words: there may be a hundred thousand, and requests wait meanwhile."""
         if tier == "dram":
-            return [{**_shown(c.record()), "leases": c.leases, "tier": tier} for c in self._store.chunks()]
+            some = islice(self._store.chunks(), offset, offset + limit)
+            return self._store.stats()["chunks"], [
+                {**_shown(c.record()), "leases": c.leases, "tier": tier} for c in some
+            ]
         for lower in self._tiering.lowers:
             if lower.name == tier and hasattr(lower.tier, "records"):
-                return [{**_shown(record), "tier": tier} for record in lower.tier.records()]
+                records = lower.tier.records()
+                return len(records), [{**_shown(record), "tier": tier} for record in records[offset : offset + limit]]
         return None
 
 

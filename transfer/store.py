@@ -36,6 +36,8 @@ class Store:
         self._m = metrics
         self.written = 0  # bytes of shards that clients have committed
         self._index: dict[bytes, Chunk] = {}
+        #: those of them that are not visible yet: what may expire is looked for here, not among all
+        self._unfinished: dict[bytes, Chunk] = {}
         self._reservations: dict[int, Reservation] = {}
         self._leases: dict[int, Lease] = {}
         self._next_id = 1
@@ -199,7 +201,7 @@ class Store:
         item = ReserveItem(
             record.key, record.parent, 0, len(record.digests), record.shard_bytes, record.tokens, record.tag
         )
-        chunk = self._index[record.key] = Chunk(item, "", offset, now)
+        chunk = self._index[record.key] = self._unfinished[record.key] = Chunk(item, "", offset, now)
         chunk.internal, chunk.source = True, source
         chunk.open.add(_OURS)
         return chunk
@@ -238,7 +240,7 @@ class Store:
 
     def expire(self, now: float) -> None:
         """Takes back what outlived its time. Call it about once a second."""
-        late = [c for c in self._index.values() if not c.committed and now - c.created > RESERVATION_S]
+        late = [c for c in self._unfinished.values() if now - c.created > RESERVATION_S]
         for chunk in late:
             self._forget(chunk)
             self._m["cache_expired_total"].labels("reservation", "timeout").inc()
@@ -278,7 +280,7 @@ class Store:
             if offset is None:
                 self._m["cache_reserve_failures_total"].labels("full").inc()
                 return Grant(FULL)
-            chunk = self._index[item.key] = Chunk(item, writer, offset, now)
+            chunk = self._index[item.key] = self._unfinished[item.key] = Chunk(item, writer, offset, now)
         elif not self._may_join(chunk, item, writer):
             self._m["cache_reserve_failures_total"].labels("exists").inc()
             return Grant(BUSY)
@@ -303,6 +305,7 @@ class Store:
 
     def _commit(self, chunk: Chunk) -> None:
         chunk.committed, chunk.internal = True, False
+        del self._unfinished[chunk.key]
         self._chunks += 1
         self._policy.add(chunk.key, chunk.parent)
         for tell in self.on_committed:
@@ -332,6 +335,8 @@ class Store:
             self._policy.remove(chunk.key)
             for tell in self.on_forgotten:
                 tell(chunk)
+        else:
+            del self._unfinished[chunk.key]
         self._free_if_unheld(chunk)
 
     def _free_if_unheld(self, chunk: Chunk) -> None:

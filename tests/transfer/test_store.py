@@ -258,6 +258,10 @@ class Machine(RuleBasedStateMachine):
         self.leases = {x: v for x, v in self.leases.items() if v[0] != client}
 
     @invariant()
+    def what_may_expire_is_what_is_not_visible(self):
+        assert self.store._unfinished == {k: c for k, c in self.store._index.items() if not c.committed}
+
+    @invariant()
     def writers_and_readers_never_meet(self):
         writing = [(o, o + p * PAGE) for _, _, o, p in self.open.values()]
         reading = {(o, o + n) for _, spans in self.leases.values() for o, n in spans}
