@@ -35,7 +35,7 @@ from pdserve.transfer.tiers.disk import DiskTier
 
 KEYS = 60
 SHARD = PAGE + 24
-PATIENCE_S = 30.0
+PATIENCE_S = 90.0
 
 
 def key(i: int) -> bytes:

@@ -139,7 +139,7 @@ def test_flips_in_the_arena_are_never_answered(tmp_path):
         d = Daemon(name=name, size=400 * PAGE, chunk_tokens=256)
         d.loop = asyncio.get_running_loop()
         d.recover()
-        ends = time.monotonic() + 30
+        ends = time.monotonic() + 90
         while d.tiering.recovering:
             assert time.monotonic() < ends
             await asyncio.sleep(0.001)

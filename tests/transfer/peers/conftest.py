@@ -141,7 +141,7 @@ class Host:
         assert self.node.inbox.nbytes == 0
 
 
-async def until(condition, what="it happens", patience=20.0):
+async def until(condition, what="it happens", patience=60.0):
     deadline = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < deadline, what

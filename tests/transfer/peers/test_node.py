@@ -22,7 +22,7 @@ def between(*names, **options):
                     await tell(helpers, network, *made)
 
             more = options | ({"disk": tmp_path} if options.get("disk") else {})
-            asyncio.run(asyncio.wait_for(whole(), 60))
+            asyncio.run(asyncio.wait_for(whole(), 240))
 
         test.__doc__ = tell.__doc__
         return test
