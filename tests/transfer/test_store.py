@@ -259,7 +259,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def what_may_expire_is_what_is_not_visible(self):
-        assert self.store._unfinished == {k: c for k, c in self.store._index.items() if not c.committed}
+        assert self.s._unfinished == {k: c for k, c in self.s._index.items() if not c.committed}
 
     @invariant()
     def writers_and_readers_never_meet(self):
