@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from pdserve import env
+from pdserve.deploy import probe
 from pdserve.deploy.hosts import Elsewhere
 from pdserve.deploy.state import Deployment
 
@@ -66,7 +67,9 @@ def _said(host: str, theirs: Deployment) -> dict[str, Any]:
 
 def _probed(host: str, processes: list[Elsewhere]) -> dict[str, Any]:
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda p: _answers(p.ready_url) if p.ready_url else None, processes))
+        answers = list(
+            pool.map(lambda p: probe.answers(p.ready_url, PROBE_SECONDS) if p.ready_url else None, processes)
+        )
     records = [
         {
             "name": p.name,
@@ -93,12 +96,3 @@ def _probed(host: str, processes: list[Elsewhere]) -> dict[str, Any]:
         "error": "",
         "processes": records,
     }
-
-
-def _answers(url: str) -> bool:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=PROBE_SECONDS) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import msgspec
 
 from pdserve import env, output, topology
-from pdserve.deploy import others, state
+from pdserve.deploy import others, probe, state
 from pdserve.deploy.backends.local import is_running
 from pdserve.deploy.watch import duration
 from pdserve.errors import NotRunning, PdserveError
@@ -85,7 +83,9 @@ def _probed(deployment: state.Deployment) -> dict[str, Any]:
         facts["state"] = "lost"
         facts["error"] = f"its supervisor (pid {deployment.pid}) is gone; clean up: pdserve stop {deployment.name}"
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda r: _answers(r.ready_url) if r.pid else False, deployment.processes))
+        answers = list(
+            pool.map(lambda r: probe.answers(r.ready_url, PROBE_SECONDS) if r.pid else False, deployment.processes)
+        )
     for record, answers_now in zip(facts["processes"], answers, strict=True):
         record["answers"] = answers_now
         if deployment.backend != "local":
@@ -101,15 +101,6 @@ def _probed(deployment: state.Deployment) -> dict[str, Any]:
     if facts["state"] == "ready" and any(other["state"] != "ready" for other in facts["hosts"]):
         facts["state"] = "degraded"
     return facts
-
-
-def _answers(url: str) -> bool:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=PROBE_SECONDS) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def _print(facts: dict[str, Any]) -> None:

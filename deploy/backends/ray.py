@@ -8,13 +8,11 @@ the launcher: when it ends, however it ends, they end, and with them the process
 from __future__ import annotations
 
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pdserve.deploy import leftovers
+from pdserve.deploy import leftovers, probe
 from pdserve.deploy.backends.base import Handle
 from pdserve.deploy.backends.local import LocalBackend
 from pdserve.deploy.plan import Process
@@ -66,12 +64,7 @@ class RayAgent:
         return self._local.remains(handle) if handle else []
 
     def answers(self, url: str) -> bool:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(url, timeout=PROBE_SECONDS) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
+        return probe.answers(url, PROBE_SECONDS)
 
     def remove(self, paths: list[str]) -> None:
         for path in paths:
