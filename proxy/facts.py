@@ -26,13 +26,16 @@ def facts(endpoint: str, headers: list[tuple[bytes, bytes]], body: Body, with_bl
 
 
 def session(headers: list[tuple[bytes, bytes]], body: Body) -> str:
-    """X-Session-ID, else the body's session_id, else its user: fields of the body itself, never text of a prompt."""
+    """X-Session-ID, else the body's session_id, else its user or metadata.user_id: fields of the body itself, never text of a prompt."""
     for name, given in headers:
         if name == b"x-session-id" and given:
             return given.decode("latin-1")[:_SESSION_LIMIT]
     for key in _BODY_KEYS:
         if isinstance(value := body.get(key) if key in body else None, str) and value:
             return value[:_SESSION_LIMIT]
+    metadata = body.get("metadata") if "metadata" in body else None
+    if isinstance(metadata, dict) and isinstance(user := metadata.get("user_id"), str):  # where Anthropic's clients put it
+        return user[:_SESSION_LIMIT]
     return ""
 
 

@@ -5,6 +5,8 @@
         `-----------------decode------------------^  `----------------------------end------^
                                               STREAMING --lost--> CONTINUING --resumed--> STREAMING
                                               CONTINUING --end--> DONE
+    With --early-decode the consumer's leg is open in PREFILLING already; it is no state of its own: if the prefill fails it
+    is dropped, if it fails itself it is made good in DECODING.
     any live state --error--> FAILED          any live state --gone--> ABORTED   (the client left)
 
 A request is in exactly one state, reaches exactly one terminal state, and never leaves it. Each live state has a bound
@@ -79,7 +81,9 @@ class Deadlines:
     prefill: float = 600.0  # PREFILLING: all attempts together, connection to last byte of the reply
     answer: float = 1800.0  # DECODING: to the whole answer when it is not streamed, to its first event when it is
     event: float = 300.0  # STREAMING: between two pieces of the stream
-    resume: float = 120.0  # CONTINUING: to the first event of the next engine, which may have to compute the prompt
+    # CONTINUING: to the answers to what must be asked first, and then to the first event of the next engine, which may have
+    # to compute the prompt
+    resume: float = 120.0
     send: float = 60.0  # any state: the client does not read
     probe: float = 5.0  # one health probe of an instance
     drain: float = 300.0  # running requests of an instance that is taken out
