@@ -54,9 +54,13 @@ def check_peers(plan: Plan) -> None:
     """What the cache daemons of several hosts need to know each other."""
     if needs_secret(plan.whole) and plan.topology.cache and not env.peer_secret():
         fix = "Set it to the same text on every host (openssl rand -hex 32), or give peers.secret_file."
-        raise ConfigError("PDSERVE_PEER_SECRET", "is not set, and the cache daemons of several hosts ask each other for it", fix)
+        raise ConfigError(
+            "PDSERVE_PEER_SECRET", "is not set, and the cache daemons of several hosts ask each other for it", fix
+        )
     if plan.host and plan.topology.cache and plan.topology.cache.admin_host not in LOOPBACK and not env.admin_token():
-        raise ConfigError("PDSERVE_ADMIN_TOKEN", "is not set, but cache.admin_host is open to others", "Set it on every host.")
+        raise ConfigError(
+            "PDSERVE_ADMIN_TOKEN", "is not set, but cache.admin_host is open to others", "Set it on every host."
+        )
 
 
 # --- software -----------------------------------------------------------------------------------------------------
