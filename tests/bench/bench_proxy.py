@@ -299,7 +299,7 @@ def sections(start: Processes, times: int) -> dict[str, Callable[[], Coroutine[A
         f"workers limited to {SHARE:.0%} of a core each": lambda: scaled(pair, pair_pids, 64, times / 200),
         "ITL, 128 streams of 50 tokens/s": lambda: gaps(paced, 128, 100),
         "single events through one worker": lambda: single_events(paced["proxy, PD"], paced_pid, 200, 150, 50),
-        "processor time of one request": lambda: processor(local, pid, 80_000, times // 10),
+        "processor time of one request, PD": lambda: processor(pd, pids["proxy, PD"][0], 80_000, times // 10),
         "memory of idle streams": lambda: idle(quiet, quiet_pid, 500),
         "HTTP client alone, TTFT": lambda: clients(engine, 2000, times),
     }

@@ -73,3 +73,16 @@ def test_one_that_fails_to_begin_does_not_stop_those_behind_it() -> None:
         loop.turn()
     loop.turn()
     assert begun == [0, 2]
+
+
+@pytest.mark.anyio
+async def test_a_burst_is_answered_in_full_and_who_leaves_it_leaves_nothing(rig: Any) -> None:
+    async with rig() as r:
+        body = {"model": "fake", "prompt": "one two three", "max_tokens": 2}
+        opened = await asyncio.gather(*(r.open("/v1/completions", body) for _ in range(30)))
+        for _, writer in opened[::2]:
+            writer.transport.abort()  # some of them in the line, some already begun
+        for reader, writer in opened[1::2]:
+            assert b" 200 " in await asyncio.wait_for(reader.readline(), 30)
+            writer.close()
+        await r.settled()
