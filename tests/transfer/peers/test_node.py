@@ -269,8 +269,7 @@ async def test_a_goodbye_is_believed_at_once(helpers, network, a, b):
     b.put(0)
     await known(helpers, a, b, 1)
     await b.node.stop()
-    await helpers.until(lambda: a.state("b") in ("gone", "down"))
-    assert a.node.directories[MEMORY].size("fake://b") == 0
+    await helpers.until(lambda: a.state("b") in ("gone", "down") and a.node.directories[MEMORY].size("fake://b") == 0)
 
 
 @between("a", "b")
@@ -437,6 +436,18 @@ async def test_who_waits_for_a_disk_waits_no_longer_than_agreed(helpers, network
     await helpers.until(lambda: b.node.giving.rising == 1)
     await helpers.until(lambda: a.lookup([0]) == 0, "its deadline has passed")
     await helpers.until(lambda: b.node.giving.rising == 0, "and the other end has forgotten it")
+    assert not a.has(0)
+
+
+@between("a", "b", disk=True)
+async def test_one_that_cannot_come_up_now_holds_nobody_up(helpers, network, a, b):
+    await on_disk_only(helpers, b, range(12))
+    await known(helpers, a, b, 12, DISK)
+    bring_up = b.tiering.bring_up
+    b.tiering.bring_up = lambda key, now: key != helpers.key(0) and bring_up(key, now)  # an engine is writing it, say
+    assert a.lookup(range(12)) == 12
+    await helpers.until(lambda: all(a.has(i) for i in range(1, 12)))
+    await helpers.until(lambda: not b.node.giving.rising, "the first is forgotten in time")
     assert not a.has(0)
 
 
