@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from pdserve.transfer.store import Store
@@ -29,12 +29,9 @@ class Catalog:
 
     def below(self, root: bytes) -> tuple[list[bytes], Choose]:
         """`root` and every chunk that builds on it; as of_tag()."""
-        known = _closure({root}, self._listed())
-        return list(known), lambda records: list(_closure(known, records))
-
-    def _listed(self) -> Iterator[ChunkRecord]:
-        yield from (chunk.record() for chunk in self._store.chunks())
-        yield from self._listed_below()
+        here = ((chunk.parent, chunk.key) for chunk in self._store.chunks())
+        known = _closure({root}, chain(here, _links(self._listed_below())))
+        return list(known), lambda records: list(_closure(known, _links(records)))
 
     def _listed_below(self) -> Iterator[ChunkRecord]:
         for lower in self._tiering.lowers:
@@ -60,11 +57,15 @@ class Catalog:
         return None
 
 
-def _closure(roots: set[bytes], records: Iterable[ChunkRecord]) -> set[bytes]:
-    """`roots` and what builds on them."""
+def _links(records: Iterable[ChunkRecord]) -> Iterator[tuple[bytes, bytes]]:
+    return ((record.parent, record.key) for record in records)
+
+
+def _closure(roots: set[bytes], links: Iterable[tuple[bytes, bytes]]) -> set[bytes]:
+    """`roots` and what builds on them, by (parent, key) of all."""
     children: dict[bytes, list[bytes]] = {}
-    for record in records:
-        children.setdefault(record.parent, []).append(record.key)
+    for parent, key in links:
+        children.setdefault(parent, []).append(key)
     keys, rest = set(roots), list(roots)
     while rest:
         fresh = [k for k in children.get(rest.pop(), ()) if k not in keys]
