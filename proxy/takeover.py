@@ -189,7 +189,8 @@ class OfChoices(Takeover):
     def _question(self) -> Plan:
         """What do all tokens so far say? And those up to the last one that is known to end with a whole character?"""
         given, ids = self.given, list(self.given.ids)
-        self._asked = (Mark(len(ids), 0), *([given.marks[-1]] if given.marks else ()))
+        whole = [mark for mark in list(given.marks)[-1:] if mark.ids < len(ids)]
+        self._asked = (Mark(len(ids), 0), *whole)
         asks = (self._dialect.detokenize(self._body, ids[: mark.ids]) for mark in self._asked)
         return Plan("resume", questions=tuple(asks))
 

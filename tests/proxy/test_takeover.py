@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from pdserve.engines.body import Body
+from pdserve.engines.fake import dialect
 from pdserve.engines.fake.server import Fault
+from pdserve.proxy.takeover import takeover
 
 pytestmark = pytest.mark.anyio
 
@@ -233,3 +237,47 @@ async def test_an_engine_that_dies_under_many_streams(rig: Any) -> None:
         assert {said(reply) for reply in replies} == {said(quiet)}
         assert all(reply.events()[-1] == "[DONE]" for reply in replies)
         await r.d.start()
+
+
+def events(*choices: dict[str, Any]) -> bytes:
+    made = [{"id": "c", "choices": [{"index": 0, "finish_reason": None, "logprobs": None, **choice}]} for choice in choices]
+    return b"".join(b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n" for event in made)
+
+
+@pytest.mark.parametrize(
+    ("stop", "said", "ids"),
+    [
+        (None, "abcd", [1, 2, 3, 4]),  # an engine that has fallen behind puts several tokens into one event
+        (None, "abcd\ufffd", None),
+        ("xyz", "abcdef", [1, 2, 3, 4]),
+        ("xyz", "abcde\ufffd", None),
+        ("xyz", "abcdefgh", None),
+        ("xyz", "abcd", None),
+        (None, "bcd", None),
+        (None, "oops", None),
+    ],
+)  # fmt: skip
+def test_where_several_tokens_came_at_once_an_engine_is_asked_what_they_say(stop: str | None, said: str, ids: Any) -> None:
+    body = {"prompt": "p", "max_tokens": 9, "stream": True} | ({"stop": stop} if stop else {})
+    over = takeover(dialect, "/v1/completions", Body(json.dumps(body).encode()), True)
+    over.edit(events({"text": "ab", "token_ids": [1, 2], "prompt_token_ids": [7, 8]}, {"text": "cd", "token_ids": [3, 4]}))
+    plan = over.plan()
+    assert plan is not None
+    assert [json.loads(asked)["tokens"] for _, asked in plan.questions] == [[1, 2, 3, 4]]
+    after = over.answered([json.dumps({"prompt": text}).encode() for text in [said]])
+    assert (after is None) is (ids is None)
+    if after is not None:
+        sent = json.loads(after.body)
+        assert (sent["prompt"], sent["max_tokens"], sent.get("stop")) == ([7, 8, *ids], 5, None)
+
+
+def test_a_blank_that_a_tokenizer_leaves_out_is_put_back() -> None:
+    body = {"prompt": "p", "stream": True, "stop": "xyz"}
+    over = takeover(dialect, "/v1/completions", Body(json.dumps(body).encode()), True)
+    over.edit(events({"text": " ab", "token_ids": [1, 2, 3], "prompt_token_ids": [7]}))
+    assert over.plan() is not None
+    after = over.answered([json.dumps({"prompt": "abcd"}).encode()])
+    assert after is not None
+    assert after.seam is not None
+    out = after.seam.feed(events({"text": "e", "token_ids": [4]}, {"text": "", "token_ids": [5], "finish_reason": "stop"}))
+    assert "".join(json.loads(line[6:])["choices"][0]["text"] for line in out.split(b"\n\n") if line) == "cde"
