@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import deque
 from typing import TextIO
@@ -42,7 +43,8 @@ class Progress:
             text += f", TTFT p50 {_ms(quantile(self._firsts, 0.5))} p99 {_ms(quantile(self._firsts, 0.99))}"
         if self._gaps:
             text += f", ITL p50 {_ms(quantile(self._gaps, 0.5))} p99 {_ms(quantile(self._gaps, 0.99))}"
-        self._out.write(f"\r\x1b[2K{text}" if self._terminal else f"{text}\n")
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be written over
+        self._out.write(f"\r\x1b[2K{text[:width]}" if self._terminal else f"{text}\n")
         self._out.flush()
 
     def end(self, stage: str = "") -> None:

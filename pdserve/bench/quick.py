@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 
+from pdserve import output
 from pdserve import target as targets
 from pdserve.errors import ConfigError
 from pdserve.openai_client import Client
@@ -53,10 +54,14 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("bench", "--prompt-tokens, --output-tokens, --requests and --concurrency must be positive")
     target = targets.find_running(args.target)
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(10**9)
-    with Client(target.url) as client:
+    with Client(target.url) as client, output.steps(total=4) as progress:
+        progress.step("making prompts", 0)
         prompts = fresh_prompts(client, args.requests, args.prompt_tokens, seed)
+        progress.step("cold", 1)
         cold = throughput(client, prompts, args.output_tokens, args.concurrency)
+        progress.step("emptying the engines' own caches", 2)
         emptied = settle(target)
+        progress.step("warm", 3)
         warm = throughput(client, prompts, args.output_tokens, args.concurrency)
     if args.json:
         print(json.dumps({"seed": seed, "caches_emptied": emptied, "cold": asdict(cold), "warm": asdict(warm)}))
