@@ -135,17 +135,17 @@ class Tiering:
             self._start(key, now)
         return key in self._loads
 
-    def watch_disk(self, told: Callable[[bytes, bool], None]) -> bool:
-        """Tells of every key that is on disk, comes or goes, in the loop; False where there is no disk."""
+    def watch_disk(self, told: Callable[[bytes, bool], None]) -> list[bytes] | None:
+        """The keys on disk, None where there is no disk; from now on tells of each that comes or goes, in the loop."""
 
         def tell(keys: list[bytes], here: bool) -> None:
             for key in keys:
                 told(key, here)
 
         watching = [watch for lower in self.lowers if (watch := getattr(lower.tier, "watch", None)) is not None]
-        for watch in watching:
-            tell(watch(lambda keys, here: self.post(lambda: tell(keys, here))), True)
-        return bool(watching)
+        if not watching:
+            return None
+        return [key for watch in watching for key in watch(lambda keys, here: self.post(lambda: tell(keys, here)))]
 
     def disk_speed(self) -> float:
         """Bytes per second that came from it lately."""

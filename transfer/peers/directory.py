@@ -93,6 +93,10 @@ class EventLog:
         self._present = KeySet()
         self._waiting: dict[int, bool] = {}
 
+    def begin(self, values: np.ndarray) -> None:
+        """These were here before anybody could ask, so they are no events."""
+        self._present.update(values, _EMPTY)
+
     def note(self, value: int, here: bool) -> None:
         """short(key) is here now, or is not any more."""
         self.seq += 1

@@ -21,7 +21,8 @@ from pdserve.transfer.transports.base import TransportError
 if TYPE_CHECKING:
     from pdserve.transfer.peers.node import Node
 
-#: what is pulled must be here by then, whatever was predicted
+#: what is pulled gets so long beyond three times what was predicted, and no longer than PULL_S whatever was
+BEYOND_S = 1.0
 PULL_S = 5.0
 #: a key that could not be pulled is not asked for again for so long
 AGAIN_S = 1.0
@@ -124,7 +125,7 @@ class Fetching:
                     member.second_chance(place)
             return
         node.metrics["peer_pull_decisions_total"].labels("pull").inc()
-        patience = min(PULL_S, 1.0 + 3 * plan.seconds)
+        patience = min(PULL_S, BEYOND_S + 3 * plan.seconds)
         for giver, indices in plan.parts.items():
             keys = [wanted[i] for i in indices]
             for key in keys:

@@ -39,8 +39,8 @@ class LowerTiers(Protocol):
     def bring_up(self, key: bytes, now: float) -> bool:
         """Begins to; whether it is on its way."""
 
-    def watch_disk(self, told: Callable[[bytes, bool], None]) -> bool:
-        """Tells of every key that is on disk, comes or goes, in the loop; False where there is no disk."""
+    def watch_disk(self, told: Callable[[bytes, bool], None]) -> list[bytes] | None:
+        """The keys on disk, None where there is no disk; from now on tells of each that comes or goes, in the loop."""
 
     def disk_speed(self) -> float:
         """Bytes per second that came from it lately."""
@@ -128,18 +128,17 @@ class Giving:
         self._node.after()
 
     def _bring_up(self, now: float) -> None:
-        while self._rising.begun < RISING_AT_ONCE and self.may_queue(self._node.chunk_bytes()):
-            key = self._rising.next()
-            if key is None:
+        size = self._node.chunk_bytes()
+        # One that cannot begin now (an engine is writing it, it has just failed) does not keep those behind it waiting.
+        for key in self._rising.waiting(4 * RISING_AT_ONCE):
+            if self._rising.begun >= RISING_AT_ONCE or not self.may_queue(size):
                 return
             chunk = self._node.store.peek(key)
             if chunk is not None and chunk.committed:
                 self.committed(chunk)
             elif self._lower.bring_up(key, now):
                 self._rising.begin(key)
-            elif self._lower.on_disk(key):
-                return  # not now: too much is on its way already, or it has just failed
-            else:
+            elif not self._lower.on_disk(key):
                 self._take_back(key)
 
     def _take_back(self, key: bytes) -> None:

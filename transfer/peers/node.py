@@ -17,7 +17,7 @@ from typing import Any
 from pdserve import log
 from pdserve.errors import ProtocolError
 from pdserve.transfer.peers import messages
-from pdserve.transfer.peers.directory import Directory, EventLog, short
+from pdserve.transfer.peers.directory import Directory, EventLog, short, shorts
 from pdserve.transfer.peers.fetching import Fetching
 from pdserve.transfer.peers.follow import Follower
 from pdserve.transfer.peers.giving import Giving, LowerTiers
@@ -78,7 +78,9 @@ class Node:
 
     async def start(self) -> None:
         """Listens; raises StartError or ConfigError. The other peers may come whenever they like."""
-        self._has_disk = self.lower.watch_disk(self._on_disk)
+        on_disk = self.lower.watch_disk(self._on_disk)
+        self._has_disk = on_disk is not None
+        self._events[DISK].begin(shorts(on_disk or ()))
         self.url = await self._transport.listen(self._listen, self)
         self._members = Members(self.url, self.epoch)
         self._follower = Follower(self._make_source(self.url), lambda listed: self.spawn(self._listed(listed)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import islice
 
 #: keys that are waited for, all peers together
 MAX_RISING = 1 << 14
@@ -34,9 +35,9 @@ class Rising:
         self._wishes.setdefault(key, _Wish()).targets[target] = ends
         return True
 
-    def next(self) -> bytes | None:
-        """The longest asked for that nobody has begun to bring up."""
-        return next((key for key, wish in self._wishes.items() if not wish.begun), None)
+    def waiting(self, most: int) -> list[bytes]:
+        """Those that nobody has begun to bring up, the longest asked for first."""
+        return list(islice((key for key, wish in self._wishes.items() if not wish.begun), most))
 
     def begin(self, key: bytes) -> None:
         self._wishes[key].begun = True

@@ -12,7 +12,7 @@ from pdserve import kernels, metrics
 from pdserve.chunk import FORMAT_VERSION
 from pdserve.transfer.eviction import LeafFirstLru
 from pdserve.transfer.lower import Rules
-from pdserve.transfer.peers import follow
+from pdserve.transfer.peers import fetching, follow
 from pdserve.transfer.peers import link as link_module
 from pdserve.transfer.peers.node import Node
 from pdserve.transfer.peers.sources import Static
@@ -154,6 +154,8 @@ def network(monkeypatch):
     monkeypatch.setattr(link_module, "SYNC_EVERY_S", 0.02)
     monkeypatch.setattr(link_module, "CALL_S", 20.0)
     monkeypatch.setattr(link_module, "PUSH_S", 30.0)
+    monkeypatch.setattr(fetching, "BEYOND_S", 30.0)
+    monkeypatch.setattr(fetching, "PULL_S", 40.0)
     monkeypatch.setattr(follow, "LIST_EVERY_S", 0.05)
     return FakeNetwork()
 
@@ -164,9 +166,14 @@ def hurry(monkeypatch):
     monkeypatch.setattr(link_module, "PUSH_S", 1.0)
 
 
+def give_up_soon(monkeypatch):
+    """For tests in which something does not come."""
+    monkeypatch.setattr(fetching, "BEYOND_S", 1.0)
+
+
 @pytest.fixture
 def helpers():
     return types.SimpleNamespace(
         Host=Host, key=key, content=content, until=until, Static=Static, ChunkRecord=ChunkRecord,
-        FORMAT_VERSION=FORMAT_VERSION, SHARD=SHARD, hurry=hurry,
+        FORMAT_VERSION=FORMAT_VERSION, SHARD=SHARD, hurry=hurry, give_up_soon=give_up_soon,
     )  # fmt: skip

@@ -122,6 +122,14 @@ def test_what_a_restarted_host_had_dies_at_once():
     assert resyncs == ["p"]
 
 
+def test_what_was_here_from_the_beginning_is_told_and_may_go():
+    log, book = EventLog("e"), Directory()
+    log.begin(shorts([key(i) for i in range(5)]))
+    log.note(3, False)
+    settle(book, "p", log)
+    assert holds(book, "p", range(6)) == [True, True, True, False, True, False]
+
+
 def test_a_gap_makes_it_forget_rather_than_guess():
     book = Directory()
     book.take("p", Page("e", 5, 0, shorts([key(1)]).tobytes(), -1))

@@ -16,8 +16,8 @@ def between(*names, **options):
     def decorate(tell):
         def test(helpers, network, tmp_path, monkeypatch):
             async def whole():
-                if more.pop("hurried", False):
-                    helpers.hurry(monkeypatch)
+                for way in more.pop("ways", ()):
+                    getattr(helpers, way)(monkeypatch)
                 async with hosts(helpers, network, *names, **more) as made:
                     await tell(helpers, network, *made)
 
@@ -169,7 +169,7 @@ async def test_wrong_bytes_are_dropped(helpers, network, a, b):
     assert b.right(0)
 
 
-@between("a", "b")
+@between("a", "b", ways=["give_up_soon"])
 async def test_the_network_is_cut_while_chunks_move(helpers, network, a, b):
     for i in range(8):
         b.put(i)
@@ -188,7 +188,7 @@ async def test_the_network_is_cut_while_chunks_move(helpers, network, a, b):
     assert all(a.right(i) for i in range(8))
 
 
-@between("a", "b", hurried=True)
+@between("a", "b", ways=["hurry", "give_up_soon"])
 async def test_a_peer_that_never_answers_costs_one_deadline(helpers, network, a, b):
     b.put(0)
     await known(helpers, a, b, 1)
@@ -206,7 +206,7 @@ async def test_a_peer_that_never_answers_costs_one_deadline(helpers, network, a,
     await helpers.until(lambda: a.state("b") == "up", "it is tried again by itself")
 
 
-@between("a", "b", hurried=True)
+@between("a", "b", ways=["hurry", "give_up_soon"])
 async def test_a_peer_that_stops_reading(helpers, network, a, b):
     """What waits for it is let go after the deadline; nothing stays held."""
     network.faults("a", "b").stalled = True
@@ -427,7 +427,7 @@ async def test_the_slower_of_disk_and_link_decides(helpers, network, a, b):
     assert member.speed(DISK) > 50_000  # it was found out that the disk is faster than it said
 
 
-@between("a", "b", disk=True)
+@between("a", "b", disk=True, ways=["give_up_soon"])
 async def test_who_waits_for_a_disk_waits_no_longer_than_agreed(helpers, network, a, b):
     await on_disk_only(helpers, b, [0])
     await known(helpers, a, b, 1, DISK)
@@ -439,14 +439,14 @@ async def test_who_waits_for_a_disk_waits_no_longer_than_agreed(helpers, network
     assert not a.has(0)
 
 
-@between("a", "b", disk=True)
+@between("a", "b", disk=True, ways=["give_up_soon"])
 async def test_one_that_cannot_come_up_now_holds_nobody_up(helpers, network, a, b):
     await on_disk_only(helpers, b, range(12))
     await known(helpers, a, b, 12, DISK)
     bring_up = b.tiering.bring_up
     b.tiering.bring_up = lambda key, now: key != helpers.key(0) and bring_up(key, now)  # an engine is writing it, say
     assert a.lookup(range(12)) == 12
-    await helpers.until(lambda: all(a.has(i) for i in range(1, 12)))
+    await helpers.until(lambda: a.lookup(range(12)) >= 0 and all(a.has(i) for i in range(1, 12)))
     await helpers.until(lambda: not b.node.giving.rising, "the first is forgotten in time")
     assert not a.has(0)
 
