@@ -35,7 +35,9 @@ Ready to use, in `deploy/` and in the installed package:
 - `prometheus/prometheus.yml`: scrapes all of the above
 - `prometheus/recording.yaml`: percentiles, error ratios and how much of each latency target is missed
 - `prometheus/alerts.yaml`: what should wake somebody up, and what can wait until morning
-- `grafana/pdserve.json`: a dashboard over these; import it and choose the data source
+- `grafana/pdserve.json`: a dashboard over these; import it and choose the data source. Its parts fit the types of
+  `@grafana/schema` 13.2, and a Prometheus that scraped a running deployment answered every query; Grafana itself has not
+  shown it yet
 
 A metric that moves does not say why: [the dashboard](dashboard.md) shows the same figures live with every recent request,
 and `pdserve explain REQUEST` tells the story of one.
