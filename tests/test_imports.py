@@ -60,6 +60,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.engines.vllm.worker_side": (CORE, "pdserve.transfer", "vllm"),
     "pdserve.engines.vllm.finding": (CORE, "pdserve.transfer"),
     "pdserve.engines.vllm.loading": (CORE, "pdserve.transfer"),
+    "pdserve.engines.vllm.copier": (CORE, "pdserve.transfer"),
     "pdserve.engines.vllm.saving": (CORE, "pdserve.transfer", "numpy"),
     "pdserve.engines.vllm.stats": (CORE, "vllm", "prometheus_client"),
     "pdserve.engines.vllm.device_layout": (CORE, "pdserve.transfer.staging", "pdserve.kernels", "vllm", "torch"),

@@ -416,3 +416,40 @@ def test_a_prefill_for_another_host_asks_once_for_its_chunks_to_be_sent_there(wo
     world.side.matched(request("b", range(19), kv_transfer_params={"pdserve.push_to": "host-b"}), 0)
     world.side.matched(request("c", range(19), kv_transfer_params={**params, "pdserve.push_to": 7}), 0)
     assert world.client.pushed == [("host-b", 3)]
+
+
+def test_after_a_reset_nothing_stored_before_is_used_and_what_is_stored_then_is(world):
+    compute_all(world, "a", range(19))
+    running = request("b", range(40, 59))
+    assert world.side.matched(running, 0) == (0, False)
+    world.side.allocated(running, [20, 21, 22, 23, 24], 0)
+    world.side.reset()
+    # What runs may hold KV of before and of after: it is not stored.
+    assert not world.side.plan(step({"b": 19}, new=[("b", 0)])).saves
+    _, plan = compute_all(world, "c", range(19))
+    assert [c.tokens for j in plan.saves for c in j.chunks] == [8, 8, 3]
+    assert world.side.matched(request("d", range(19)), 0) == (19, True)
+
+
+def test_a_handover_across_a_reset_is_computed_without_a_wait(world):
+    asked = {"do_remote_decode": True}
+    before = world.side.handover(compute_all(world, "p", range(19), kv_transfer_params=asked)[0])
+    world.side.reset()
+    assert world.side.matched(request("q", range(19), kv_transfer_params=before), 0) == (0, False)
+    after = world.side.handover(compute_all(world, "r", range(19), kv_transfer_params=asked)[0])
+    assert world.side.matched(request("s", range(19), kv_transfer_params=after), 0) == (19, True)
+
+
+def test_a_reset_while_a_hit_waits_for_blocks_gives_its_lease_back(world):
+    compute_all(world, "a", range(19))
+    again = request("b", range(19))
+    assert world.side.matched(again, 0) == (19, True)
+    world.side.reset()
+    assert world.store.stats()["leases"] == 0
+    assert world.side.matched(again, 0) == (0, False)
+
+
+def test_a_step_says_whether_it_computes_anything(world):
+    compute_all(world, "a", range(19))
+    assert world.side.plan(step({})).idle
+    assert not world.side.plan(step({"a": 1}, cached=[("a", None, 19)])).idle

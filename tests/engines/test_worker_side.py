@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from pdserve.errors import CacheError
+from pdserve.transfer import wire
 from pdserve.transfer.client import CacheClient
 from pdserve.transfer.staging_host import HostPages
 
 pytest.importorskip("vllm", reason="the connector's messages derive from vLLM's classes")
+from pdserve.engines.vllm import worker_side
 from pdserve.engines.vllm.messages import ChunkExpected, ChunkLoad, ChunkSave, LoadJob, SaveJob, StepPlan
 from pdserve.engines.vllm.worker_side import WorkerSide
 
@@ -266,3 +268,72 @@ def test_closing_twice_or_calling_after_close_is_harmless(cache_daemon):
     with pytest.raises(CacheError):
         e.side._client.ping(1)
     e.side.close()
+
+
+def test_a_step_that_computes_nothing_waits_for_the_load_and_not_beyond_its_end(cache_daemon, engines, monkeypatch):
+    monkeypatch.setattr(worker_side, "IDLE_S", 30.0)
+    a, b = engines(), engines(writer="v")
+    a.save("r", (key(1), b"", [3]))
+    a.wait(a.side.report)
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    load, _ = job(client, "q", [key(1)], [[4]])
+    b.side.start_loads(StepPlan(loads=[load], idle=True))
+    assert b.side.finished()[1] == {"q"}  # at once, without being asked again
+    b.side.start_loads(StepPlan(idle=True))
+    assert b.side.finished()[1] == set()  # nothing is under way: no wait
+    client.close()
+
+
+def test_a_step_that_computes_never_waits_for_a_load(cache_daemon, engines, monkeypatch):
+    monkeypatch.setattr(worker_side, "IDLE_S", 600.0)
+    b = engines()
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    client.connect()
+    b.side.start_loads(StepPlan(loads=[expecting(client, "waits", [key(9)], [[6]], stall_s=600)]))
+    assert b.side.finished()[1] == set()
+    b.side.start_loads(StepPlan(dropped={"waits"}, idle=True))
+    assert b.side.finished()[1] == {"waits"}
+    client.close()
+
+
+def test_one_rank_s_load_ends_whatever_the_other_rank_does(cache_daemon, engines):
+    """A rank that lags (here: never starts) holds up no other one: each copies, reports and is done by itself."""
+    ranks = [engines(rank=r, shards=2) for r in (0, 1)]
+    for e in ranks:
+        e.save("r", (key(1), b"", [2]))
+    for e in ranks:
+        e.wait(e.side.report)
+    quick, lags = (engines(rank=r, shards=2, writer="v") for r in (0, 1))
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    load, _ = job(client, "q", [key(1)], [[4]])
+    quick.side.start_loads(StepPlan(loads=[load]))
+    assert quick.wait(lambda: quick.side.finished()[1]) == {"q"}
+    quick.save("s", (key(2), b"", [5]))
+    quick.side.start_loads(StepPlan(awaiting={"s"}))
+    assert quick.wait(lambda: quick.side.finished()[0]) == {"s"}  # its blocks go, though the chunk is not whole
+    assert client.lookup([key(2)], 5).found == []
+    assert lags.side.finished() == (set(), set(), set())
+    client.close()
+
+
+def test_a_full_arena_refuses_and_the_engine_goes_on(cache_daemon, engines, caplog):
+    """Everything in the arena is leased, so nothing can be evicted."""
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    client.connect()
+    e = engines()
+    size = client.arena.size // 3 // 4096 * 4096
+    items = [wire.ReserveItem(key(100 + i), b"", 0, 1, size, 256) for i in range(3)]
+    grants = client.reserve("other", items, 5)
+    assert [g.status for g in grants] == [wire.GRANTED] * 3
+    left = client.arena.size - 3 * size
+    blocks = [b % BLOCKS for b in range(left // (LAYERS * BLOCK_BYTES) + 1)]  # a chunk that is larger than what is left
+    with caplog.at_level("WARNING"):
+        e.save("r", (key(1), b"", blocks))
+        assert e.wait(e.side.report).saved == {"r": 1}
+    client.abort([g.reservation for g in grants], 5)
+    e.save("r", (key(1), b"", blocks))
+    e.wait(e.side.report)
+    reply = client.lookup([key(1)], 5)
+    assert len(reply.found) == 1  # there is room now
+    client.release(reply.lease, 5)
+    client.close()

@@ -46,7 +46,8 @@ proxy: {port: 24110}
 """
 MODEL = ""
 TWO, ONE, ADMIN = "http://127.0.0.1:24101", "http://127.0.0.1:24102", "http://127.0.0.1:24190"
-DEADLINE = 120.0
+WAYS = (("2 to 1", TWO, ONE), ("1 to 2", ONE, TWO), ("2 to 2", TWO, TWO))
+DEADLINE = 90.0
 ASK = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
@@ -175,7 +176,8 @@ def soak(seconds: float, rng: random.Random) -> dict:
 def main() -> int:
     global MODEL
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--soak", type=float, default=150, help="seconds of load (default %(default)s)")
+    parser.add_argument("--soak", type=float, default=150, help="seconds of load; 0: none (default %(default)s)")
+    parser.add_argument("--only-soak", action="store_true", help="leave the comparisons out")
     parser.add_argument("--out", type=Path, help="a file for the results")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped then, too
@@ -192,7 +194,7 @@ def main() -> int:
         print(f"layout: {layout}", flush=True)
         client = CacheClient(env.run_root() / top.name / "cache.sock", "check")
         client.connect()
-        for name, first, second in (("2 to 1", TWO, ONE), ("1 to 2", ONE, TWO), ("2 to 2", TWO, TWO)):
+        for name, first, second in () if args.only_soak else WAYS:
             results[name] = one_way(name, first, second, client, start, rng)
         client.close()
         if args.soak:
@@ -202,7 +204,7 @@ def main() -> int:
         if args.out:
             args.out.write_text(json.dumps(results, indent=1))
     ways = [r for name, r in results.items() if name != "load"]
-    return 0 if len(ways) == 3 and all(r["digests equal"] and r["tokens equal"] and r["loaded"] >= 1024 for r in ways) else 1
+    return 0 if all(r["digests equal"] and r["tokens equal"] and r["loaded"] >= 1024 for r in ways) else 1
 
 
 if __name__ == "__main__":

@@ -180,6 +180,18 @@ class PdserveConnector(KVConnectorBase_V1):
         # Not fenced: to free blocks that are still being copied would store wrong bytes under a right key.
         return scheduler.finished(request), params
 
+    def reset_cache(self) -> bool | None:
+        """vLLM calls it with reset_external, before it sleeps, and when weights are updated."""
+        scheduler = self._scheduler
+        if scheduler is None:
+            return None
+
+        def reset() -> bool:
+            scheduler.reset()
+            return True
+
+        return self._fenced("resetting", reset, False)
+
     def take_events(self) -> Iterable[Any]:
         return ()
 

@@ -52,6 +52,7 @@ class Finder:
         self._log = log.get("connector")
         self.chunk_tokens = 0
         self.busy = False  # whether the last step computed anything
+        self.generation = ""  # part of the keys once the engine's cache was reset
 
     def prefetch(self, tracked: Tracked) -> None:
         """The request may have to wait for its turn: what is in lower tiers comes up meanwhile."""
@@ -172,7 +173,7 @@ class Finder:
     def _promised(self, request: Any) -> int:
         """How much of this prompt a producer says it has stored, or is computing at present."""
         params = request.kv_transfer_params or {}
-        if not params.get("do_remote_prefill"):
+        if not params.get("do_remote_prefill") or params.get("pdserve.generation", "") != self.generation:
             return 0
         length = request.num_prompt_tokens
         if self._expect_s(request):

@@ -7,40 +7,29 @@ and copied as they come, until all are here or none has come for `stall_s`. Such
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pdserve import log
-from pdserve.engines.vllm.cores import any_core
+from pdserve.engines.vllm.copier import RPC_S, Copier
 from pdserve.engines.vllm.messages import ChunkExpected, ChunkLoad, LoadJob, LoadResult
 from pdserve.errors import CacheError
 from pdserve.transfer.arena import Arena
 from pdserve.transfer.client import CacheClient
 from pdserve.transfer.staging import Copy, Pages, Part
 
-RPC_S = 5.0
 #: how often chunks that are still to come are asked for, and how many of them at a time
 POLL_S = 0.002
 WINDOW = 64
 
 
-class Loader:
+class Loader(Copier):
     """One thread. `done(job, result, failed blocks)` is called on it, once for every job that was put."""
 
     def __init__(self, client: CacheClient, done: Callable[[LoadJob, LoadResult, set[int]], None]) -> None:
-        self._client, self._done = client, done
-        self._pages: Pages | None = None
-        self._log = log.get("connector")
-        # A load, the requests that nobody waits for any more, or None: the end.
-        self._jobs: queue.Queue[_Load | set[str] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._run, name="pdserve-load", daemon=True)
-
-    def start(self, pages: Pages) -> None:
-        self._pages = pages
-        self._thread.start()
+        super().__init__(client, "pdserve-load")  # jobs: a load, or the requests that nobody waits for any more
+        self._done = done
 
     def put(self, job: LoadJob, mark: Any) -> None:
         """`mark`: the point in the engine's work that the load must not overtake."""
@@ -51,21 +40,9 @@ class Loader:
         if request_ids:
             self._jobs.put(request_ids)
 
-    def stop(self) -> bool:
-        """Ends the thread; False when it does not end in time."""
-        self._jobs.put(None)
-        if self._thread.is_alive():
-            self._thread.join(timeout=RPC_S)
-        return not self._thread.is_alive()
-
     # ---- the thread ----
 
     def _run(self) -> None:
-        any_core()
-        try:
-            self._client.connect()  # now rather than in the first request: mapping the arena takes a while
-        except CacheError as e:
-            self._log.debug("%s", e)
         arriving: list[_Load] = []
         while True:
             try:

@@ -70,6 +70,8 @@ class StepPlan(KVConnectorMetadata):
     dropped: set[str] = field(default_factory=set)
     #: whether somebody waits for the next token of an answer in this step
     decodes: bool = False
+    #: whether this step computes nothing at all
+    idle: bool = False
 
 
 @dataclass

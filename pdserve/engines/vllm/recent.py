@@ -34,6 +34,9 @@ class Recent:
         if len(self._offered) > BOUND:
             self._offered.popitem(last=False)
 
+    def clear(self) -> None:
+        self._offered.clear()
+
     def forget(self, keys: list[bytes]) -> None:
         for key in keys:
             self._offered.pop(key, None)

@@ -7,7 +7,6 @@ What is stored belongs to a request whose blocks may be taken away: by preemptio
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
 import time
 from collections import deque
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pdserve import log
-from pdserve.engines.vllm.cores import any_core
+from pdserve.engines.vllm.copier import RPC_S, Copier
 from pdserve.engines.vllm.facts import StoreFacts
 from pdserve.engines.vllm.messages import ChunkSave, SaveJob
 from pdserve.errors import CacheError
@@ -24,33 +23,24 @@ from pdserve.transfer.arena import Arena
 from pdserve.transfer.client import CacheClient
 from pdserve.transfer.staging import Copy, Pages, Part, stride_of
 
-RPC_S = 5.0
 #: saves that wait; beyond this they are dropped, because a save must never slow the engine down
 MAX_QUEUED = 4096
 #: chunks that are committed together; fewer would let a consumer start earlier, and cost more round trips
 COMMIT_TOGETHER = 4
 
 
-class Saver:
+class Saver(Copier):
     """One thread. `done(request id)` is called, from it or from put(), once for every job that was put."""
 
     def __init__(
         self, client: CacheClient, done: Callable[[str], None], *, shards: int, writer: str, facts: StoreFacts
     ) -> None:
-        self._client, self._done, self._shards, self._writer = client, done, shards, writer
-        self._facts = facts
-        self._pages: Pages | None = None
-        self._log = log.get("connector")
+        super().__init__(client, "pdserve-save")
+        self._done, self._shards, self._writer, self._facts = done, shards, writer, facts
         self._lock = threading.Condition()
         self._outstanding: dict[str, list[SaveJob]] = {}  # accepted and not done, by request
         self._cancelled: set[int] = set()  # id() of outstanding jobs that must not begin another copy
         self._copying = ""  # the request whose blocks are being read at this moment
-        self._jobs: queue.Queue[tuple[SaveJob, Any] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._run, name="pdserve-save", daemon=True)
-
-    def start(self, pages: Pages) -> None:
-        self._pages = pages
-        self._thread.start()
 
     def put(self, jobs: list[SaveJob], mark: Any) -> None:
         """`mark`: the point in the engine's work behind which their blocks are full."""
@@ -82,21 +72,9 @@ class Saver:
         if cancelled and self._pages is not None:
             self._pages.settle()
 
-    def stop(self) -> bool:
-        """Ends the thread; False when it does not end in time."""
-        self._jobs.put(None)
-        if self._thread.is_alive():
-            self._thread.join(timeout=RPC_S)
-        return not self._thread.is_alive()
-
     # ---- the thread ----
 
     def _run(self) -> None:
-        any_core()
-        try:
-            self._client.connect()  # now rather than in the first request: mapping the arena takes a while
-        except CacheError as e:
-            self._log.debug("%s", e)
         while (item := self._jobs.get()) is not None:
             self._save(*item)
 

@@ -79,7 +79,7 @@ class SchedulerSide:
             ]
             lora = request.lora_request
             root = root_key(
-                self._fingerprint,
+                f"{self._fingerprint}:{self._finder.generation}" if self._finder.generation else self._fingerprint,
                 self._layout,
                 f"{lora.lora_name}:{lora.lora_path}" if lora else "",
                 request.cache_salt or "",
@@ -170,7 +170,7 @@ class SchedulerSide:
     def plan(self, output: Any) -> StepPlan:
         """What the workers do in this step."""
         plan = StepPlan(loads=self._loads, awaiting=self._awaiting, preempted=set(output.preempted_req_ids or ()))
-        plan.dropped = self._dropped
+        plan.dropped, plan.idle = self._dropped, not output.total_num_scheduled_tokens
         self._loads, self._awaiting, self._dropped = [], set(), set()
         self._finder.busy = output.total_num_scheduled_tokens > 0
         self._storing.recent.at_epoch(self._client.content)
@@ -225,6 +225,17 @@ class SchedulerSide:
 
     # ---- ending ----
 
+    def reset(self) -> None:
+        """The engine forgets all KV, perhaps because its weights have changed: what is stored from now on is of another model."""
+        self._finder.generation = uuid.uuid4().hex
+        self._storing.recent.clear()
+        for tracked in self._requests.values():
+            tracked.no_load = tracked.no_save = True
+            self._finder.release(tracked)
+        self._log.warning(
+            "the engine's cache was reset: until it is restarted it uses nothing that was stored before, and shares nothing with others"
+        )
+
     def finished(self, request: Any) -> bool:
         """Whether vLLM must keep the request's blocks until the workers have reported."""
         tracked = self._requests.get(request.request_id)
@@ -258,6 +269,7 @@ class SchedulerSide:
             "pdserve.num_tokens": self._storing.stored(tracked) if tracked is not None else 0,
             "pdserve.source": self._instance,
             "pdserve.cached_tokens": tracked.cached_tokens if tracked is not None else 0,
+            **({"pdserve.generation": self._finder.generation} if self._finder.generation else {}),
             "pdserve.facts": self._facts.handed(tracked) if tracked is not None else None,
             # Routers written for other connectors look at these.
             "remote_engine_id": self._instance,

@@ -18,6 +18,9 @@ from pdserve.errors import CacheError
 from pdserve.transfer.client import CacheClient
 from pdserve.transfer.staging import Pages
 
+#: how long a step that computes nothing may wait for a copy to end; a request that arrives meanwhile waits as long
+IDLE_S, IDLE_GPU_S = 0.005, 0.0005
+
 
 class WorkerSide:
     """One per worker process. `pages` is set once vLLM has registered its KV caches."""
@@ -28,11 +31,13 @@ class WorkerSide:
         self._client = client
         self._pages: Pages | None = None
         self._log = log.get("connector")
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._report = WorkerReport()
         self._awaiting: set[str] = set()  # ended requests whose blocks are kept until their saves are done
         self._received: set[str] = set()
         self._failed_blocks: set[int] = set()
+        self._loading: set[str] = set()
+        self._idle = False  # whether this step computes nothing
         self._loader = Loader(client, self._loaded)
         self._facts = StoreFacts(teller or Nobody())
         self._saver = Saver(client, self._saved, shards=shards, writer=writer, facts=self._facts)
@@ -58,6 +63,8 @@ class WorkerSide:
         with self._lock:
             # Here and not with the saves: some vLLM versions announce no saves in a step that computes nothing.
             self._awaiting |= plan.awaiting
+            self._loading |= {job.request_id for job in plan.loads}
+            self._idle = plan.idle
         self._loader.drop(plan.dropped)
         # Blocks that a load fills may have belonged to a request whose last step is still running on the device.
         mark = self._pages.mark() if plan.loads else None
@@ -75,11 +82,17 @@ class WorkerSide:
     def finished(self) -> tuple[set[str], set[str], set[int]]:
         """(saves done of awaited requests, loads ended, blocks that these failed to fill), each reported once."""
         with self._lock:
+            # An engine that only waits asks again and again, and takes the core from whoever computes what it waits for.
+            if self._idle and (self._loading or self._awaiting) and not self._any_result():
+                self._lock.wait(IDLE_GPU_S if self._pages is not None and self._pages.on_device else IDLE_S)
             sent = {r for r in self._awaiting if not self._saver.outstanding(r)}
             self._awaiting -= sent
             received, self._received = self._received, set()
             blocks, self._failed_blocks = self._failed_blocks, set()
         return sent, received, blocks
+
+    def _any_result(self) -> bool:
+        return bool(self._received) or any(not self._saver.outstanding(r) for r in self._awaiting)
 
     def report(self) -> WorkerReport | None:
         with self._lock:
@@ -102,6 +115,8 @@ class WorkerSide:
             self._failed_blocks |= unfilled
             self._received.add(job.request_id)
             self._report.loaded[job.request_id] = result
+            self._loading.discard(job.request_id)
+            self._lock.notify_all()
 
     def _saved(self, request_id: str) -> None:
         with self._lock:
