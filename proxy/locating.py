@@ -51,6 +51,7 @@ class _Daemon:
         self.upstream, self.host = Upstream(name, url), urlsplit(url).hostname or ""
         self.life, self.seq = "", 0
         self.held: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self.new: set[str] = set()  # requests of which something was told that routing has not been told yet
         self.heard: float | None = None  # the loop's time of its last word
         self.believed = False
 
@@ -105,6 +106,7 @@ class Locating:
                 *events, rest = (rest + data).split(b"\n\n")
                 for event in events:
                     self._take(daemon, event)
+                self._tell_new(daemon)
                 if len(rest) > _EVENT_LIMIT:
                     raise LegFailure(502, "/cache/events: an event without an end", name, "broken")
 
@@ -141,8 +143,13 @@ class Locating:
         daemon.held.move_to_end(change.request)
         while len(daemon.held) > 2 * RECENT:
             daemon.held.popitem(last=False)
-        if (facts := self._routing.recent.get(change.request)) is not None:
-            self._tell(daemon, facts)
+        daemon.new.add(change.request)
+
+    def _tell_new(self, daemon: _Daemon) -> None:
+        for request in daemon.new:
+            if (facts := self._routing.recent.get(request)) is not None:
+                self._tell(daemon, facts)
+        daemon.new.clear()
 
     def _learned(self, facts: Facts) -> None:
         """A reply came. What the daemons have told of this prompt before is known better than what the reply lets guess."""

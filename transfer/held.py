@@ -24,6 +24,8 @@ MOST_EVENTS = 8192
 MOST_LISTENERS = 256
 #: an empty comment when nothing was told for so long, so that either end notices when the other is gone
 STILL_THERE_S = 5.0
+#: what changes within so long is told as one change: a long prompt's chunks are committed one by one
+GATHER_S = 0.05
 AT_ONCE = 256  # events in one piece
 
 
@@ -65,6 +67,7 @@ class Held:
         self.daemon_id, self._there = daemon_id, there
         self._prompts: OrderedDict[str, _Prompt] = OrderedDict()
         self._watching: dict[bytes, dict[str, _Prompt]] = {}
+        self._changed: dict[str, _Prompt] = {}
         self._keys = 0
         self._ring: deque[Change] = deque(maxlen=MOST_EVENTS)
         self.seq = 0
@@ -118,10 +121,19 @@ class Held:
         for key in prompt.watched():
             self._watching.setdefault(key, {})[prompt.request] = prompt
         if prompt.tokens != prompt.told:
-            prompt.told = prompt.tokens
-            self.seq += 1
-            self._ring.append(Change(self.seq, prompt.request, prompt.tokens, prompt.of))
+            self._changed[prompt.request] = prompt
             self._wake()
+
+    def _number(self) -> None:
+        """Makes events of what has changed since the last time."""
+        if self._stale:
+            self._look_through()
+        for prompt in self._changed.values():
+            if prompt.tokens != prompt.told:
+                prompt.told = prompt.tokens
+                self.seq += 1
+                self._ring.append(Change(self.seq, prompt.request, prompt.tokens, prompt.of))
+        self._changed.clear()
 
     def _wake(self) -> None:
         for listener in self._listeners:
@@ -137,21 +149,20 @@ class Held:
     def _forget(self, request: str) -> None:
         if (prompt := self._prompts.pop(request, None)) is not None:
             self._unwatch(prompt)
+            self._changed.pop(request, None)
             self._keys -= len(prompt.keys)
 
     # What is told.
 
     def since(self, seq: int) -> list[Change] | None:
         """Some of what came after number `seq`, the oldest first; None if part of it is no longer known."""
-        if self._stale:
-            self._look_through()
+        self._number()
         if seq > self.seq or (seq < self.seq and self._ring[0].seq > seq + 1):
             return None
         return list(itertools.islice(self._ring, max(0, len(self._ring) - (self.seq - seq)), None))[:AT_ONCE]
 
     def all(self) -> All:
-        if self._stale:
-            self._look_through()
+        self._number()
         return All(self.daemon_id, self.seq, {name: (prompt.tokens, prompt.of) for name, prompt in self._prompts.items()})
 
     async def stream(self, life: str, seq: int) -> AsyncIterator[bytes]:
@@ -159,7 +170,7 @@ class Held:
         something = asyncio.Event()
         self._listeners.add(something)
         try:
-            at: int | None = seq if life == self.daemon_id and seq <= self.seq else None
+            at: int | None = seq if life == self.daemon_id else None  # since() sees to a number that never was
             yield b":\n\n"
             while not self._closed:
                 changes = self.since(at) if at is not None else None
@@ -177,6 +188,8 @@ class Held:
                             await something.wait()
                     except TimeoutError:
                         yield b":\n\n"
+                    else:
+                        await asyncio.sleep(GATHER_S)
         finally:
             self._listeners.discard(something)
 

@@ -68,23 +68,44 @@ async def test_changes_are_told_in_order() -> None:
     listener = Listener(cache)
     assert await listener.next() == ("all", {"daemon_id": "a", "seq": 0, "held": {}})
     one, two, three, four = keys("p")
-    cache.held.asked("r", [one, two, three, four], 64, 200)
-    cache.put(one, three, two)
-    cache.put(four)
-    cache.drop(four)
-    said = [await listener.next() for _ in range(5)]
+    said = []
+    for change in (
+        lambda: cache.held.asked("r", [one, two, three, four], 64, 200),
+        lambda: cache.put(one),
+        lambda: cache.put(three, two),
+        lambda: cache.put(four),
+        lambda: cache.drop(four),
+    ):
+        change()
+        said.append(await listener.next())
     assert [kind for kind, _ in said] == ["held"] * 5
     assert [(event["seq"], event["tokens"]) for _, event in said] == [(1, 0), (2, 64), (3, 192), (4, 200), (5, 192)]
     assert {(event["request"], event["of"]) for _, event in said} == {("r", 200)}
     await listener.close()
 
 
+async def test_what_comes_at_once_is_told_at_once() -> None:
+    cache = Cache()
+    listener = Listener(cache)
+    await listener.next()
+    cache.held.asked("r", keys("p", 100), 64, 6400)
+    for key in keys("p", 100):
+        cache.put(key)
+    assert await listener.next() == ("held", {"seq": 1, "request": "r", "tokens": 6400, "of": 6400})
+    cache.drop(keys("p", 100)[99])
+    cache.put(keys("p", 100)[99])
+    cache.held.asked("s", keys("q"), 64, 256)
+    assert await listener.next() == ("held", {"seq": 2, "request": "s", "tokens": 0, "of": 256})
+    await listener.close()
+
+
 async def test_what_was_missed_is_told_from_the_number_on() -> None:
     cache = Cache()
     cache.held.asked("r", keys("p"), 64, 256)
+    assert cache.told() == {"r": (0, 256)}
     cache.put(*keys("p")[:2])
-    listener = Listener(cache, "a", cache.held.seq - 1)
-    assert await listener.next() == ("held", {"seq": 3, "request": "r", "tokens": 128, "of": 256})
+    listener = Listener(cache, "a", 1)
+    assert await listener.next() == ("held", {"seq": 2, "request": "r", "tokens": 128, "of": 256})
     await listener.close()
 
 
@@ -94,7 +115,7 @@ async def test_a_listener_of_another_life_is_told_everything(life: str, seq: int
     cache.held.asked("r", keys("p"), 64, 256)
     cache.put(*keys("p")[:2])
     listener = Listener(cache, life, seq)
-    assert await listener.next() == ("all", {"daemon_id": "a", "seq": 3, "held": {"r": [128, 256]}})
+    assert await listener.next() == ("all", {"daemon_id": "a", "seq": 1, "held": {"r": [128, 256]}})
     await listener.close()
 
 
@@ -107,7 +128,7 @@ async def test_who_falls_behind_is_told_everything(monkeypatch: pytest.MonkeyPat
         cache.held.asked(f"r{n}", keys(f"p{n}"), 64, 256)
     kind, everything = await listener.next()
     assert (kind, everything["seq"], len(everything["held"])) == ("all", 30, 30)
-    cache.put(b"p70")
+    cache.put(keys("p7")[0])
     assert await listener.next() == ("held", {"seq": 31, "request": "r7", "tokens": 64, "of": 256})
     await listener.close()
 
@@ -116,7 +137,7 @@ async def test_what_is_dropped_in_the_middle_is_seen() -> None:
     cache = Cache()
     cache.held.asked("r", keys("p"), 64, 256)
     cache.put(*keys("p"))
-    listener = Listener(cache, "a", cache.held.seq)
+    listener = Listener(cache, "a", cache.held.all().seq)
     cache.drop(keys("p")[1], in_turn=False)
     assert (await listener.next())[1]["tokens"] == 64
     cache.put(keys("p")[1])
