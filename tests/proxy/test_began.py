@@ -116,7 +116,7 @@ async def test_another_request_of_the_same_id_is_not_this_one(began: Began, daem
 async def test_whatever_a_daemon_sends_it_is_asked_again(began: Began, daemon: Daemon, until: Any) -> None:
     daemon.say(b"\n{}\nrubbish\n")
     daemon.say(b"x" * 100_000)
-    await until(lambda: len(daemon.asked) == 2)
+    await until(lambda: len(daemon.asked) >= 2)
     await until(lambda: daemon.listening)
     began.expect("r")
     daemon.tell("r", "both-0", load_ms=None, saved_ms=None)
@@ -128,7 +128,7 @@ async def test_one_that_refuses_is_asked_again(daemon: Daemon, until: Any) -> No
     daemon.status = b"503 Too Many"
     made = Began((("cache", daemon.url),), "")
     await made.start()
-    await until(lambda: len(daemon.asked) == 2)
+    await until(lambda: len(daemon.asked) >= 2)
     await made.stop()
 
 
