@@ -16,7 +16,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +28,9 @@ from pdserve.transfer.allocator import PAGE, align
 from pdserve.transfer.tiers import disk_index, segments
 from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, TierError, ToStore
 from pdserve.transfer.tiers.disk_index import Entry, Segment
-from pdserve.transfer.tiers.disk_room import KEEP_SHARE, Room
+from pdserve.transfer.tiers.disk_room import KEEP_SHARE, MIN_SIZE, Room, grouped, real_room, room_of
 from pdserve.transfer.tiers.segments import Place
 
-MIN_SIZE = 64 << 20
 DEFAULT_MIN_FREE = 1 << 30
 RETRY_S = 5.0
 
@@ -75,9 +74,12 @@ class DiskTier:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock_file = self._take_lock()
             self._index, found, older = disk_index.load(path, self._log)
-            room = self._real_room(sum(s.end for s in found))
+            room = real_room(path, self.size, min_free, sum(s.end for s in found))
         except OSError as e:
             raise TierError(f"the disk tier cannot use {path}: {e}") from e
+        if room < self.size:
+            words = "disk tier: %d MiB are asked for, but %s has room for %d MiB beside the %d MiB that stay free"
+            self._log.warning(words, self.size >> 20, path, room >> 20, min_free >> 20)
         self.segment_bytes = align(segment_bytes or min(max(room // 64, 32 << 20), room // 4, 8 << 30))
         self._room = Room(path, self.size, min_free, self.segment_bytes)
         for segment in found:
@@ -87,15 +89,6 @@ class DiskTier:
             with contextlib.suppress(OSError, TierError):
                 self._mark_dead(entry)
         self._saver = disk_index.Saver(self.save_index)
-
-    def _real_room(self, taken: int) -> int:
-        """What the tier can come to take: its cap, or what the file system has, if that is less."""
-        facts = os.statvfs(self.path)
-        room = max(MIN_SIZE // 2, facts.f_bavail * facts.f_frsize + taken - self.min_free)
-        if room < self.size:
-            words = "disk tier: %d MiB are asked for, but %s has room for %d MiB beside the %d MiB that stay free"
-            self._log.warning(words, self.size >> 20, self.path, room >> 20, self.min_free >> 20)
-        return min(room, self.size)
 
     # ---- the contract ----
 
@@ -247,13 +240,13 @@ class DiskTier:
 
     def _put(self, chunks: list[ToStore], deadline: float) -> None:
         """What finds no room is left out."""
-        for group in _grouped(chunks, self.segment_bytes // 4):
-            if self._make_room(sum(_room(record) for record, _ in group), deadline):
+        for group in grouped(chunks, self.segment_bytes // 4):
+            if self._make_room(sum(room_of(record) for record, _ in group), deadline):
                 self._append(group, deadline)
                 self._state = "ok"
 
     def _append(self, chunks: list[ToStore], deadline: float, moved: Entry | None = None) -> None:
-        segment = self._segment_for(sum(_room(record) for record, _ in chunks))
+        segment = self._segment_for(sum(room_of(record) for record, _ in chunks))
         places: list[Place] = []
         records: list[segments.Written] = []
         at = segment.end
@@ -431,25 +424,6 @@ class DiskTier:
     def _found(self, segment: Segment, place: Place) -> None:
         disk_index.note(self._index, segment, place)
         self._told([place.record.key], True)
-
-
-def _room(record: ChunkRecord) -> int:
-    return segments.header_room(record) + segments.payload_on_disk(record)
-
-
-def _grouped(chunks: list[ToStore], most: int) -> Iterator[list[ToStore]]:
-    """In order, each group of at most `most` bytes or of a single chunk."""
-    group: list[ToStore] = []
-    size = 0
-    for chunk in chunks:
-        room = _room(chunk[0])
-        if group and size + room > most:
-            yield group
-            group, size = [], 0
-        group.append(chunk)
-        size += room
-    if group:
-        yield group
 
 
 def _in_time(deadline: float) -> None:

@@ -4,14 +4,45 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from pdserve.transfer.allocator import PAGE
+from pdserve.transfer.tiers import segments
+from pdserve.transfer.tiers.base import ChunkRecord, ToStore
+
+MIN_SIZE = 64 << 20
 
 #: part of a segment's bytes that compaction may carry over when the segment goes; the cap keeps room for it
 KEEP_SHARE = 4
 #: how long, and for how many bytes at most, the answer about free space is taken as good
 LOOK_S, LOOK_BYTES = 1.0, 256 << 20
+
+
+def real_room(path: Path, size: int, min_free: int, taken: int) -> int:
+    """What a tier that has `taken` bytes already can come to take: its cap, or what the file system has, if that is less."""
+    facts = os.statvfs(path)
+    return min(size, max(MIN_SIZE // 2, facts.f_bavail * facts.f_frsize + taken - min_free))
+
+
+def room_of(record: ChunkRecord) -> int:
+    """Bytes that the chunk takes at most."""
+    return segments.header_room(record) + segments.payload_on_disk(record)
+
+
+def grouped(chunks: list[ToStore], most: int) -> Iterator[list[ToStore]]:
+    """In order, each group of at most `most` bytes or of a single chunk."""
+    group: list[ToStore] = []
+    size = 0
+    for chunk in chunks:
+        room = room_of(chunk[0])
+        if group and size + room > most:
+            yield group
+            group, size = [], 0
+        group.append(chunk)
+        size += room
+    if group:
+        yield group
 
 
 class Room:

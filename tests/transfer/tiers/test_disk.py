@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import queue
 import time
@@ -413,6 +414,23 @@ def test_a_chunk_larger_than_a_segment_gets_one_of_its_own(tmp_path):
     fill(tier, range(3, 6))
     assert [whole(tier, i, pages=80, shards=1) for i in range(10, 13)] == [True] * 3
     assert present(tier, range(6)) == list(range(6))
+    tier.close()
+
+
+def test_segments_are_small_beside_what_the_file_system_has_whatever_the_cap(tmp_path, monkeypatch, caplog):
+    """Else a disk that is smaller than its cap would be emptied as a whole each time that it is full."""
+    real = os.statvfs(tmp_path)
+    free = (150 << 20) // real.f_frsize
+
+    class Small:
+        f_frsize, f_bavail = real.f_frsize, free
+
+    monkeypatch.setattr(os, "statvfs", lambda _: Small)
+    monkeypatch.setattr(logging.getLogger("pdserve"), "propagate", True)
+    tier = DiskTier(tmp_path, 10 << 30, min_free=0)
+    assert tier.segment_bytes <= (150 << 20) // 4
+    assert "10240 MiB are asked for" in caplog.text
+    assert "room for 150 MiB" in caplog.text
     tier.close()
 
 
