@@ -28,13 +28,14 @@ def states(deployment: Deployment) -> list[dict[str, Any]]:
     if not deployment.elsewhere:
         return []
     told = _told(deployment)
+    expected = any(r.role == "cache" for r in deployment.processes)  # without a daemon here nobody can be asked
     by_host: dict[str, list[Elsewhere]] = {}
     for other in deployment.elsewhere:
         by_host.setdefault(other.host, []).append(other)
     found = []
     for host, processes in by_host.items():
         theirs = told.get(host)
-        found.append(_said(host, theirs) if theirs is not None else _probed(host, processes))
+        found.append(_said(host, theirs) if theirs is not None else _probed(host, processes, expected))
     return found
 
 
@@ -65,7 +66,8 @@ def _said(host: str, theirs: Deployment) -> dict[str, Any]:
     return {"host": host, "told_by": "its daemon", **{key: facts[key] for key in ("state", "error", "processes")}}
 
 
-def _probed(host: str, processes: list[Elsewhere]) -> dict[str, Any]:
+def _probed(host: str, processes: list[Elsewhere], expected: bool) -> dict[str, Any]:
+    """`expected`: its daemon should have told, if there is one."""
     with ThreadPoolExecutor(8) as pool:
         answers = list(
             pool.map(lambda p: probe.answers(p.ready_url, PROBE_SECONDS) if p.ready_url else None, processes)
@@ -87,12 +89,13 @@ def _probed(host: str, processes: list[Elsewhere]) -> dict[str, Any]:
         }
         for p, answer in zip(processes, answers, strict=True)
     ]
-    known = [r for r in records if r["state"] != "unknown"]
-    good = bool(known) and all(r["state"] == "ready" for r in known)
+    states = {r["state"] for r in records}
+    silent = "degraded" if expected else "ready"
+    state = "ready" if states == {"ready"} else silent if states == {"ready", "unknown"} else "unreachable"
     return {
         "host": host,
         "told_by": "probe",
-        "state": "ready" if good else "unreachable",
+        "state": state,
         "error": "",
         "processes": records,
     }

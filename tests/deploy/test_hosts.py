@@ -201,14 +201,24 @@ def test_waiting_for_another_host_has_an_end(make_plan: Any) -> None:
 
 
 def deployment(**more: Any) -> state.Deployment:
-    facts = {"run_dir": "/x", "topology": "", "model": "m", "url": "u", "pid": 1, "created": 0.0, "started": time.time()}
+    facts = {
+        "run_dir": "/x",
+        "topology": "",
+        "model": "m",
+        "url": "u",
+        "pid": 1,
+        "created": 0.0,
+        "started": time.time(),
+    }
     return state.Deployment(name="t@a", host="a", **facts, **more)
 
 
 def test_other_hosts_are_told_by_their_daemons(monkeypatch: pytest.MonkeyPatch) -> None:
     import msgspec
 
-    theirs = deployment(processes=[state.ProcessRecord("decode-0", "decode", "u", "u/health", "log", "ready")], state="ready")
+    theirs = deployment(
+        processes=[state.ProcessRecord("decode-0", "decode", "u", "u/health", "log", "ready")], state="ready"
+    )
     elsewhere = [Elsewhere("decode-0", "decode", "b", "u", "u/health"), Elsewhere("x", "both", "c", "v", "")]
     mine = deployment(elsewhere=elsewhere)
     text = json.loads(msgspec.json.encode(theirs))
@@ -226,8 +236,13 @@ def test_other_hosts_are_probed_when_nobody_tells() -> None:
             nobody.bind(("127.0.0.1", 0))
             dead = f"http://127.0.0.1:{nobody.getsockname()[1]}/health"
             elsewhere = [Elsewhere("d-0", "decode", "b", "u", late.url), Elsewhere("d-1", "decode", "c", "u", dead)]
-            b, c = others.states(deployment(elsewhere=elsewhere))
+            elsewhere += [Elsewhere("d-2", "decode", "d", "u", late.url), Elsewhere("cache-d", "cache", "d", "", "")]
+            own = state.ProcessRecord("cache-a", "cache", "u", "u/health", "log", "failed")
+            b, c, d = others.states(deployment(elsewhere=elsewhere, processes=[own]))
+            without_a_daemon = others.states(deployment(elsewhere=elsewhere))
         assert (b["state"], b["processes"][0]["state"]) == ("ready", "ready")
+        assert (d["state"], d["processes"][1]["state"]) == ("degraded", "unknown")  # its daemon should have told
+        assert without_a_daemon[2]["state"] == "ready"  # nobody here could have asked it
         assert (c["state"], c["processes"][0]["state"]) == ("unreachable", "unreachable")
         assert "does not answer" in c["processes"][0]["detail"]
     finally:
