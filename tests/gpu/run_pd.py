@@ -1,7 +1,8 @@
 """1P1D on two GPUs: run_pd.py --model DIR --out DIR   TTFT through both legs minus plain TTFT, equality, ITL under 20k prefills.
 
 Producer on GPU 0, consumer on GPU 1, each a served vLLM with dummy weights, one cache daemon between them. The legs are sent
-here, as the proxy sends them: the producer's answer's kv_transfer_params go to the consumer word for word.
+here, as the proxy sends them: the producer's answer's kv_transfer_params go to the consumer word for word; and once more with the
+decode leg sent early, which then waits for the chunks. Figures are written as they come; what does not fit --budget is left out.
 """
 
 from __future__ import annotations
@@ -17,24 +18,39 @@ import sys
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from run_all import daemon
 
+from pdserve.engines.vllm import dialect
+
 GRAPHS = '{"mode":0,"cudagraph_mode":"FULL_DECODE_ONLY","cudagraph_capture_sizes":[1,2,4,8,16,32]}'
 P, D = 8100, 8200
 results: dict = {}
 table: list[tuple[str, str]] = []
+out_file: Path | None = None
+until = float("inf")
 
 
 def row(what: str, figure: str) -> None:
     table.append((what, figure))
     print(f"## {what}: {figure}", flush=True)
+    if out_file is not None:
+        out_file.write_text(json.dumps({**results, "table": table}, indent=1))
 
 
-def serve(gpu: str, port: int, role: str, socket: str, model: str, out: Path) -> subprocess.Popen:
+def enough(what: str, seconds: float) -> bool:
+    """Whether so many seconds are left; says so where not."""
+    if time.monotonic() + seconds <= until:
+        return True
+    row(what, f"left out: less than {seconds:.0f} s are left")
+    return False
+
+
+def words(port: int, role: str, socket: str, model: str) -> list[str]:
     transfer = {
         "kv_connector": "PdserveConnector",
         "kv_connector_module_path": "pdserve.engines.vllm.connector",
@@ -56,10 +72,14 @@ def serve(gpu: str, port: int, role: str, socket: str, model: str, out: Path) ->
         "0.3",
     ]
     command += ["--max-num-seqs", "64", "--max-num-batched-tokens", "8192", "--compilation-config", GRAPHS]
-    command += ["--kv-transfer-config", json.dumps(transfer)]
+    return [*command, "--kv-transfer-config", json.dumps(transfer)]
+
+
+def serve(gpu: str, port: int, role: str, socket: str, model: str, out: Path) -> subprocess.Popen:
     log = (out / f"{role}.log").open("w")
     more = {"CUDA_VISIBLE_DEVICES": gpu, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONSAFEPATH": "1"}
     more |= {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_SERVER_DEV_MODE": "1", "VLLM_PORT": str(21400 + port)}
+    command = words(port, role, socket, model)
     return subprocess.Popen(command, env={**os.environ, **more}, stdout=log, stderr=subprocess.STDOUT)
 
 
@@ -126,6 +146,18 @@ def pd(p: list[int], out: int = 8):
     return [first + t for t in times], tokens, first
 
 
+def pd_early(p: list[int], out: int = 8):
+    """Both legs at once: the consumer loads chunk by chunk while the producer computes."""
+    ask = {"do_remote_decode": True, "do_remote_prefill": False, **ASK}
+    start = time.perf_counter()
+    with ThreadPoolExecutor(1) as pool:
+        leg = pool.submit(post, P, {**body(p, 1), "stream": False, "kv_transfer_params": ask}, False)
+        handover, sent = json.loads(dialect.early_handover(60)), time.perf_counter()
+        times, tokens = post(D, {**body(p, out), "stream": True, "kv_transfer_params": handover}, True)
+        first = leg.result()[1]
+    return [sent - start + t for t in times], tokens, first
+
+
 def gaps(load) -> dict:
     stop, found = threading.Event(), []
 
@@ -162,9 +194,14 @@ def measure() -> None:
     pd(prompt(2, 3000))
     pd(prompt(3, 20000))
     plain(prompt(4, 20000))
+    pd_early(prompt(5, 20000))
     for n in (2000, 10000, 20000, 30000):
-        alone, both, legs, same = [], [], [], 0
+        if not enough(f"PD TTFT, {n} tokens", 5 + 5 * n / 5000):
+            continue
+        alone, both, legs, early, same = [], [], [], [], 0
         for i in range(5):
+            times, _, _ = pd_early(prompt(n * 10 + 5 + i, n))
+            early.append(times[0])
             p = prompt(n * 10 + i, n)
             times, tokens, first = pd(p)
             other, expected = plain(p)
@@ -172,31 +209,44 @@ def measure() -> None:
             legs.append(first)
             alone.append(other[0])
             same += tokens == expected
-        a, b, leg = (statistics.median(x) * 1e3 for x in (alone, both, legs))
-        results[str(n)] = {"plain_ms": alone, "pd_ms": both, "prefill_leg_ms": legs, "equal": same}
+        a, b, leg, e = (statistics.median(x) * 1e3 for x in (alone, both, legs, early))
+        results[str(n)] = {"plain_ms": alone, "pd_ms": both, "prefill_leg_ms": legs, "early_ms": early, "equal": same}
         row(
             f"PD TTFT minus plain, {n} tokens, ms",
             f"{b - a:+.1f} ({b:.1f}, prefill leg {leg:.1f}; plain {a:.1f}); tokens equal {same} of 5",
         )
+        row(f"PD TTFT minus plain, decode leg early, {n} tokens, ms", f"{e - a:+.1f} ({e:.1f})")
 
 
 def streams() -> None:
     for name, load in (
         ("idle", lambda p: time.sleep(0.2)),
         ("PD, 20k prefills", lambda p: pd(p, 2)),
+        ("PD, 20k prefills, decode leg early", lambda p: pd_early(p, 2)),
         ("one engine, 20k prefills", lambda p: plain(p, 2)),
     ):
+        if not enough(f"ITL {name}", 20):
+            continue
         g = results[f"itl {name}"] = gaps(load)
         row(f"ITL of 8 streams, {name}, ms", f"p50 {g['p50']:.1f} p95 {g['p95']:.1f} p99 {g['p99']:.1f}")
 
 
 def main() -> None:
+    global out_file, until
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--gpus", default="0,1", help="producer's and consumer's; the same twice measures TTFT only")
+    parser.add_argument("--budget", type=float, default=420, help="seconds for everything (default %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="print the processes, start nothing")
     args = parser.parse_args()
+    if args.dry_run:
+        for gpu, port, role in zip(args.gpus.split(","), (P, D), ("kv_producer", "kv_consumer"), strict=True):
+            print(f"GPU {gpu}: {' '.join(words(port, role, '/tmp/pdserve-pd.sock', args.model))}")
+        print("decode leg early:", dialect.early_handover(60).decode())
+        return
     args.out.mkdir(parents=True, exist_ok=True)
+    out_file, until = args.out / "pd.json", time.monotonic() + args.budget
     cache, socket = daemon("pd", "24GiB", 8080, args.out)
     first, second = args.gpus.split(",")
     engines = [
@@ -219,8 +269,6 @@ def main() -> None:
             e.kill()
         cache.terminate()
         cache.wait(20)
-        results["table"] = table
-        (args.out / "pd.json").write_text(json.dumps(results, indent=1))
         print()
         for what, figure in table:
             print(f"{what:44} {figure}")

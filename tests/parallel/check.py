@@ -5,6 +5,7 @@ Two engines of the demo model padded to 4 KV heads, float32, port 24101 with two
 tokens must be those that the other computes by itself, and its whole chunks, stored once more after the cache was emptied, must
 have the digests that the first one's had. Then both are put under load: requests with shared prefixes, clients that leave,
 caches that are emptied; each answer has a deadline, and nothing may be left behind. Takes 5 minutes with 150 s of load, needs 12 GiB.
+With --gpus the same on two GPUs.
 """
 
 from __future__ import annotations
@@ -42,6 +43,16 @@ both:
   - {port: 24101, cpus: "0|1", tensor_parallel_size: 2}
   - {port: 24102, cpus: "0"}
 cache: {size: 512MiB, admin_port: 24190, load: always}
+proxy: {port: 24110}
+"""
+GPU = """
+name: check-parallel
+model: MODEL
+engine: {dtype: float32, max_model_len: 2048, gpu_memory_utilization: 0.3, env: {VLLM_SERVER_DEV_MODE: "1"}}
+both:
+  - {port: 24101, gpus: [0, 1], tensor_parallel_size: 2}
+  - {port: 24102, gpus: [0]}
+cache: {size: 4GiB, admin_port: 24190, load: always}
 proxy: {port: 24110}
 """
 MODEL = ""
@@ -178,13 +189,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--soak", type=float, default=150, help="seconds of load; 0: none (default %(default)s)")
     parser.add_argument("--only-soak", action="store_true", help="leave the comparisons out")
+    parser.add_argument("--gpus", metavar="MODEL", help="on two GPUs, with this model's folder (even number of KV heads)")
     parser.add_argument("--out", type=Path, help="a file for the results")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped then, too
     rng = random.Random()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "topology.yaml"
-        file.write_text(TOPOLOGY)
+        file.write_text(GPU.replace("MODEL", args.gpus) if args.gpus else TOPOLOGY)
         top = topology.load(file)
         targets.launch(file)
     results: dict = {}
