@@ -95,9 +95,11 @@ class OverMooncake(Subject):
         usual = tier._options
         tier._options = msgspec.structs.replace(usual, timeout=0.5)
         self.server.stop()
-        yield
-        self.server.go_on()
-        tier._options = usual
+        try:
+            yield
+        finally:
+            self.server.go_on()
+            tier._options = usual
 
 
 @pytest.fixture(scope="module")

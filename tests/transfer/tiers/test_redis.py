@@ -50,9 +50,11 @@ class OverRedis(Subject):
     def stalled(self, tier):
         tier._options = msgspec.structs.replace(self.options, timeout=0.5)
         self.relay.silence()
-        yield
-        self.relay.go_on()
-        tier._options = self.options
+        try:
+            yield
+        finally:
+            self.relay.go_on()
+            tier._options = self.options
 
 
 @pytest.fixture

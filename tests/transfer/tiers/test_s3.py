@@ -82,9 +82,11 @@ class OverS3(Subject):
         usual = tier._options
         tier._options = options_for("", timeout=0.5)
         self.relay.silence()
-        yield
-        self.relay.go_on()
-        tier._options = usual
+        try:
+            yield
+        finally:
+            self.relay.go_on()
+            tier._options = usual
 
 
 @pytest.fixture
