@@ -36,6 +36,10 @@ from pdserve.transfer.transports.session import Session
 
 #: what a notification says: ticket, key, shard, bytes of the piece, bytes written
 _WRITTEN = struct.Struct(f"<Q{KEY_BYTES}sHQQ")
+#: small segments that one transfer writes, and about how many bytes of them
+_BATCH = 64
+_BATCH_BYTES = 1 << 20
+#: transfers under way at a time
 _DEPTH = 4
 _PATIENCE_S = 2.0
 _LOOK_S = 0.0001
@@ -116,8 +120,8 @@ class NixlPlane:
         self._peer = ""
         self._their_address = 0
         self._places: dict[int, _Lent] = {}
-        self._flying: list[tuple[Segment, Any]] = []
-        self._waiting: deque[Segment] = deque()
+        self._flying: list[tuple[list[Segment], Any]] = []
+        self._waiting: list[Segment] = []
         self._writing: Counter[int] = Counter()
         self._stopped: set[int] = set()
         # shared: lent on the loop, filled on the thread
@@ -184,7 +188,7 @@ class NixlPlane:
             self._begin(session)
             while not self._closing:
                 busy = self._obey(session)
-                busy |= self._send(session)
+                self._send(session)
                 busy |= self._finish(session)
                 busy |= self._notice(session)
                 if not busy:
@@ -247,59 +251,63 @@ class NixlPlane:
             if coming is not None:
                 session.ledger.leave(ticket, 0, Outcome("cancelled", "the sender has left it"))
 
-    def _send(self, session: Session) -> bool:
-        if not self._peer:
-            return False
+    def _send(self, session: Session) -> None:
+        while self._peer and len(self._flying) < _DEPTH and (segments := self._next(session)):
+            self._start(session, segments)
+
+    def _next(self, session: Session) -> list[Segment]:
+        """What is written next, as one transfer: few calls for small pieces."""
         outbox = session.outbox
-        while len(self._flying) + len(self._waiting) < _DEPTH and (taken := outbox.take(0, 1, 0.0)):
-            self._waiting.append(taken[0])
-        for _ in range(len(self._waiting)):
-            segment = self._waiting.popleft()
+        taken = self._waiting or outbox.take(_BATCH_BYTES, _BATCH, 0.0)
+        self._waiting = []
+        for segment in taken:
             if segment.ticket in self._stopped or not outbox.wanted(segment):
                 outbox.add_credit(segment.length)
                 outbox.gone([segment])
-            elif self.held.is_set():
-                self._waiting.append(segment)
             else:
-                self._start(session, segment)
-        return False
+                self._waiting.append(segment)
+        if self.held.is_set():
+            return []
+        segments, self._waiting = self._waiting, []
+        return segments
 
-    def _start(self, session: Session, segment: Segment) -> None:
-        piece, place = segment.piece, self._places.get(segment.ticket)
-        if place is None or place.length != piece.length:
-            session.outbox.gone([segment])
-            raise ProtocolError(f"ticket {segment.ticket} is not for a piece of {piece.length} bytes")
+    def _start(self, session: Session, segments: list[Segment]) -> None:
+        # In nobody's hands but the transfer's from here on; _end() gives back what never got that far.
+        sources, targets, said = [], [], b""
+        base = session.local.arena.ctypes.data
+        self._waiting = segments
+        for s in segments:
+            piece, place = s.piece, self._places.get(s.ticket)
+            if place is None or place.length != piece.length:
+                raise ProtocolError(f"ticket {s.ticket} is not for a piece of {piece.length} bytes")
+            sources.append((base + piece.offset + s.start, s.length, 0))
+            targets.append((self._their_address + place.offset + s.start, s.length, 0))
+            said += _WRITTEN.pack(s.ticket, piece.key, piece.shard, piece.length, s.length)
         agent = self._agent
-        source = session.local.arena.ctypes.data + piece.offset + segment.start
-        target = self._their_address + place.offset + segment.start
-        said = _WRITTEN.pack(segment.ticket, piece.key, piece.shard, piece.length, segment.length)
-        handle = agent.initialize_xfer(
-            "WRITE",
-            agent.get_xfer_descs([(source, segment.length, 0)], "DRAM"),
-            agent.get_xfer_descs([(target, segment.length, 0)], "DRAM"),
-            self._peer,
-            said,
-        )
-        self._flying.append((segment, handle))
-        self._writing[segment.ticket] += 1
+        ours, theirs = agent.get_xfer_descs(sources, "DRAM"), agent.get_xfer_descs(targets, "DRAM")
+        handle = agent.initialize_xfer("WRITE", ours, theirs, self._peer, said)
+        self._waiting = []
+        self._flying.append((segments, handle))
+        self._writing.update(s.ticket for s in segments)
         if agent.transfer(handle) == "ERR":
             raise ConnectionError("a write could not be started")
 
     def _finish(self, session: Session) -> bool:
-        still: list[tuple[Segment, Any]] = []
-        for segment, handle in self._flying:
+        still: list[tuple[list[Segment], Any]] = []
+        for segments, handle in self._flying:
             state = self._agent.check_xfer_state(handle)
             if state == "PROC":
-                still.append((segment, handle))
+                still.append((segments, handle))
                 continue
             if state != "DONE":
                 raise ConnectionError(f"a write ended with {state}")
             self._agent.release_xfer_handle(handle)
-            self._sent += segment.length
-            self._writing[segment.ticket] -= 1
-            if not self._writing[segment.ticket]:
-                del self._writing[segment.ticket]
-            session.outbox.gone([segment])
+            for s in segments:
+                self._sent += s.length
+                self._writing[s.ticket] -= 1
+                if not self._writing[s.ticket]:
+                    del self._writing[s.ticket]
+            session.outbox.gone(segments)
         busy = len(still) < len(self._flying)
         self._flying = still
         return busy
@@ -313,9 +321,12 @@ class NixlPlane:
         return bool(found)
 
     def _written(self, session: Session, text: bytes) -> None:
-        if len(text) != _WRITTEN.size:
+        if not text or len(text) % _WRITTEN.size or len(text) > _BATCH * _WRITTEN.size:
             raise ProtocolError(f"a notification of {len(text)} bytes")
-        ticket, key, shard, total, length = _WRITTEN.unpack(text)
+        for fields in _WRITTEN.iter_unpack(text):
+            self._part_written(session, *fields)
+
+    def _part_written(self, session: Session, ticket: int, key: bytes, shard: int, total: int, length: int) -> None:
         session.consumed(length)
         with self._lock:
             coming = self._coming.get(ticket)
@@ -350,8 +361,8 @@ class NixlPlane:
                 with contextlib.suppress(Exception):  # gone already is as good
                     step()
             self._agent = None
-        session.outbox.gone([segment for segment, _ in self._flying] + list(self._waiting))
-        self._flying, self._waiting = [], deque()
+        session.outbox.gone([segment for segments, _ in self._flying for segment in segments] + self._waiting)
+        self._flying, self._waiting = [], []
         with self._lock:
             tickets = list(self._coming)
         for ticket in tickets:

@@ -329,6 +329,9 @@ class Streams:
             for thread in stream.threads:
                 thread.join()  # it has said its last word; what is left is microseconds
             stream.close()
+        # Sessions are in cycles, which the daemon collects seldom: their buffers must not wait for that.
+        self._streams.clear()
+        self._ended.clear()
 
     def ended(self, stream: Stream, reason: str) -> None:
         """One of the stream's threads is done; on the loop."""

@@ -1,8 +1,8 @@
 """ucx://host:port: control on TCP as everywhere, bytes by UCX tag messages. Serves ucx-py (`ucp`) and its successor ucxx alike.
 
-Each segment is a small header under one tag and its bytes under a tag of their own, received straight into the slot. The two
-ends tell each other their worker address and a random base for tags over the authenticated control way, so nobody else can
-name a tag that is being waited for.
+Headers of up to _BATCH segments travel together under one tag, each segment's bytes under a tag of their own, received straight
+into the slot. The two ends tell each other their worker address and a random base for tags over the authenticated control way, so
+nobody else can name a tag that is being waited for.
 
 UCX has one context for a process, bound to one asyncio loop; ours runs on a thread that lasts as long as the process. Settings
 go through the environment before the import. Defaults were measured: with UCX's own rendezvous choice tcp copies twice.
@@ -22,7 +22,7 @@ import secrets
 import socket
 import struct
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Annotated, Any
@@ -32,7 +32,9 @@ import numpy as np
 
 from pdserve.chunk import KEY_BYTES
 from pdserve.errors import ConfigError, ProtocolError
+from pdserve.kernels import receive
 from pdserve.transfer.transports.base import Connection, Expected, Local, Outcome, Service
+from pdserve.transfer.transports.ledger import Ledger
 from pdserve.transfer.transports.net import NetTransport, address_of, plane_ready
 from pdserve.transfer.transports.outbox import Segment
 from pdserve.transfer.transports.plane import Limits, Plane
@@ -41,8 +43,14 @@ from pdserve.transfer.transports.session import Session
 
 #: payload tag, ticket, key, shard, digest of the piece, bytes of the piece, offset in it, bytes that follow
 _HEADER = struct.Struct(f"<QQ{KEY_BYTES}sHQQQQ")
-#: segments under way at a time, each direction
+#: small segments whose headers are sent as one, and about how many bytes of them
+_BATCH = 16
+_BATCH_BYTES = 1 << 20
+#: batches under way at a time, each direction
 _DEPTH = 4
+#: how many segments, and their headers; always of this size, since ucx-py takes a shorter message than expected for an error
+_COUNT = struct.Struct("<Q")
+_HEADERS_BYTES = _COUNT.size + _BATCH * _HEADER.size
 _PATIENCE_S = 2.0
 _SETTINGS = {
     "UCX_RNDV_SCHEME": "put_zcopy",
@@ -279,47 +287,51 @@ class UcxPlane:
         while not outbox.closed:
             await free.acquire()
             more.clear()
-            segments = outbox.take(0, 1, 0.0)
+            segments = outbox.take(_BATCH_BYTES, _BATCH, 0.0)
             if segments:
-                tag = (tag + 1) % 2**64
-                self._spawn(self._send(session, segments[0], tag, free))
+                tags = [(tag + 1 + i) % 2**64 for i in range(len(segments))]
+                tag = tags[-1]
+                self._spawn(self._send(session, segments, tags, free))
             else:
                 free.release()
                 if not outbox.closed:  # it says so before it tells us, so this cannot be missed
                     await more.wait()
 
-    async def _send(self, session: Session, segment: Segment, tag: int, free: asyncio.Semaphore) -> None:
-        piece, start = segment.piece, segment.piece.offset + segment.start
-        fields = (
-            tag,
-            segment.ticket,
-            piece.key,
-            piece.shard,
-            piece.digest,
-            piece.length,
-            segment.start,
-            segment.length,
-        )
+    async def _send(
+        self, session: Session, segments: Sequence[Segment], tags: Sequence[int], free: asyncio.Semaphore
+    ) -> None:
         try:
-            await self._library.send(self._endpoint, np.frombuffer(_HEADER.pack(*fields), np.uint8), self._their_base)
+            await self._library.send(self._endpoint, _headers(segments, tags), self._their_base)
             while self.held.is_set() and not self._closing:  # noqa: ASYNC110 - only tests set it
                 await asyncio.sleep(0.02)
-            await self._library.send(self._endpoint, session.local.arena[start : start + segment.length], tag)
-            self._sent += segment.length
+            # All of them are waited for, also when one fails: until then UCX reads the arena.
+            payloads = (self._payload(session, s, tag) for s, tag in zip(segments, tags, strict=True))
+            for problem in await asyncio.gather(*payloads, return_exceptions=True):
+                if problem is not None:
+                    raise problem
         finally:
-            session.outbox.gone([segment])
+            session.outbox.gone(segments)
             free.release()
 
-    async def _receive_all(self, session: Session) -> None:
-        free = asyncio.Semaphore(_DEPTH)
-        while True:
-            header = np.empty(_HEADER.size, np.uint8)
-            await self._library.receive(self._endpoint, header, self._base)
-            await free.acquire()
-            self._spawn(self._receive(session, header.tobytes(), free))
+    async def _payload(self, session: Session, segment: Segment, tag: int) -> None:
+        start = segment.piece.offset + segment.start
+        await self._library.send(self._endpoint, session.local.arena[start : start + segment.length], tag)
+        self._sent += segment.length
 
-    async def _receive(self, session: Session, header: bytes, free: asyncio.Semaphore) -> None:
-        tag, ticket, key, shard, digest, total, offset, length = _HEADER.unpack(header)
+    async def _receive_all(self, session: Session) -> None:
+        free = asyncio.Semaphore(_DEPTH * _BATCH)
+        while True:
+            headers = np.empty(_HEADERS_BYTES, np.uint8)
+            await self._library.receive(self._endpoint, headers, self._base)
+            (count,) = _COUNT.unpack_from(headers)
+            if not 0 < count <= _BATCH:
+                raise ProtocolError(f"headers of {count} segments")
+            for i in range(count):
+                await free.acquire()
+                self._spawn(self._receive(session, _HEADER.unpack_from(headers, _COUNT.size + i * _HEADER.size), free))
+
+    async def _receive(self, session: Session, header: tuple[Any, ...], free: asyncio.Semaphore) -> None:
+        tag, ticket, key, shard, digest, total, offset, length = header
         try:
             if not 0 < length <= total or length > 2**34:
                 raise ProtocolError(f"a segment of {length} bytes for a piece of {total}")
@@ -327,26 +339,42 @@ class UcxPlane:
             if view is None:
                 await self._drain(length, tag)
             else:
-                await self._fill(session, ticket, view, tag)
+                await self._fill(session, ticket, view, tag, session.ledger.word_of(offset, length, total))
             session.consumed(length)
         finally:
             free.release()
 
-    async def _fill(self, session: Session, ticket: int, view: memoryview, tag: int) -> None:
+    async def _fill(self, session: Session, ticket: int, view: memoryview, tag: int, word: int | None) -> None:
         failed: Outcome | None = Outcome("lost", "the connection ended in the middle of the bytes")
-        length = len(view)
+        length, ledger, into = len(view), session.ledger, np.frombuffer(view, np.uint8)
         try:
-            await self._library.receive(self._endpoint, np.frombuffer(view, np.uint8), tag)
+            await self._library.receive(self._endpoint, into, tag)
             failed = None
             self._received += length
         finally:
-            del view
-            # Elsewhere than on UCX's loop, since it may read all of the piece for its digest.
-            await asyncio.shield(asyncio.to_thread(session.ledger.leave, ticket, 0 if failed else length, failed))
+            if failed is not None or not ledger.verify:
+                ledger.leave(ticket, 0 if failed else length, failed)
+            else:  # elsewhere than on UCX's loop, since it reads the bytes for their digest
+                await asyncio.shield(asyncio.to_thread(_leave, ledger, ticket, into, word))
 
     async def _drain(self, length: int, tag: int) -> None:
         await self._library.receive(self._endpoint, np.empty(length, np.uint8), tag)
         self._drained += length
+
+
+def _headers(segments: Sequence[Segment], tags: Sequence[int]) -> np.ndarray:
+    packed = np.zeros(_HEADERS_BYTES, np.uint8)
+    _COUNT.pack_into(packed, 0, len(segments))
+    for i, (s, tag) in enumerate(zip(segments, tags, strict=True)):
+        at, piece = _COUNT.size + i * _HEADER.size, s.piece
+        fields = (tag, s.ticket, piece.key, piece.shard, piece.digest, piece.length, s.start, s.length)
+        _HEADER.pack_into(packed, at, *fields)
+    return packed
+
+
+def _leave(ledger: Ledger, ticket: int, there: np.ndarray, word: int | None) -> None:
+    part = None if word is None or not receive.available() else receive.part(there, word)
+    ledger.leave(ticket, there.nbytes, None, part)
 
 
 class UcxTransport(NetTransport):

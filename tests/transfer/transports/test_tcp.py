@@ -1,6 +1,8 @@
 """tcp:// keeps the rules of all transports, with and without TLS."""
 
 import asyncio
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -115,5 +117,23 @@ def test_two_transports_of_one_daemon_share_an_arena(security):
         finally:
             for transport in (one, two, b.transport):
                 await transport.close()
+
+    conformance.run(test, tcp())
+
+
+def test_a_closed_connection_keeps_no_buffers():
+    """Sessions are in cycles, which a daemon collects seldom; what is large in them goes at once."""
+
+    async def test(subject):
+        gc.disable()
+        try:
+            async with paired(subject) as pair:
+                streams = [weakref.ref(s) for c in (pair.there, pair.back) for s in c.plane._streams]
+                assert len(streams) >= 3
+                await pair.there.close()
+                await pair.b.service.closing()
+            await pair.b.service.until(lambda: not any(stream() for stream in streams))
+        finally:
+            gc.enable()
 
     conformance.run(test, tcp())
