@@ -15,7 +15,7 @@ ALL = {name: metric for table in metrics.TABLES for name, metric in table.items(
 # What a label may be called: each of these takes its values from a closed set, never from a client.
 LABELS = {
     "class", "endpoint", "route", "status", "instance", "role", "leg", "reason", "decision", "how", "tier", "result", "kind",
-    "direction", "op", "outcome", "peer", "target", "transport", "engine",
+    "direction", "op", "outcome", "peer", "target", "transport", "engine", "cache",
 }  # fmt: skip
 
 
