@@ -5,7 +5,11 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import httpx
+
 from pdserve.compare import TOP_LOGPROBS, Rule, compare
+
+from .conftest import wait_for
 
 if TYPE_CHECKING:
     from .conftest import Deployment
@@ -23,6 +27,24 @@ def test_prompt_of_three_prefill_steps_is_stored_and_hit(both: Deployment) -> No
     warm = both.client.complete(prompt, max_tokens=10)
     assert cold.token_ids == warm.token_ids == expected.token_ids
     assert both.retrieved("both") - before >= 1280
+    both.wait_idle()
+
+
+def test_headers_say_what_an_engine_had_that_answers_alone(both: Deployment) -> None:
+    prompt = [*both.ids(700)]
+    body = {"model": both.client.model, "prompt": prompt, "max_tokens": 2, "temperature": 0}
+
+    def told(stream: bool) -> dict[str, str]:
+        both.forget()
+        reply = httpx.post(f"{both.target.url}/v1/completions", json=body | {"stream": stream}, timeout=120)
+        assert (reply.status_code, reply.headers["x-pdserve-route"]) == (200, "local")
+        return dict(reply.headers)
+
+    told(stream=False)
+    both.wait_idle()
+    for stream in (False, True):
+        # Told in passing, one step before the first token: on a machine that is very busy it may come too late for one.
+        wait_for(lambda s=stream: "dram=700" in told(s).get("x-pdserve-cached-tokens", ""), 120, "a hit, told in time")
     both.wait_idle()
 
 
