@@ -46,7 +46,10 @@ class Control(asyncio.Protocol):
             self._take(b"")  # what the handshake read too far
 
     def data_received(self, data: bytes) -> None:
-        self._take(data)
+        if self._pipe is None and not self._buffer and int.from_bytes(data[:_LENGTH], "little") + _LENGTH == len(data):
+            self.session.received(memoryview(data)[_LENGTH:])  # as nearly always: one message and nothing else
+        else:
+            self._take(data)
 
     def _take(self, data: bytes) -> None:
         try:
