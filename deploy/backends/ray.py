@@ -25,6 +25,8 @@ PLACE_SECONDS = 120.0
 #: for one call: longer than the local backend's longest
 CALL_SECONDS = 45.0
 PROBE_SECONDS = 5.0
+#: for an agent that replaces a dead one
+REVIVE_SECONDS = 10.0
 #: what an actor is killed by when its node is gone: the exit code of everything that it ran
 _GONE = -9
 
@@ -138,12 +140,30 @@ class RayBackend:
         variables = {name: value for name, value in os.environ.items() if name.startswith("PDSERVE_")}
         return self._ray.remote(RayAgent).options(**self._places[host]).remote(variables)
 
+    def _revive(self, host: str) -> None:
+        """Another agent where one was killed, as Ray does when memory runs short, or whose node died and is back. It must be
+        there soon: everybody waits."""
+        from ray.util.placement_group import placement_group_table
+
+        try:
+            if placement_group_table(self._group).get("state") != "CREATED":
+                return  # a node is gone, and Ray looks for another
+            agent = self._agent(host)
+            try:
+                self._ray.get(agent.remains.remote(0), timeout=REVIVE_SECONDS)
+            except self._ray.exceptions.RayError:
+                self._ray.kill(agent)
+                return
+        except (self._ray.exceptions.RayError, ConnectionError):
+            return
+        self._agents[host] = agent
+        self._dead.discard(host)
+
     # ---- backends/base.py ----
 
     def start(self, process: Process) -> Handle:
-        if process.host in self._dead:  # killed, as Ray does when memory runs short; or its node died and may be back
-            self._dead.discard(process.host)
-            self._agents[process.host] = self._agent(process.host)
+        if process.host in self._dead:
+            self._revive(process.host)
         pid, created, error = self._call(process.host, "start", process, lost=(0, 0.0, "its host is gone"))
         if error:
             raise StartError(error)
@@ -187,7 +207,7 @@ class RayBackend:
     def _call(self, host: str, method: str, *words: Any, lost: Any) -> Any:
         """`lost` is the answer of a host that is gone, or does not answer in time."""
         agent = self._agents.get(host) or next(iter(self._agents.values()), None)
-        if agent is None:
+        if agent is None or host in self._dead:
             return lost
         try:
             return self._ray.get(getattr(agent, method).remote(*words), timeout=CALL_SECONDS)
