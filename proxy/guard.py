@@ -62,11 +62,14 @@ class Guarded(HttpToolsProtocol):
         self._stop_timer()
         if self._idle_timer is not None:
             self._idle_timer.cancel()
+            self._idle_timer = None
         calls = [self.cycle, *(cycle for cycle, _ in self.pipeline)]
         super().connection_lost(exc)
         for call in calls:
             if isinstance(call, Call):
                 call.gone()
+        self.cycle = cast(Any, None)  # it holds this connection: what is in no circle goes at once
+        self.pipeline.clear()
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:

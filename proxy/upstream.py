@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
 
 import httptools
@@ -101,6 +101,7 @@ class _Connection(asyncio.Protocol):
         if not self.complete:
             self._fail("it closed the connection before the answer was complete")
         self._sink = None
+        self._parser = cast(Any, None)  # it holds this connection: what is in no circle goes at once
         self._wake()
 
     # What the parser calls.

@@ -218,8 +218,12 @@ async def scaled(urls: dict[str, str], pids: dict[str, list[int]], streams: int,
                 else:
                     used[name] += spent(pids[name]) - before
                     took[name] += time.perf_counter() - began
-    rows = [{"row": name, "requests/s": done[name] / took[name], "cores used": used[name] / took[name]} for name in urls]
+    rows: list[dict[str, Any]] = [
+        {"row": name, "requests/s": done[name] / took[name], "cores used": used[name] / took[name]} for name in urls
+    ]
     for row in rows:
+        # Much below 1 the machine was too busy to give the workers their quota: then the ratio says nothing.
+        row["of its quota"] = row["cores used"] / (SHARE * len(pids[row["row"]]))
         row["requests/s of core"] = row["requests/s"] / row["cores used"]
         row["ratio"] = row["requests/s"] / rows[0]["requests/s"]
     return rows
