@@ -79,10 +79,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.transfer.fsck": (CORE, "pdserve.transfer", "pdserve.kernels", "msgspec", "numpy", "rich"),
     "pdserve.transfer.tiers": (CORE, "pdserve.transfer", "pdserve.kernels", "blake3", "msgspec", "numpy"),
     "pdserve.transfer.peers": (CORE, "pdserve.transfer", "msgspec", "numpy"),
+    "pdserve.transfer.peers.sources": (CORE, "msgspec", "httpx"),  # etcd's HTTP gateway
+    "pdserve.transfer.transports": (CORE, "pdserve.transfer.transports", "pdserve.kernels", "msgspec", "numpy"),
     "pdserve.transfer.transports.ucx": (CORE, "pdserve.transfer.transports", "pdserve.kernels", "msgspec", "numpy"),
     "pdserve.transfer.transports.ucx_library": (CORE, "pdserve.transfer.transports", "ucp", "ucxx"),
-    "pdserve.transfer.transports": (CORE, "pdserve.transfer.transports", "pdserve.kernels", "msgspec", "numpy"),
-    "pdserve.transfer.transports.ucx": (CORE, "pdserve.transfer.transports", "pdserve.kernels", "msgspec", "numpy", "ucp", "ucxx"),
     "pdserve.transfer.transports.nixl": (CORE, "pdserve.transfer.transports", "msgspec", "numpy", "nixl_cu12", "nixl_cu13"),
     "pdserve.transfer.staging_host": (CORE, "pdserve.transfer", "pdserve.kernels", "numpy"),
     "pdserve.transfer.staging": (CORE, "pdserve.transfer", "pdserve.kernels", "torch", "numpy"),

@@ -263,7 +263,7 @@ def plain_push(host: str, port: str, count: str) -> None:
 
 
 def _ucx(own: str) -> Any:
-    from pdserve.transfer.transports.ucx import device_of
+    from pdserve.transfer.transports.ucx_library import device_of
 
     os.environ["UCX_NET_DEVICES"] = device_of(own)
     os.environ.update(
@@ -320,7 +320,7 @@ def ucx_serve(host: str) -> None:
 
 
 def ucx_push(host: str, port: str) -> None:
-    from pdserve.transfer.transports.ucx import own_address
+    from pdserve.transfer.transports.ucx_library import own_address
 
     ucx = _ucx(own_address(host))
     tag = ucx._lib.libucxx.UCXXTag

@@ -8,7 +8,7 @@ import pytest
 from net_subject import SECRET, PlaneSubject
 
 from pdserve.errors import ConfigError
-from pdserve.transfer.transports import conformance, ucx
+from pdserve.transfer.transports import conformance, ucx, ucx_library
 from pdserve.transfer.transports.base import Local
 from pdserve.transfer.transports.plane import Limits
 from pdserve.transfer.transports.security import Security
@@ -35,5 +35,5 @@ def test_a_missing_library_is_one_sentence(monkeypatch):
 
 
 def test_the_device_of_an_address():
-    assert ucx.device_of("127.0.0.1") == "lo"
-    assert ucx.device_of("192.0.2.1") == ""
+    assert ucx_library.device_of("127.0.0.1") == "lo"
+    assert ucx_library.device_of("192.0.2.1") == ""
