@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import threading
+import time
 import tracemalloc
 from urllib.parse import urlsplit
 
@@ -362,11 +363,21 @@ def test_nothing_is_left_of_those_turned_away():
         first = tracemalloc.get_traced_memory()[0]
         for _ in range(3):
             await round_of_attacks()
-        grown = tracemalloc.get_traced_memory()[0] - first
+
+        def grown():
+            gc.collect()
+            now = len(os.listdir("/proc/self/fd")), threading.active_count(), tracemalloc.get_traced_memory()[0]
+            return [
+                n - b
+                for n, b, room in zip(now, (descriptors, threads, first), (2, 0, 200_000), strict=True)
+                if n > b + room
+            ]
+
+        ends = time.monotonic() + 60  # the daemon lets the last of them go in its own time
+        while left := grown():
+            assert time.monotonic() < ends, f"descriptors, threads or bytes more after 300 attacks: {left}"
+            await asyncio.sleep(0.1)
         tracemalloc.stop()
-        assert len(os.listdir("/proc/self/fd")) <= descriptors + 2
-        assert threading.active_count() <= threads
-        assert grown < 200_000, f"{grown} bytes more after 300 attacks"
         await connect()
 
     serving(test)
