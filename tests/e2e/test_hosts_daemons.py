@@ -109,7 +109,7 @@ def test_the_link_is_cut_in_the_middle(trio):
     a, b, c = trio
     b.put(range(20))
     a.knows("b", 20)
-    b.host.limit("40mbit")  # 20 MiB take four seconds
+    b.host.limit("20mbit")  # 20 MiB take eight seconds
     a.promised(range(20))
     b.host.cut()
     assert a.fetch(range(20)) < 20  # ends, with what had come
@@ -128,7 +128,7 @@ def test_a_host_dies_in_the_middle_and_comes_back_empty(trio):
     a, b, _ = trio
     b.put(range(20))
     a.knows("b", 20)
-    b.host.limit("40mbit")
+    b.host.limit("20mbit")
     a.promised(range(20))
     b.host.kill()
     assert a.fetch(range(20)) < 20
