@@ -49,7 +49,7 @@ def serving(test, security=None):
                 await a.close()
 
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(240):
                 await test(urlsplit(url).port, connect)
         finally:
             await b.close()
