@@ -260,6 +260,8 @@ class NixlPlane:
         outbox = session.outbox
         taken = self._waiting or outbox.take(_BATCH_BYTES, _BATCH, 0.0)
         self._waiting = []
+        if taken:
+            self._obey(session)  # where their slots lie was told before they were put in, but perhaps after we looked
         for segment in taken:
             if segment.ticket in self._stopped or not outbox.wanted(segment):
                 outbox.add_credit(segment.length)
