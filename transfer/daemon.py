@@ -41,6 +41,8 @@ from pdserve.transfer.wipe import Choose, Outcome
 
 #: what is queued for a lower tier when the daemon is told to stop gets so long
 DRAIN_S = 3.0
+#: notes of evicted chunks that are written down before the next requests are looked at
+A_TURN = 32
 _OPS = {
     wire.Lookup: "lookup",
     wire.Reserve: "reserve",
@@ -137,11 +139,14 @@ class Daemon:
 
     def _evicted_below_now(self, keys: set[bytes]) -> None:
         """Called on a tier's thread."""
-        now = time.time()
+        now, left = time.time(), list(keys)
 
         def note() -> None:
-            for key in keys:
+            for key in left[-A_TURN:]:
                 self.gone.removed(key, "disk", "capacity", now)
+            del left[-A_TURN:]
+            if left and self.loop is not None:  # a whole segment went: requests come first
+                self.loop.call_soon(note)
 
         self._post(note)
 

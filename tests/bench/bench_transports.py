@@ -66,9 +66,20 @@ class Link:
                 self.words = f"loopback: namespaces cannot be made here ({done.stderr.strip()})"
                 self.down()
                 return
+        self._wait_until_up()
         self.a, self.b = ["ip", "netns", "exec", A], ["ip", "netns", "exec", B]
         self.address_a, self.address_b = "10.231.7.1", "10.231.7.2"
         self.words = "veth between two network namespaces"
+
+    def _wait_until_up(self) -> None:
+        """The kernel tells of a new link's carrier up to a second later, and UCX takes no device without."""
+        until = time.monotonic() + 10
+        for name, device in ((A, "pdbench0"), (B, "pdbench1")):
+            show = ["ip", "-n", name, "-o", "link", "show", device]
+            while "LOWER_UP" not in (said := subprocess.run(show, capture_output=True, text=True, check=False).stdout):
+                if time.monotonic() > until:
+                    raise SystemExit(f"{device} did not come up within 10 s: {said.strip()}")
+                time.sleep(0.05)
 
     def down(self) -> None:
         for name in (A, B):
