@@ -1,8 +1,4 @@
-"""What a client has been given of one stream: kept as bytes, and read only when another engine has to go on from it.
-
-Reading it costs a JSON decoder's time for every event, which a stream that ends well need not pay at once: bytes are
-folded into their sums when they have become many, so that a long stream does not hold on to all of its events either.
-"""
+"""What a client has been given of one stream of choices (/v1/completions, chat): the sums over its events."""
 
 from __future__ import annotations
 
@@ -14,7 +10,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-FOLD_AT = 64 * 1024
+from pdserve.proxy.kept import Foreign, Kept
+
 Path = tuple[str | int, ...]
 _IDS: tuple[int, Path] = (0, ("token_ids",))
 _PROMPT_IDS = re.compile(rb'"prompt_token_ids":(\[[0-9,]*\])')
@@ -28,16 +25,11 @@ class Mark(NamedTuple):
     chars: int
 
 
-class Foreign(Exception):
-    """An event that is not of the form which all this is about."""
-
-
-class Given:
+class Given(Kept):
     """The sums over one stream. Choices are known by their index, what they are made of by a path within the choice."""
 
     def __init__(self) -> None:
-        self._raw: list[bytes] = []
-        self._size = 0
+        super().__init__()
         self.head: dict[str, Any] = {}  # id, object, created and model: the same in every event
         self.prompt_ids = b""  # as the JSON list it came in
         self.marks: deque[Mark] = deque(maxlen=512)
@@ -47,16 +39,8 @@ class Given:
         self.roles: set[int] = set()
         self.finished: set[int] = set()
         self.usage = False
-        self.foreign = False  # events of another form were among them: nothing can be built on the sums
 
-    def add(self, data: bytes) -> None:
-        self._raw.append(data)
-        self._size += len(data)
-        if self._size > FOLD_AT:
-            self.fold()
-
-    def fold(self) -> None:
-        raw, self._raw, self._size = b"".join(self._raw), [], 0
+    def _read(self, raw: bytes) -> None:
         if not self.prompt_ids and (found := _PROMPT_IDS.search(raw)):
             self.prompt_ids = found[1]
             raw = raw[: found.start(1)] + b"null" + raw[found.end(1) :]

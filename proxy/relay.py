@@ -14,7 +14,7 @@ from typing import Protocol
 from pdserve.errors import UpstreamError
 from pdserve.proxy import openai
 from pdserve.proxy.call import Call, Headers
-from pdserve.proxy.given import Foreign
+from pdserve.proxy.kept import Foreign
 from pdserve.proxy.lifetime import Deadlines, Event, Lifetime, State
 from pdserve.proxy.seam import Diverged
 from pdserve.proxy.upstream import Answer, LegFailure

@@ -68,7 +68,7 @@ class Exchange:
     leave: Pass | None = None  # its place at the gate, until its first token
     facts: Facts = _NO_FACTS
     decided: float = 0.0  # when it was decided whether a producer takes part
-    uncached: tuple[float, float] = (0.0, 0.0)  # tokens to compute, then: with a producer, and without
+    uncached: tuple[float, float] | None = None  # tokens to compute, then: with a producer, and without; as in worth.Decision
     prompt_tokens: int | None = None  # as the producer counted them
     marked: bytes = b""  # the client's body, if there are cache_control markers in it
     # For its record (history.py).
@@ -183,11 +183,9 @@ class Splitter:
             return "no-producer"
         if why := self._dialect.why_local(exchange.endpoint, ask.body):
             return why
-        worth, consumers = self._routing.worth, self._fleet.consumers()
-        if worth.adaptive:
-            exchange.decided = time.perf_counter()
-            exchange.uncached = worth.uncached(exchange.facts, producers), worth.uncached(exchange.facts, consumers)
-        return worth.why_not(exchange.facts, producers, consumers)
+        exchange.decided = time.perf_counter()
+        why, exchange.uncached = self._routing.worth.decide(exchange.facts, producers, self._fleet.consumers())
+        return why
 
     # The prefill leg.
 
@@ -386,7 +384,7 @@ class Splitter:
 
     def _measure(self, exchange: Exchange) -> None:
         """The first token of a decision that nothing has thwarted."""
-        if exchange.decided and not exchange.trail.recoveries:
+        if exchange.uncached is not None and not exchange.trail.recoveries:
             local = exchange.route == "local"
             took = time.perf_counter() - exchange.decided
             self._routing.worth.took(local, exchange.uncached[local], took)

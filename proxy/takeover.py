@@ -22,7 +22,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 
@@ -30,6 +29,7 @@ from pdserve.engines.base import Dialect
 from pdserve.engines.body import Body
 from pdserve.proxy import onward, openai
 from pdserve.proxy.given import Given, Mark
+from pdserve.proxy.kept import Kept
 from pdserve.proxy.onward import Onward
 from pdserve.proxy.seam import DONE, Replay, Resume, Seam, encoded
 from pdserve.proxy.stops import Stops
@@ -53,13 +53,6 @@ class Plan:
     questions: tuple[Question, ...] = ()
 
 
-class _Kept(Protocol):
-    foreign: bool
-
-    def add(self, data: bytes) -> None: ...
-    def fold(self) -> None: ...
-
-
 class Takeover:
     """One stream's. `edit` takes every whole event on its way to the client; `plan` is asked when an engine has died."""
 
@@ -67,7 +60,7 @@ class Takeover:
     ask_ids = False
     _hide = False
 
-    def __init__(self, dialect: Dialect, endpoint: str, body: Body, keep: bool, kept: _Kept) -> None:
+    def __init__(self, dialect: Dialect, endpoint: str, body: Body, keep: bool, kept: Kept) -> None:
         self._dialect, self._endpoint, self._body, self._kept = dialect, endpoint, body, kept
         self.keep = keep  # there may be another engine, so that remembering has a point
         self.sent = b""  # the body of the decode leg

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from pdserve.proxy.given import FOLD_AT, Foreign
+from pdserve.proxy.kept import Foreign, Kept
 from pdserve.proxy.seam import Diverged
 
 Key = tuple[Any, ...]
@@ -84,12 +84,11 @@ def ids_of(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple
             yield from ids_of(inner, (*path, n))
 
 
-class Told:
-    """The sums over one stream. As Given, it keeps bytes, and reads them when there are many or somebody asks."""
+class Told(Kept):
+    """The sums over one stream."""
 
     def __init__(self) -> None:
-        self._raw: list[bytes] = []
-        self._size = 0
+        super().__init__()
         self.count = 0  # events
         self.once: dict[Key, Ids] = {}
         self.texts: dict[Key, str] = {}
@@ -99,16 +98,8 @@ class Told:
         self.part: dict[str, Any] | None = None
         self.response: dict[str, Any] | None = None
         self.prompt = 0  # its tokens, as far as they have been told
-        self.foreign = False
 
-    def add(self, data: bytes) -> None:
-        self._raw.append(data)
-        self._size += len(data)
-        if self._size > FOLD_AT:
-            self.fold()
-
-    def fold(self) -> None:
-        raw, self._raw, self._size = b"".join(self._raw), [], 0
+    def _read(self, raw: bytes) -> None:
         new: dict[Key, list[str]] = {}
         try:
             for event in events(raw):

@@ -8,11 +8,20 @@ consumer that has none is the quicker way. Where the line lies is set by hand, o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from pdserve.proxy.facts import BLOCK
 from pdserve.proxy.policies import chunk_location
 from pdserve.proxy.policies.base import Candidate, Facts
 from pdserve.proxy.quicker import Quicker
+
+
+class Decision(NamedTuple):
+    """`why`: the reason for leaving the producers out, as one word; "" if they are to be used. `uncached`: tokens to compute
+    with a producer, and without; None where first tokens are not measured."""
+
+    why: str = ""
+    uncached: tuple[float, float] | None = None
 
 
 class Worth:
@@ -26,29 +35,29 @@ class Worth:
         self.bytes_per_token = 4.0
 
     @property
-    def adaptive(self) -> bool:
-        return self._quicker is not None
-
-    @property
     def wants_blocks(self) -> bool:
         return self._min_tokens > 0 or self._quicker is not None
 
-    def why_not(self, facts: Facts, producers: Sequence[Candidate], consumers: Sequence[Candidate]) -> str:
-        """The reason for leaving the producers out, as one word; "" if they are to be used."""
-        if self._min_tokens:
-            if facts.prompt_bytes / self.bytes_per_token < self._min_tokens:
-                return "short-prompt"
-            if self.uncached(facts, consumers) < self._min_tokens:
-                return "mostly-cached"
-        full = self._max_queue and all(p.load >= self._max_queue for p in producers)
-        if full and min(c.load for c in consumers) < self._max_queue:
-            return "producers-busy"
-        if self._quicker is not None:
-            sizes = self.uncached(facts, producers), self.uncached(facts, consumers)
-            return self._quicker.why_not(*sizes, producers, consumers)
-        return ""
+    def decide(self, facts: Facts, producers: Sequence[Candidate], consumers: Sequence[Candidate]) -> Decision:
+        alone = self._uncached(facts, consumers) if self.wants_blocks else 0.0
+        uncached = (self._uncached(facts, producers), alone) if self._quicker is not None else None
+        why = ""
+        if facts.prompt_bytes / self.bytes_per_token < self._min_tokens:
+            why = "short-prompt"
+        elif self._min_tokens and alone < self._min_tokens:
+            why = "mostly-cached"
+        elif self._crowded(producers, consumers):
+            why = "producers-busy"
+        elif self._quicker is not None and uncached is not None:
+            why = self._quicker.why_not(*uncached, producers, consumers)
+        return Decision(why, uncached)
 
-    def uncached(self, facts: Facts, candidates: Sequence[Candidate]) -> float:
+    def _crowded(self, producers: Sequence[Candidate], consumers: Sequence[Candidate]) -> bool:
+        """Every producer has a line before its door, and some consumer has none."""
+        full = self._max_queue and all(p.load >= self._max_queue for p in producers)
+        return bool(full) and min(c.load for c in consumers) < self._max_queue
+
+    def _uncached(self, facts: Facts, candidates: Sequence[Candidate]) -> float:
         """Tokens of the prompt that whichever of them gets it has to compute, as far as is known."""
         matched = min((max(self._where.matched(facts, c)) for c in candidates), default=0)
         return max(0.0, facts.prompt_bytes - matched * BLOCK) / self.bytes_per_token

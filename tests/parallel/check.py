@@ -11,6 +11,7 @@ With --gpus the same on two GPUs.
 from __future__ import annotations
 
 import argparse
+import ast
 import concurrent.futures
 import json
 import random
@@ -87,13 +88,20 @@ def ids(rng: random.Random, n: int) -> list[int]:
     return [rng.randrange(100, 40000) for _ in range(n)]
 
 
+def layout_of(said: str) -> ChunkLayout:
+    """Of the way a layout is written in a log: ChunkLayout(name=literal, ...)."""
+    call = ast.parse(said, mode="eval").body
+    assert isinstance(call, ast.Call), said
+    return ChunkLayout(**{str(word.arg): ast.literal_eval(word.value) for word in call.keywords})
+
+
 def root(folder: Path) -> tuple[bytes, ChunkLayout]:
     """The start of the keys, from what an engine said when it started; all must say the same."""
     found = set()
     for log in sorted((folder / "logs").glob("both-*.log")):
         said = re.search(r"model (\S+), layout (ChunkLayout\(.*\))", log.read_text())
         assert said, f"{log} does not name its layout"
-        layout: ChunkLayout = eval(said[2], {"ChunkLayout": ChunkLayout})
+        layout = layout_of(said[2])
         found.add((chunk.root_key(said[1], layout), layout.shards))
     assert len(found) == 1, f"the engines' keys differ: {found}"
     return found.pop()[0], layout
