@@ -162,7 +162,7 @@ class Probe:
     def itl(self, streams: int, out: int, disturb: str = "", seed: int = 0) -> dict:
         """Time between tokens of `streams` decoding requests.
 
-        disturb: "dma both", "direct:512 store" (threads) and the like move 20k tokens to and from the arena all the time.
+        disturb: as _lanes has it; 20k tokens are moved to or from the arena all the time.
         """
         from vllm import SamplingParams
 
@@ -205,42 +205,47 @@ class Probe:
         }  # fmt: skip
 
     def _lanes(self, stop: threading.Event, moved: list[int], how: str) -> list[threading.Thread]:
+        """`how`: "store:direct:1024" (threads), "load:dma:32" (thread blocks of the scatter), or two of them with "+" between."""
+        ways = [part.split(":") for part in how.split("+")]
+        moves = [self._mover(way == "load", kind, int(size)) for way, kind, size in ways]
+
+        def run(which: int, once, end) -> None:
+            while not stop.is_set():
+                moved[which] += once()
+            end()
+
+        return [threading.Thread(target=run, args=m, daemon=True) for m in moves]
+
+    def _mover(self, load: bool, kind: str, size: int):
+        """Which way, a function that moves 20k tokens once and gives the bytes, and one that frees what it used."""
         from pdserve.kernels import gpu
         from pdserve.transfer import wire
         from pdserve.transfer.staging import stride_of
 
         pages, client = self.side._pages, self.side._client
-        shard = pages.shard_bytes(256)
+        shard, heads = pages.shard_bytes(256), pages.shard_count
         stride = stride_of(shard)
-        size = pages.shard_count * stride
-        items = [
-            wire.ReserveItem(os.urandom(32), b"", 0, pages.shard_count, shard, 256, count=pages.shard_count)
-            for _ in range(79)
-        ]
+        items = [wire.ReserveItem(os.urandom(32), b"", 0, heads, shard, 256, count=heads) for _ in range(79)]
         grants = client.reserve("bench", items, 5)
-        areas = [client.arena.bytes[g.offset : g.offset + size] for g in grants]
-        top = pages.num_blocks - 1
-        block_ids = [[top - 16 * n - i for i in range(16)] for n in range(79)]
-
+        top = pages.num_blocks - 1 - 79 * 16 * load
         # Lanes of their own: those of the engine have one thread each.
-        device = gpu.Gpu(pages._arch, pages._device, pages._geometry, pages._staging_bytes)
-        direct, which_ways = (
-            int(how.split()[0].partition(":")[2] or 0),
-            {"both": (0, 1), "store": (0,), "load": (1,)}[how.split()[1]],
-        )
-        running = [len(which_ways)]
-        parts = [(ids, 256, stride, area.ctypes.data) for area, ids in zip(areas, block_ids, strict=True)]
+        more = {} if kind == "direct" else {"blocks": size}
+        device = gpu.Gpu(pages._arch, pages._device, pages._geometry, pages._staging_bytes, **more)
+        parts = []
+        for n, grant in enumerate(grants):
+            ids = [top - 16 * n - i for i in range(16)]
+            parts.append((ids, 256, stride, client.arena.bytes[grant.offset :].ctypes.data))
+        lane, direct = (gpu.LOAD if load else gpu.SAVE), (size if kind == "direct" else 0)
 
-        def run(which: int) -> None:
-            while not stop.is_set():
-                ticket = device.submit(which, None, parts, direct)[-1]
-                device.wait(which, ticket)
-                moved[which] += len(areas) * pages.shard_count * shard
-            running[0] -= 1
-            if not running[0]:
-                client.abort([g.reservation for g in grants], 5)
+        def once() -> int:
+            device.wait(lane, device.submit(lane, None, parts, direct)[-1])
+            return len(parts) * heads * shard
 
-        return [threading.Thread(target=run, args=(w,), daemon=True) for w in which_ways]
+        def end() -> None:
+            device.close()
+            client.abort([g.reservation for g in grants], 5)
+
+        return int(load), once, end
 
 
 def _same(got, want, geometry) -> bool:

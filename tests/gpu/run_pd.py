@@ -247,7 +247,7 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     out_file, until = args.out / "pd.json", time.monotonic() + args.budget
-    cache, socket = daemon("pd", "24GiB", 8080, args.out)
+    cache, socket = daemon("pd", "24GiB", 8090, args.out)
     first, second = args.gpus.split(",")
     engines = [
         serve(first, P, "kv_producer", socket, args.model, args.out),
