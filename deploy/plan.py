@@ -98,6 +98,7 @@ def make(
         run_dir=run_dir,
         cache_socket=run_dir / "cache.sock" if topology.cache else None,
         cache_load=topology.cache.load if topology.cache else "adaptive",
+        cache_patience=topology.cache.patience if topology.cache else 1.0,
         cache_payload=topology.cache.payload if topology.cache else "",
         has_proxy=whole.proxy is not None,
         otlp_traces=trace.endpoint(whole.tracing.endpoint) if whole.tracing else "",

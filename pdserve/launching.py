@@ -20,6 +20,7 @@ class Context:
     has_proxy: bool = True
     otlp_traces: str = ""  # where engines send their spans, path included
     cache_load: str = "adaptive"  # the topology's cache.load
+    cache_patience: float = 1.0  # the topology's cache.patience
     cache_payload: str = ""  # the topology's cache.payload
     log_format: str = "text"
 

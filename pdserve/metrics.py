@@ -428,11 +428,12 @@ ENGINE = {
         Counter,
         "Hits in the cache by what was done (load, compute) and why: faster, slower (predicted from what both took of "
         "late), unmeasured (loaded until both are known), probe (loaded to see whether it still is slower), always "
-        "(as configured), short, handover (a producer computed it for this request), failed",
+        "(as configured), short, handover (a producer computed it for this request), failed; and requests of which it is not "
+        "known whether they hit: never (as configured), unavailable (the daemon did not answer in time)",
         ("decision", "reason"),
         unit="decisions",
         act="Many `slower`: loading does not pay at these lengths; look at `engine_load_bytes_per_second`. Any `failed`: "
-        "the engine's log says why.",
+        "the engine's log says why. `unavailable`: the daemon is down, or short of processor time (`cache.patience`).",
     ),
     "engine_loaded_tokens_total": Metric(
         Counter,

@@ -90,6 +90,7 @@ class Cache(msgspec.Struct, frozen=True, kw_only=True):
     disk: Disk | None = None
     tiers: tuple[str, ...] = ()  # further tiers below, by URL: redis://, s3://, mooncake://, file://
     load: Literal["adaptive", "always", "never"] = "adaptive"  # what engines do with what is found
+    patience: Annotated[float, Meta(ge=1, le=1000)] = 1.0  # so many times as long as usual do engines wait for the cache
     payload: Literal["", "int8", "fp8"] = ""  # what is stored: the engine's own bytes, or half of them
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8080

@@ -144,6 +144,11 @@ KEYS: dict[str, Key] = {
         "`always` loads; `never` loads only what a producer hands over. The last two are for comparisons.",
         "adaptive",
     ),
+    "cache.patience": Key(
+        "So many times as long as usual do engines wait for the cache: by default a lookup gets 50 ms before the prompt is computed. "
+        "More than 1 where the daemon may get no processor for that long (two cores that engines compute on) and computing takes seconds.",
+        "10",
+    ),
     "cache.payload": Key(
         "`int8` or `fp8` stores KV in 8 bits a value: about half the bytes on the bus and in every tier, at the price of answers that are "
         "no longer exactly plain vLLM's. `int8` loses less; see [tuning](tuning.md#half-the-bytes). Default: the engine's own bytes.",

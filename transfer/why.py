@@ -54,12 +54,13 @@ class Missed:
 
 
 def sentence(chunk: Missed, known: Known) -> str:
+    word, _, detail = known.engine.partition(": ")
     if chunk.found:
         return _CHOICES.get(known.engine, known.engine or "it was in the cache, and was not loaded")
     if not chunk.full and chunk.end - chunk.start < FEW:
         return f"the prompt's last {chunk.end - chunk.start} tokens do not fill a chunk and are too few to be kept"
-    if known.engine in ("never", "unavailable"):
-        return _CHOICES[known.engine]
+    if word in ("never", "unavailable"):  # whether the cache had it is not known
+        return f"{_CHOICES[word]} ({detail})" if detail else _CHOICES[word]
     if chunk.removal is not None:
         return removed(chunk.removal, known.at)
     reason = _by_prompts(chunk, known) or _never(chunk, known)

@@ -117,6 +117,11 @@ def test_what_engines_do_with_a_hit_and_another_connector_reach_the_command_line
         argv = plan.make(top, cores=[0]).processes[1].argv
         extra = json.loads(argv[argv.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
         assert extra.get("pdserve.load") == wanted
+    for patience, factor in (("1", None), ("2.5", 2.5), ("20", 20)):
+        top = topology.parse(f"{base}cache: {{size: 1GiB, patience: {patience}}}\n")
+        argv = plan.make(top, cores=[0]).processes[1].argv
+        extra = json.loads(argv[argv.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+        assert extra.get("pdserve.patience") == factor
     for payload, wanted in (("", None), ("int8", "int8")):
         top = topology.parse(f"{base}cache: {{size: 1GiB, payload: '{payload}'}}\n")
         argv = plan.make(top, cores=[0]).processes[1].argv

@@ -59,6 +59,7 @@ def tracked(name: str, tokens: list[int], **more: Any) -> Any:
         "fetch": None,
         "loading_from": 0,
         "cached_tokens": 0,
+        "left": (0, 0),
     }
     return SimpleNamespace(request=request, chain=KeyChain(b"r" * 32, CHUNK), **{**plain, **more})
 
@@ -127,10 +128,23 @@ def test_a_load_that_failed_and_one_that_was_not_worth_it(legs: LegFacts, told: 
     first, second = told.of("a")["chunks"]
     assert (first["source"], second["source"]) == ("dram", "computed")
     assert "the load failed (digest mismatch)" in second["why"]
-    slow = tracked("b", list(range(500, 500 + CHUNK)), choice=SimpleNamespace(load=False, reason="slower"))
-    legs.decided(slow, hit(1), 0)
+    slow = tracked("b", list(range(500, 500 + CHUNK)), choice=SimpleNamespace(load=False, reason="slower", detail=""))
+    slow.left = (0, 1)  # the lease has been given back by now
+    legs.decided(slow, None, 0)
     legs.scheduled(slow, 0)
     assert "estimated to be faster" in told.of("b")["chunks"][0]["why"]
+
+
+def test_a_lookup_without_an_answer_is_told_as_one_whatever_like_prompts_there_were(legs: LegFacts, told: Told) -> None:
+    tokens = list(range(2 * CHUNK))
+    legs.decided(tracked("a", tokens), None, 0)
+    legs.scheduled(tracked("a", tokens), 0)
+    choice = SimpleNamespace(load=False, reason="unavailable", detail="no answer within 50 ms")
+    it = tracked("b", tokens, choice=choice)
+    legs.decided(it, None, 0)
+    legs.scheduled(it, 0)
+    expected = "the cache daemon did not answer the engine in time (no answer within 50 ms)"
+    assert [chunk["why"] for chunk in told.of("b")["chunks"]] == [expected, expected]
 
 
 def test_a_handover_is_a_transfer_and_saves_nothing(legs: LegFacts, told: Told) -> None:

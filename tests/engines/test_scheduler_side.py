@@ -391,6 +391,7 @@ def test_mode_never_loads_only_what_is_handed_over(world):
     compute_all(world, "a", range(19))
     side = SchedulerSide(world.client, LAYOUT, "model", workers=1, instance="x", mode="never")
     assert side.matched(request("b", range(19)), 0) == (0, False)
+    assert side._requests["b"].choice.reason == "never"
     assert side.matched(request("c", range(19), kv_transfer_params=PROMISE), 0) == (19, True)
 
 
@@ -406,6 +407,54 @@ def test_a_hit_that_would_take_longer_than_computing_is_computed_and_counted(wor
     stats = world.side.stats.take()
     assert stats.data["decisions"] == {"slower": 1}
     assert world.side.stats.take() is None
+
+
+def test_a_lookup_without_an_answer_is_counted_and_told_as_one_and_not_as_a_miss(world):
+    compute_all(world, "a", range(19))
+    world.side.stats.take()
+    r = request("b", range(19))
+    world.client.connected = False
+    assert world.side.matched(r, 0) == (0, False)
+    choice = world.side._requests["b"].choice
+    assert (choice.load, choice.reason, choice.detail) == (False, "unavailable", "none")
+    world.side.allocated(r, [30, 31, 32, 33, 34], 0)
+    assert world.side.stats.take().data["decisions"] == {"unavailable": 1}
+
+
+def test_no_blocks_were_free_and_the_second_lookup_is_answered(world):
+    compute_all(world, "a", range(19))
+    r = request("b", range(19))
+    world.client.connected = False
+    assert world.side.matched(r, 0) == (0, False)
+    world.client.connected = True
+    assert world.side.matched(r, 0) == (19, True)
+    assert world.side._requests["b"].choice.reason == "unmeasured"
+
+
+def test_what_was_found_and_not_loaded_is_told_after_its_lease_has_gone_back(world):
+    compute_all(world, "a", range(19))
+    for n in (8, 16, 19):
+        world.side._breakeven.computing.add(n, n * 1e-6)
+        world.side._breakeven.loading.add(n, 1.0)
+    r = request("b", range(19))
+    assert world.side.matched(r, 0) == (0, False)
+    assert world.side._requests["b"].left == (0, 3)
+    world.side.allocated(r, [30, 31, 32, 33, 34], 0)
+    known = world.side._facts._decided["b"]
+    assert (known["first"], known["found"], known["why"]) == (0, 3, "slower")
+    world.store.clear()
+    assert world.side.matched(r, 0) == (0, False)  # asked once more, it is gone
+    tracked = world.side._requests["b"]
+    assert (tracked.left, tracked.choice) == ((0, 0), None)
+
+
+def test_patience_is_a_factor_on_what_a_lookup_and_a_handover_get(world, monkeypatch):
+    side = SchedulerSide(world.client, LAYOUT, "model", workers=1, instance="x", patience=20)
+    given = []
+    monkeypatch.setattr(world.client, "lookup", lambda keys, timeout, speed: given.append(timeout) or wire.LookupReply(1, 0, [], 0, 0))
+    assert side.matched(request("a", range(19)), 0) == (0, False)
+    assert given == [20 * finding.LOOKUP_S]
+    assert side._finder._stall_s(request("b", range(19))) == 20 * finding.HANDOVER_STALL_S
 
 
 def test_a_prefill_for_another_host_asks_once_for_its_chunks_to_be_sent_there(world):

@@ -192,6 +192,9 @@ def test_what_the_engine_decided_and_tiers_that_are_left_alone(gone: Gone) -> No
     tokens = ids(CHUNK)
     assert "estimated to be faster" in whys(told(requests, leg("a", tokens, found=1, why="slower")))[0]
     assert "the load failed (x)" in whys(told(requests, leg("b", ids(CHUNK, 2), why="the load failed (x)")))[0]
+    assert "set to load only" in whys(told(requests, leg("n", tokens, why="never")))[0]
+    unanswered = whys(told(requests, leg("u", tokens, why="unavailable: no answer within 50 ms")))
+    assert unanswered == ["the cache daemon did not answer the engine in time (no answer within 50 ms)"]
     assert whys(told(requests, leg("c", ids(CHUNK, 3))))[0].endswith(
         "; redis could not be asked (circuit open after failures)"
     )

@@ -16,7 +16,9 @@ ENOUGH: Final = 3
 #: of so many hits that would be computed, one is loaded all the same
 PROBE_EVERY: Final = 16
 
-Reason = Literal["faster", "unmeasured", "probe", "always", "slower", "short", "handover", "failed"]
+Reason = Literal[
+    "faster", "unmeasured", "probe", "always", "slower", "short", "handover", "failed", "never", "unavailable"
+]  # fmt: skip
 
 
 class Line:
@@ -63,6 +65,8 @@ class Choice:
     #: predicted seconds, None where unknown
     load_s: float | None = None
     compute_s: float | None = None
+    #: what else there is to say of the reason
+    detail: str = ""
 
 
 @dataclass

@@ -71,9 +71,11 @@ def has_connector(instance: Instance, context: Context) -> bool:
 
 
 def kv_transfer_config(instance: Instance, context: Context) -> dict[str, object]:
-    extra = {"pdserve.socket": str(context.cache_socket), "pdserve.instance": instance.name}
+    extra: dict[str, object] = {"pdserve.socket": str(context.cache_socket), "pdserve.instance": instance.name}
     if context.cache_load != "adaptive":
         extra["pdserve.load"] = context.cache_load
+    if context.cache_patience != 1:
+        extra["pdserve.patience"] = context.cache_patience
     if context.cache_payload:
         extra["pdserve.payload"] = context.cache_payload
     return {

@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from pdserve import log
 from pdserve.chunk import AS_IS
-from pdserve.engines.vllm import finding, layout, versions
+from pdserve.engines.vllm import finding, layout, stages, versions
 from pdserve.engines.vllm.facts import Teller
 from pdserve.engines.vllm.messages import StepPlan
 from pdserve.engines.vllm.scheduler_side import SchedulerSide
@@ -46,14 +46,15 @@ class PdserveConnector(KVConnectorBase_V1):
         self._vllm_config, self._config = vllm_config, kv_cache_config
         transfer = vllm_config.kv_transfer_config
         payload = transfer.get_from_extra_config("pdserve.payload", AS_IS)
-        self._layout = layout.chunk_layout(vllm_config, kv_cache_config, payload)
+        groups = transfer.get_from_extra_config("pdserve.layer_groups", 1)
+        self._layout = layout.chunk_layout(vllm_config, kv_cache_config, payload, groups)
         socket = transfer.get_from_extra_config("pdserve.socket", None)
         if not socket:
             raise ConfigError(
                 "kv_connector_extra_config.pdserve.socket", "is missing", "Give the path of the cache daemon's socket."
             )
         instance = transfer.get_from_extra_config("pdserve.instance", "") or f"engine-{transfer.engine_id}"
-        workers = vllm_config.parallel_config.tensor_parallel_size
+        workers = stages.workers(vllm_config)
         self._rank = vllm_config.parallel_config.rank % workers
         self._failed_blocks: set[int] = set()
         self._scheduler: SchedulerSide | None = None
@@ -67,8 +68,12 @@ class PdserveConnector(KVConnectorBase_V1):
             if mode not in finding.MODES:
                 fix = f"Use one of {', '.join(finding.MODES)}."
                 raise ConfigError("kv_connector_extra_config.pdserve.load", f"{mode!r} is no way to load", fix)
+            patience = transfer.get_from_extra_config("pdserve.patience", 1.0)
+            if not isinstance(patience, int | float) or not 1 <= patience <= 1000:
+                fix = "Use a number from 1 to 1000."
+                raise ConfigError("kv_connector_extra_config.pdserve.patience", f"{patience!r} is no factor", fix)
             self._scheduler = SchedulerSide(
-                client, self._layout, fingerprint, workers=workers, instance=instance, mode=mode,
+                client, self._layout, fingerprint, workers=workers, instance=instance, mode=mode, patience=float(patience),
                 teller=Teller(socket, instance),
             )  # fmt: skip
             self._connect(client)

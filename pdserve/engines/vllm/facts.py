@@ -210,8 +210,9 @@ class LegFacts:
             return  # asked once more when its load has ended: what was decided is decided
         if len(self._decided) > MOST_WAITING:
             self._decided.clear()
+        first, found = (hit.first_chunk, len(hit.found)) if hit else tracked.left
         known = self._decided[request.request_id] = {
-            "at": now, "first": hit.first_chunk if hit else 0, "found": len(hit.found) if hit else 0,
+            "at": now, "first": first, "found": found,
             "why": _why(tracked, hit, external), "tiers": [], "covered": 0, "saved": None, "spans": [],
             "load_ms": 0.0,
         }  # fmt: skip
@@ -337,7 +338,7 @@ def _why(tracked: Any, hit: Any, external: int) -> str:
     """Why no more was loaded, as far as the engine knows."""
     choice = tracked.choice
     if choice is not None and not choice.load:
-        return str(choice.reason)
+        return f"{choice.reason}: {choice.detail}"[:300] if choice.detail else str(choice.reason)
     if tracked.handover is not None and tracked.handover.over and not external:
         return "what the producer had promised did not come in time"
     fetch = tracked.fetch

@@ -44,10 +44,14 @@ MODES: Final[tuple[Mode, ...]] = ("adaptive", "always", "never")
 
 
 class Finder:
-    """One per engine. `mode`: load by break-even, whatever is found, or only what a producer hands over."""
+    """One per engine. `mode`: load by break-even, whatever is found, or only what a producer hands over. `patience`: so many
+    times as long as usual does it wait for anything."""
 
-    def __init__(self, client: CacheClient, layout: ChunkLayout, breakeven: BreakEven, mode: Mode) -> None:
+    def __init__(
+        self, client: CacheClient, layout: ChunkLayout, breakeven: BreakEven, mode: Mode, patience: float = 1.0
+    ) -> None:
         self._client, self._layout, self._breakeven, self._mode = client, layout, breakeven, mode
+        self._patience, self.lookup_s = patience, LOOKUP_S * patience
         self._least = MIN_LOAD_GPU if layout.kind == CANONICAL else MIN_TOKENS
         self._log = log.get("connector")
         self.chunk_tokens = 0
@@ -59,7 +63,7 @@ class Finder:
         if not self.busy or self._mode == "never":
             return
         try:
-            self._client.prefetch(self._keys(tracked, 0), LOOKUP_S)
+            self._client.prefetch(self._keys(tracked, 0), self.lookup_s)
         except CacheError as e:
             self._log.debug("not prefetched: %s", e)
 
@@ -70,7 +74,7 @@ class Finder:
         if not isinstance(target, str) or not params.get("do_remote_decode"):
             return
         try:
-            self._client.push(target, self._keys(tracked, 0), LOOKUP_S)
+            self._client.push(target, self._keys(tracked, 0), self.lookup_s)
         except CacheError as e:
             self._log.warning("chunks are not sent ahead to %s: %s request_id=%s", target, e, tracked.request.request_id)
 
@@ -78,6 +82,7 @@ class Finder:
         """Tokens beyond the engine's own `local` ones to be loaded; None: ask again."""
         promised = 0 if tracked.handed_over else self._promised(tracked.request)
         if self._mode == "never" and not promised:
+            tracked.choice = Choice(False, "never")
             return 0
         waits = [w for w in (tracked.handover, tracked.fetch) if w is not None and not w.over]
         if any(time.monotonic() - w.polled_at < POLL_S for w in waits):
@@ -98,6 +103,8 @@ class Finder:
     def _decide(self, tracked: Tracked, tokens: int) -> int:
         if tokens <= 0:
             self.release(tracked)
+            if tracked.choice is not None and tracked.choice.reason != "unavailable":
+                tracked.choice = None  # what it was about is gone
             return 0
         if tokens < self._least:
             return self._take(tracked, tokens, Choice(False, "short"))
@@ -110,6 +117,8 @@ class Finder:
         tracked.choice = choice
         if choice.load:
             return tokens
+        if tracked.hit is not None:
+            tracked.left = (tracked.hit.first_chunk, len(tracked.hit.found))
         self.release(tracked)
         return 0
 
@@ -127,11 +136,15 @@ class Finder:
         keys = self._keys(tracked, first)
         if not keys:
             return None
+        tracked.left = (0, 0)
         try:
-            reply = self._client.lookup(keys, LOOKUP_S, self._breakeven.prefill_speed())
-        except CacheError:
-            tracked.fetch = None
+            reply = self._client.lookup(keys, self.lookup_s, self._breakeven.prefill_speed())
+        except CacheError as e:
+            self._log.debug("lookup: %s request_id=%s", e, tracked.request.request_id)
+            tracked.fetch, tracked.choice = None, Choice(False, "unavailable", detail=str(e))
             return None
+        if tracked.choice is not None and tracked.choice.reason == "unavailable":
+            tracked.choice = None
         end = first * self.chunk_tokens + sum(f.tokens for f in reply.found)
         tracked.hit = self._hit(tracked, reply, first, end, promised)
         if tracked.hit is None or tracked.hit.promised <= end:
@@ -189,22 +202,22 @@ class Finder:
         return min(float(seconds), EXPECT_MAX_S) if isinstance(seconds, int | float) and seconds > 0 else 0.0
 
     def _stall_s(self, request: Any) -> float:
-        return max(HANDOVER_STALL_S, self._expect_s(request))
+        return max(HANDOVER_STALL_S * self._patience, self._expect_s(request))
 
     def _handover_missing(self, tracked: Tracked, promised: int, seen: int) -> bool:
         """True while nothing of what a producer has promised is to be seen, and it may still come."""
         if seen >= promised:
             return False
         wait = tracked.handover = tracked.handover or Wait(time.monotonic())
-        return self._ask_again(
-            tracked, wait, seen, "handover not begun", max(HANDOVER_START_S, self._expect_s(tracked.request))
-        )
+        stall = max(HANDOVER_START_S * self._patience, self._expect_s(tracked.request))
+        return self._ask_again(tracked, wait, seen, "handover not begun", stall)
 
     def _fetch_goes_on(self, tracked: Tracked, hit: Hit | None, local: int) -> bool:
         """True while chunks are on their way up from a lower tier and arrive steadily."""
         if tracked.fetch is None or tracked.fetch.over:
             return False
-        return self._ask_again(tracked, tracked.fetch, hit.end if hit else local, "lower tier too slow", FETCH_STALL_S)
+        seen, stall = hit.end if hit else local, FETCH_STALL_S * self._patience
+        return self._ask_again(tracked, tracked.fetch, seen, "lower tier too slow", stall)
 
     def _ask_again(self, tracked: Tracked, wait: Wait, seen: int, trouble: str, stall: float) -> bool:
         if wait.over:

@@ -13,7 +13,7 @@ from pdserve import log
 from pdserve.chunk import ChunkLayout, KeyChain, root_key
 from pdserve.engines.vllm.breakeven import BreakEven, Choice
 from pdserve.engines.vllm.facts import LegFacts, Nobody, Teller
-from pdserve.engines.vllm.finding import LOOKUP_S, Finder, Mode
+from pdserve.engines.vllm.finding import Finder, Mode
 from pdserve.engines.vllm.messages import ChunkExpected, ChunkLoad, LoadJob, LoadResult, StepPlan, WorkerReport
 from pdserve.engines.vllm.stats import EngineStats
 from pdserve.engines.vllm.storing import Storing
@@ -34,6 +34,7 @@ class SchedulerSide:
         workers: int,
         instance: str,
         mode: Mode = "adaptive",
+        patience: float = 1.0,
         teller: Teller | Nobody | None = None,
     ) -> None:
         self._client, self._layout, self._fingerprint = client, layout, fingerprint
@@ -45,7 +46,7 @@ class SchedulerSide:
         self._log = log.get("connector")
         self._chunk_tokens = 0
         self._breakeven = BreakEven()
-        self._finder = Finder(client, layout, self._breakeven, mode)
+        self._finder = Finder(client, layout, self._breakeven, mode, patience)
         self._storing = Storing(layout)
         self.stats = EngineStats(self._breakeven)
         self._facts = LegFacts(teller or Nobody(), fingerprint, layout, self._breakeven.saved)
@@ -92,7 +93,7 @@ class SchedulerSide:
         if self._chunk_tokens:
             return True
         try:
-            self._client.connect(LOOKUP_S)
+            self._client.connect(self._finder.lookup_s)
         except CacheError:
             return False
         self.check_chunk_tokens(self._client.chunk_tokens)

@@ -71,7 +71,8 @@ class Tracked:
     handover: Wait | None = None
     handed_over: bool = False  # what a producer promised has been loaded, or tried: it promises nothing any more
     fetch: Wait | None = None
-    choice: Choice | None = None  # the decision about a hit
+    choice: Choice | None = None  # the decision about a hit, or why there is none
+    left: tuple[int, int] = (0, 0)  # of a hit that is not loaded: its first chunk, and how many were found
     fetch_choice: Choice | None = None  # the decision whether to wait for what is in lower tiers
     computing_since: float = 0.0  # when the first of its own tokens was scheduled; 0: not, or measured already
     result: LoadResult | None = None
