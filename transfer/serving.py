@@ -20,7 +20,7 @@ import uvloop
 from pdserve import env, log, secret
 from pdserve.errors import ConfigError, StartError
 from pdserve.trace import start as start_tracing
-from pdserve.transfer import admin, scrub
+from pdserve.transfer import admin, scrub, slices
 from pdserve.transfer.collector import Collector
 from pdserve.transfer.daemon import Daemon
 from pdserve.transfer.lower import Rules
@@ -122,6 +122,7 @@ def main(args: argparse.Namespace) -> int:
     disk_size (bytes), disk_min_free, disk_write where there is a disk tier."""
     log.setup("cache", args.name, getattr(args, "log_format", None))
     sys.setswitchinterval(SWITCH_S)
+    slices.shorten()  # before there are other threads: one that holds Python's lock must not be kept waiting either
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the loop listens: an arena takes a while to make
     path = Path(args.socket)
     if len(str(path)) > 100:
