@@ -26,7 +26,9 @@ MediaSpan = tuple[str, int, int]
 class ChunkLayout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a chunk's bytes are arranged. Two engines share chunks only if every field is equal.
 
-    Both have one shard per KV head of the whole model, so that engines of any tensor parallel size share them.
+    Both have one shard per KV head of the whole model, so that engines of any tensor parallel size share them. With several
+    layer groups each of these is cut again, into equal runs of layers: [group][head]. A pipeline stage then has whole shards,
+    and engines of any pipeline parallel size share chunks whose groups are at least as fine as their stages.
     `opaque-block`: whole blocks of a head, in the engine's own packing: [shard][layer][block]. The inside of a block is not
     interpreted (CPU vLLM packs K and V for its matrix unit), so block size and instruction set are part of it.
     `canonical`: [shard][layer][token][K then V]: the same bytes whatever block size the engine has, so `block_tokens` is only
@@ -39,15 +41,25 @@ class ChunkLayout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     block_tokens: int
     #: bytes of one block of one layer on one shard
     block_bytes: int
-    #: how many KV heads the model has
+    #: KV heads of the model x layer groups
     shards: int
     #: what else must match for the bytes to mean the same: instruction set, backend
     detail: str = ""
     #: AS_IS, FP8 or INT8
     payload: str = AS_IS
+    #: `layers` is a multiple of it
+    layer_groups: int = 1
 
     def stored_as(self, payload: str) -> ChunkLayout:
         return msgspec.structs.replace(self, payload=payload)
+
+    def grouped(self, layer_groups: int) -> ChunkLayout:
+        """The same in so many groups of layers."""
+        return msgspec.structs.replace(self, shards=self.heads * layer_groups, layer_groups=layer_groups)
+
+    @property
+    def heads(self) -> int:
+        return self.shards // self.layer_groups
 
     @property
     def row_values(self) -> int:
@@ -59,7 +71,7 @@ class ChunkLayout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         token_bytes = 8 + self.row_values if self.payload else self.block_bytes // self.block_tokens
         if self.kind == OPAQUE:
             tokens = -(-tokens // self.block_tokens) * self.block_tokens
-        return tokens * self.layers * token_bytes
+        return tokens * (self.layers // self.layer_groups) * token_bytes
 
     def identity(self) -> bytes:
         if self.kind == CANONICAL:

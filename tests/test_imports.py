@@ -61,6 +61,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.engines.vllm.finding": (CORE, "pdserve.transfer"),
     "pdserve.engines.vllm.loading": (CORE, "pdserve.transfer"),
     "pdserve.engines.vllm.copier": (CORE, "pdserve.transfer"),
+    "pdserve.engines.vllm.parts": (CORE, "pdserve.transfer"),
+    "pdserve.engines.vllm.stages": (CORE, "pdserve.transfer.wire", "vllm"),
     "pdserve.engines.vllm.saving": (CORE, "pdserve.transfer", "numpy"),
     "pdserve.engines.vllm.stats": (CORE, "vllm", "prometheus_client"),
     "pdserve.engines.vllm.device_layout": (CORE, "pdserve.transfer.staging", "pdserve.kernels", "vllm", "torch"),

@@ -126,11 +126,34 @@ class _Ticket:
         return self._digests
 
 
+class Pinned:
+    """Arenas that a process has pinned for its device, each once, whoever of several pages uses it."""
+
+    def __init__(self) -> None:
+        self._users: dict[int, int] = {}  # by address
+        self._lock = threading.Lock()
+
+    def pin(self, device: gpu.Gpu, arena: Arena) -> None:
+        address = arena.bytes.ctypes.data
+        with self._lock:
+            if address not in self._users:
+                device.register(address, arena.size)
+            self._users[address] = self._users.get(address, 0) + 1
+
+    def unpin(self, device: gpu.Gpu, arena: Arena) -> None:
+        address = arena.bytes.ctypes.data
+        with self._lock:
+            self._users[address] -= 1
+            if not self._users[address]:
+                del self._users[address]
+                device.unregister(address)
+
+
 class DevicePages:
     """KV on a GPU, in canonical chunks, through the compiled kernels and staging buffers on the device.
 
     `split`: the engine's blocks are each that many blocks of the geometry. `current_stream` gives the handle of the stream on
-    which the engine submits. Raises build.BuildError when there is no compiler.
+    which the engine submits. `pinned` is shared by pages of one process. Raises build.BuildError when there is no compiler.
     """
 
     on_device = True
@@ -146,13 +169,14 @@ class DevicePages:
         stores: bool,
         current_stream: Callable[[], int],
         split: int = 1,
+        pinned: Pinned | None = None,
     ) -> None:
         geometry.check()
         gpu.library(arch)
         self._geometry, self._arch, self._device, self._split = geometry, arch, device, split
         self.layers, self.num_blocks = geometry.layers, geometry.num_blocks // split
         self.first_shard, self.shard_count, self.stores = first_shard, geometry.heads, stores
-        self._current_stream = current_stream
+        self._current_stream, self._pinned = current_stream, pinned or Pinned()
         self._gpu: gpu.Gpu | None = None
         self._staging_bytes = 0
         self._arena: Arena | None = None
@@ -179,9 +203,9 @@ class DevicePages:
             elif need > self._staging_bytes:
                 raise gpu.GpuError("the cache daemon came back with larger chunks; restart the engine")
             if self._arena is not None:
-                self._gpu.unregister(self._arena.bytes.ctypes.data)
+                self._pinned.unpin(self._gpu, self._arena)
                 self._arena = None
-            self._gpu.register(arena.bytes.ctypes.data, arena.size)
+            self._pinned.pin(self._gpu, arena)
             self._arena = arena  # kept: what is registered must stay mapped
 
     def decoding(self, now: bool) -> None:
@@ -249,7 +273,7 @@ class DevicePages:
         with self._lock:
             if self._gpu and self._arena is not None:
                 self._gpu.settle()
-                self._gpu.unregister(self._arena.bytes.ctypes.data)
+                self._pinned.unpin(self._gpu, self._arena)
             if self._gpu:
                 self._gpu.close()
             self._gpu = self._arena = None
@@ -353,9 +377,9 @@ def pages_on_device(
     geometry: Geometry, views: Callable[[], Sequence[torch.Tensor]], arch: str, device: int, **options: Any
 ) -> Pages:
     """The compiled path where there is a compiler, plain torch where not."""
-    current_stream = options.pop("current_stream")
+    current_stream, pinned = options.pop("current_stream"), options.pop("pinned", None)
     try:
-        return DevicePages(geometry, arch=arch, device=device, current_stream=current_stream, **options)
+        return DevicePages(geometry, arch=arch, device=device, current_stream=current_stream, pinned=pinned, **options)
     except build.BuildError as e:
         rounding = (geometry.payload, geometry.dtype) if geometry.payload else None
         return TorchPages(views(), why=str(e), rounding=rounding, **options)

@@ -27,15 +27,14 @@ class Engine:
     def __init__(self, socket, rank=0, shards=1, writer="w"):
         self.kv = np.random.default_rng().integers(0, 256, (LAYERS, BLOCKS, BLOCK_BYTES), dtype=np.uint8)
         self.side = WorkerSide(CacheClient(socket, f"worker-{rank}"), shards=shards, writer=writer)
-        self.side.register(
-            HostPages(
-                [[self.kv[i].ctypes.data for i in range(LAYERS)]],
-                [BLOCK_BYTES] * LAYERS,
-                BLOCK_BYTES,
-                BLOCKS,
-                first_shard=rank,
-            )
+        pages = HostPages(
+            [[self.kv[i].ctypes.data for i in range(LAYERS)]],
+            [BLOCK_BYTES] * LAYERS,
+            BLOCK_BYTES,
+            BLOCKS,
+            first_shard=rank,
         )
+        self.side.register([pages])
 
     def save(self, rid, *chunks):
         self.side.start_saves(StepPlan(saves=[SaveJob(rid, [ChunkSave(k, p, 256, b) for k, p, b in chunks])]))

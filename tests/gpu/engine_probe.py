@@ -140,7 +140,7 @@ class Probe:
         from pdserve.transfer.staging import stride_of
 
         job, _ = self.loads[-1]
-        pages, arena = self.side._pages, self.side._client.arena
+        pages, arena = self.side._pages.parts[0], self.side._client.arena
         equal = checked = 0
         for chunk in job.chunks:
             if any(b is None for b in chunk.block_ids):
@@ -222,7 +222,7 @@ class Probe:
         from pdserve.transfer import wire
         from pdserve.transfer.staging import stride_of
 
-        pages, client = self.side._pages, self.side._client
+        pages, client = self.side._pages.parts[0], self.side._client
         shard, heads = pages.shard_bytes(256), pages.shard_count
         stride = stride_of(shard)
         items = [wire.ReserveItem(os.urandom(32), b"", 0, heads, shard, 256, count=heads) for _ in range(79)]

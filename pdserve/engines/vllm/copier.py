@@ -8,9 +8,9 @@ from typing import Any
 
 from pdserve import log
 from pdserve.engines.vllm.cores import any_core
+from pdserve.engines.vllm.parts import Parts
 from pdserve.errors import CacheError
 from pdserve.transfer.client import CacheClient
-from pdserve.transfer.staging import Pages
 
 RPC_S = 5.0
 
@@ -20,12 +20,12 @@ class Copier:
 
     def __init__(self, client: CacheClient, name: str) -> None:
         self._client = client
-        self._pages: Pages | None = None
+        self._pages: Parts | None = None
         self._log = log.get("connector")
         self._jobs: queue.Queue[Any] = queue.Queue()
         self._thread = threading.Thread(target=self._begin, name=name, daemon=True)
 
-    def start(self, pages: Pages) -> None:
+    def start(self, pages: Parts) -> None:
         self._pages = pages
         self._thread.start()
 

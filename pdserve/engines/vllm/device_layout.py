@@ -7,6 +7,8 @@ answer is unambiguous. The strides are those of the registered tensors. Never gu
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ import torch
 from pdserve.chunk import ChunkLayout
 from pdserve.errors import UnsupportedError
 from pdserve.kernels.paged import Geometry
-from pdserve.transfer.staging import Pages, pages_on_device
+from pdserve.transfer.staging import Pages, Pinned, pages_on_device
 
 #: numbers that no real cache has, so that each names its dimension
 _BLOCKS, _TOKENS, _HEADS = 1000003, 16 * 1021, 1013
@@ -67,37 +69,56 @@ def owned(rank: int, workers: int, heads: int) -> tuple[int, int, bool]:
     return rank // copies, 1, rank % copies == 0
 
 
+#: layers' names, and (first shard, how many, whether this worker stores them)
+Place = tuple[Sequence[str], tuple[int, int, bool]]
+
+
 def device_pages(
-    kv_caches: dict[str, torch.Tensor], vllm_config: Any, kv_cache_config: Any, layout: ChunkLayout, rank: int
-) -> Pages:
-    """The registered tensors as pages. Raises UnsupportedError when they are not what vLLM declared."""
-    group = kv_cache_config.kv_cache_groups[0]
-    heads = total_heads(vllm_config, group.kv_cache_spec)
-    first, count, stores = owned(rank, vllm_config.parallel_config.tensor_parallel_size, heads)
-    tensors = []
-    for name in group.layer_names:
-        if name not in kv_caches:
-            raise UnsupportedError(f"vLLM declared a KV cache for layer {name} but registered none")
-        tensors.append(kv_caches[name])
+    kv_caches: dict[str, torch.Tensor],
+    vllm_config: Any,
+    kv_cache_config: Any,
+    layout: ChunkLayout,
+    places: Sequence[Place],
+) -> list[Pages]:
+    """The registered tensors as pages, one for each of `places`. Raises UnsupportedError when they are not what vLLM declared."""
+    names = [name for mine, _ in places for name in mine]
+    if missing := [name for name in names if name not in kv_caches]:
+        raise UnsupportedError(f"vLLM declared a KV cache for layer {missing[0]} but registered none")
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     contexts = vllm_config.compilation_config.static_forward_context
-    backends = {contexts[name].get_attn_backend() for name in group.layer_names}
+    backends = {contexts[name].get_attn_backend() for name in names}
     if len(backends) != 1:
         raise UnsupportedError(f"layers use different attention backends: {sorted(b.__name__ for b in backends)}")
-    order = dimensions(backends.pop(), group.kv_cache_spec, str(vllm_config.cache_config.cache_dtype))
-    geometry, split = geometry_of(tensors, order, group.kv_cache_spec, kv_cache_config.num_blocks, count)
-    if layout.payload:
-        geometry = rounded(geometry, layout.payload, layout.kv_dtype)
-    device = tensors[0].device.index or 0
-    return pages_on_device(
-        geometry,
-        lambda: [view_of(t, order) for t in tensors],
-        arch_of(device),
-        device,
-        first_shard=first,
-        stores=stores,
-        split=split,
-        current_stream=lambda: int(torch.cuda.current_stream(device).cuda_stream),
-    )
+    order = dimensions(backends.pop(), spec, str(vllm_config.cache_config.cache_dtype))
+    pinned, made = Pinned(), []
+    for mine, (first, count, stores) in places:
+        tensors = [kv_caches[name] for name in mine]
+        geometry, split = geometry_of(tensors, order, spec, kv_cache_config.num_blocks, count)
+        if layout.payload:
+            geometry = rounded(geometry, layout.payload, layout.kv_dtype)
+        device = tensors[0].device.index or 0
+        made.append(
+            pages_on_device(
+                geometry,
+                functools.partial(_views, tensors, order),
+                arch_of(device),
+                device,
+                first_shard=first,
+                stores=stores,
+                split=split,
+                current_stream=functools.partial(_stream, device),
+                pinned=pinned,
+            )
+        )
+    return made
+
+
+def _views(tensors: list[torch.Tensor], order: dict[str, int]) -> list[torch.Tensor]:
+    return [view_of(t, order) for t in tensors]
+
+
+def _stream(device: int) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream)
 
 
 def rounded(geometry: Geometry, payload: str, dtype: str) -> Geometry:

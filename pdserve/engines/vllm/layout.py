@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from pdserve import fingerprint, log
 from pdserve.chunk import AS_IS, CANONICAL, FP8, INT8, OPAQUE, ROUNDED_VALUE_BYTES, ChunkLayout
-from pdserve.engines.vllm import device_layout
+from pdserve.engines.vllm import device_layout, stages
 from pdserve.errors import ConfigError, UnsupportedError
 from pdserve.transfer.staging import Pages
 from pdserve.transfer.staging_host import HostPages
@@ -33,10 +34,7 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
             "where a prefix keeps all its blocks. Run it without the pdserve connector."
         )
     parallel = vllm_config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
-        raise UnsupportedError(
-            "pipeline_parallel_size > 1 is not supported by the pdserve connector yet. Use tensor_parallel_size."
-        )
+    stages.check_supported(vllm_config, groups[0].layer_names)
     if (
         getattr(parallel, "decode_context_parallel_size", 1) > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1
@@ -51,9 +49,9 @@ def on_device(vllm_config: Any) -> bool:
     return bool(vllm_config.device_config.device_type == "cuda")
 
 
-def chunk_layout(vllm_config: Any, kv_cache_config: Any, payload: str = AS_IS) -> ChunkLayout:
+def chunk_layout(vllm_config: Any, kv_cache_config: Any, payload: str = AS_IS, layer_groups: int = 1) -> ChunkLayout:
     """How this engine's chunks look. Both sides of the connector compute it from the same declarations."""
-    made = _chunk_layout(vllm_config, kv_cache_config)
+    made = _chunk_layout(vllm_config, kv_cache_config, layer_groups)
     if payload == AS_IS:
         return made
     if payload not in (FP8, INT8) or made.kv_dtype not in ROUNDED_VALUE_BYTES:
@@ -65,30 +63,33 @@ def chunk_layout(vllm_config: Any, kv_cache_config: Any, payload: str = AS_IS) -
     return made.stored_as(payload)
 
 
-def _chunk_layout(vllm_config: Any, kv_cache_config: Any) -> ChunkLayout:
+def _chunk_layout(vllm_config: Any, kv_cache_config: Any, layer_groups: int) -> ChunkLayout:
     group = kv_cache_config.kv_cache_groups[0]
     spec = group.kv_cache_spec
     kind = "mla" if isinstance(spec, MLAAttentionSpec) else "attention"
+    layers = stages.total_layers(vllm_config, group.layer_names, layer_groups)
+    heads = device_layout.total_heads(vllm_config, spec)
+    stages.check_groups(vllm_config, layers, heads, layer_groups)
     if on_device(vllm_config):
         return ChunkLayout(
             kind=CANONICAL,
             kv_dtype=device_layout.kv_dtype(vllm_config, spec),
-            layers=len(group.layer_names),
+            layers=layers,
             block_tokens=spec.block_size,
             block_bytes=spec.real_page_size_bytes // spec.num_kv_heads,
-            shards=device_layout.total_heads(vllm_config, spec),
+            shards=heads,
             detail=f"{kind} head={spec.head_size}",
-        )
+        ).grouped(layer_groups)
     return ChunkLayout(
         kind=OPAQUE,
         kv_dtype=str(spec.dtype).removeprefix("torch."),
-        layers=len(group.layer_names),
+        layers=layers,
         block_tokens=spec.block_size,
         block_bytes=spec.page_size_bytes // spec.num_kv_heads,
-        shards=device_layout.total_heads(vllm_config, spec),
+        shards=heads,
         # The packing inside a head's block depends on the attention code that the machine's instruction set selects.
         detail=f"{kind} head={getattr(spec, 'head_size', 0)} {_backend(vllm_config)}",
-    )
+    ).grouped(layer_groups)
 
 
 def _backend(vllm_config: Any) -> str:
@@ -134,24 +135,28 @@ def _weights_folder(model: Any) -> Path | None:
 
 def pages(
     kv_caches: dict[str, torch.Tensor], vllm_config: Any, kv_cache_config: Any, layout: ChunkLayout, rank: int
-) -> Pages:
-    """Where a worker's blocks are, ready to be copied. Raises UnsupportedError when they are not what vLLM declared."""
-    if layout.kind == CANONICAL:
-        return device_layout.device_pages(kv_caches, vllm_config, kv_cache_config, layout, rank)
+) -> list[Pages]:
+    """Where the blocks of a worker, `rank` of its engine's, are, ready to be copied: one for each layer group that it has. Raises
+    UnsupportedError when they are not what vLLM declared."""
+    workers = vllm_config.parallel_config.tensor_parallel_size
+    first, count, stores = device_layout.owned(rank % workers, workers, layout.heads)
     names = kv_cache_config.kv_cache_groups[0].layer_names
-    place = device_layout.owned(rank, vllm_config.parallel_config.tensor_parallel_size, layout.shards)
-    return host_pages(kv_caches, names, layout, kv_cache_config.num_blocks, place)
+    groups = stages.parts(vllm_config, names, layout.layers, layout.layer_groups)
+    places = [(mine, (group * layout.heads + first, count, stores)) for group, mine in groups]
+    if layout.kind == CANONICAL:
+        return device_layout.device_pages(kv_caches, vllm_config, kv_cache_config, layout, places)
+    return [host_pages(kv_caches, mine, layout, kv_cache_config.num_blocks, place) for mine, place in places]
 
 
 def host_pages(
     kv_caches: dict[str, torch.Tensor],
-    layer_names: list[str],
+    layer_names: Sequence[str],
     layout: ChunkLayout,
     num_blocks: int,
     place: tuple[int, int, bool] = (0, 1, True),
 ) -> HostPages:
-    """Maps the registered tensors, `place` being what device_layout.owned says of this worker: [block][head][token][K, V],
-    of which only the first two dimensions are looked into. Raises UnsupportedError when they are not what vLLM declared."""
+    """Maps the registered tensors: [block][head][token][K, V], of which only the first two dimensions are looked into. `place`: the
+    first shard, how many, and whether this worker stores them. Raises UnsupportedError when they are not what vLLM declared."""
     first, heads, stores = place
     bases: list[list[int]] = [[] for _ in range(heads)]
     strides = []

@@ -14,6 +14,7 @@ from typing import Any
 
 from pdserve.engines.vllm.copier import RPC_S, Copier
 from pdserve.engines.vllm.messages import ChunkExpected, ChunkLoad, LoadJob, LoadResult
+from pdserve.engines.vllm.parts import Parts
 from pdserve.errors import CacheError
 from pdserve.transfer.arena import Arena
 from pdserve.transfer.client import CacheClient
@@ -104,7 +105,7 @@ class _Load:
         rest = chunks[self.result.filled :]
         return {b for chunk in rest for b in chunk.block_ids if b is not None}
 
-    def advance(self, pages: Pages, client: CacheClient) -> None:
+    def advance(self, pages: Parts, client: CacheClient) -> None:
         if self._ready:
             ready, self._ready = self._ready, []
             arena = self._arena(pages, client)
@@ -113,7 +114,7 @@ class _Load:
         elif self._expected:
             self._look(pages, client)
 
-    def _arena(self, pages: Pages, client: CacheClient) -> Arena:
+    def _arena(self, pages: Parts, client: CacheClient) -> Arena:
         if not client.connected:
             client.connect()
         if client.arena is None or client.daemon_id != self.job.daemon_id:
@@ -121,7 +122,7 @@ class _Load:
         pages.attach(client.arena, client.chunk_tokens)
         return client.arena
 
-    def _look(self, pages: Pages, client: CacheClient) -> None:
+    def _look(self, pages: Parts, client: CacheClient) -> None:
         arena = self._arena(pages, client)
         wanted = [self._expected[i] for i in range(min(WINDOW, len(self._expected)))]
         reply = client.lookup([c.key for c in wanted], RPC_S)
@@ -135,43 +136,47 @@ class _Load:
             read = self._copy(pages, arena, chunks, corrupt)
         finally:
             # Only one rank tells what was read: the others read the same chunks' other shards.
-            told = read if pages.first_shard == 0 else (0, 0)
+            told = read if pages.tells else (0, 0)
             client.release(reply.lease, RPC_S, *told, corrupt)
         for _ in chunks:
             self._expected.popleft()
         self.result.late += [f.tier for f in reply.found]
         self._come_at = time.monotonic()
 
-    def _copy(
-        self, pages: Pages, arena: Arena, chunks: Sequence[ChunkLoad], corrupt: list[bytes]
-    ) -> tuple[int, int]:
+    def _copy(self, pages: Parts, arena: Arena, chunks: Sequence[ChunkLoad], corrupt: list[bytes]) -> tuple[int, int]:
         """Returns (chunks, bytes) that were read and verified; adds those that are not what was stored to `corrupt`."""
-        moving, before = deque[tuple[ChunkLoad, Copy]](), self.result.filled
+        moving = deque[tuple[int, Pages, Copy]]()
+        good = [0] * len(chunks)  # parts of each that were verified
         try:
             for at in range(0, len(chunks), pages.together):
                 some = chunks[at : at + pages.together]
-                copies = pages.load_all(self._mark, [_source(pages, arena, chunk) for chunk in some])
-                moving.extend(zip(some, copies, strict=False))
-                if len(copies) < len(some):
-                    raise CacheError("the device refused a chunk")
-                while moving and moving[0][1].done() and not self.result.error:
-                    self._check(pages, *moving.popleft(), corrupt)
+                for part in pages.parts:
+                    copies = part.load_all(self._mark, [_source(part, arena, chunk) for chunk in some])
+                    moving.extend((at + i, part, copy) for i, copy in enumerate(copies))
+                    if len(copies) < len(some):
+                        raise CacheError("the device refused a chunk")
+                while moving and moving[0][2].done() and not self.result.error:
+                    i, part, copy = moving.popleft()
+                    good[i] += self._matches(chunks[i], part, copy, corrupt)
                 if self.result.error:
                     break
         finally:
             # Whatever happened: blocks are not reported while something may still write into them.
-            for chunk, copy in moving:
-                self._check(pages, chunk, copy, corrupt)
-        read = self.result.filled - before
-        return read, sum(pages.shard_count * chunk.shard_bytes for chunk in chunks[:read])
+            for i, part, copy in moving:
+                good[i] += self._matches(chunks[i], part, copy, corrupt)
+            read = next((i for i, parts in enumerate(good) if parts < len(pages.parts)), len(good))
+            self.result.filled += read
+        shards = sum(part.shard_count for part in pages.parts)
+        return read, sum(shards * chunk.shard_bytes for chunk in chunks[:read])
 
-    def _check(self, pages: Pages, chunk: ChunkLoad, copy: Copy, corrupt: list[bytes]) -> None:
-        """Waits for a chunk to be in its blocks, and compares what was read with what was stored."""
-        if copy.digests() != chunk.digests[pages.first_shard : pages.first_shard + pages.shard_count]:
+    def _matches(self, chunk: ChunkLoad, part: Pages, copy: Copy, corrupt: list[bytes]) -> bool:
+        """Waits for a chunk's shards to be in their blocks, and compares what was read with what was stored."""
+        if copy.digests() == chunk.digests[part.first_shard : part.first_shard + part.shard_count]:
+            return True
+        if chunk.key not in corrupt:
             corrupt.append(chunk.key)
-            self.result.error = f"digest mismatch of chunk {chunk.key.hex()[:16]}"
-        elif not self.result.error:
-            self.result.filled += 1
+        self.result.error = f"digest mismatch of chunk {chunk.key.hex()[:16]}"
+        return False
 
 
 def _here(chunk: ChunkExpected, found: Any) -> ChunkLoad:
@@ -182,9 +187,9 @@ def _here(chunk: ChunkExpected, found: Any) -> ChunkLoad:
     )
 
 
-def _source(pages: Pages, arena: Arena, chunk: ChunkLoad) -> Part:
-    if pages.shard_bytes(chunk.tokens, len(chunk.block_ids)) != chunk.shard_bytes:
+def _source(part: Pages, arena: Arena, chunk: ChunkLoad) -> Part:
+    if part.shard_bytes(chunk.tokens, len(chunk.block_ids)) != chunk.shard_bytes:
         raise CacheError(f"a shard of {chunk.shard_bytes} bytes does not hold {chunk.tokens} tokens")
-    start = chunk.offset + pages.first_shard * chunk.stride
-    area = arena.bytes[start : start + pages.shard_count * chunk.stride]
+    start = chunk.offset + part.first_shard * chunk.stride
+    area = arena.bytes[start : start + part.shard_count * chunk.stride]
     return chunk.block_ids, chunk.tokens, area, chunk.stride

@@ -10,13 +10,14 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pdserve import log
 from pdserve.engines.vllm.copier import RPC_S, Copier
 from pdserve.engines.vllm.facts import StoreFacts
 from pdserve.engines.vllm.messages import ChunkSave, SaveJob
+from pdserve.engines.vllm.parts import Parts
 from pdserve.errors import CacheError
 from pdserve.transfer import wire
 from pdserve.transfer.arena import Arena
@@ -91,40 +92,27 @@ class Saver(Copier):
     def _copy_in(self, job: SaveJob, mark: Any) -> None:
         assert self._pages is not None
         pages, started = self._pages, time.perf_counter()
-        items = [
-            wire.ReserveItem(
-                c.key,
-                c.parent,
-                pages.first_shard,
-                self._shards,
-                pages.shard_bytes(c.tokens, len(c.block_ids)),
-                c.tokens,
-                job.tag,
-                pages.shard_count,
-            )
-            for c in job.chunks
-        ]
+        items = [self._item(job, chunk, part) for chunk in job.chunks for part in pages.parts]
         grants = self._client.reserve(self._writer, items, RPC_S)
         arena, daemon_id = self._client.arena, self._client.daemon_id
-        granted = [(c, g) for c, g in zip(job.chunks, grants, strict=True) if g.status == wire.GRANTED]
+        rows = [(chunk, grants[i * len(pages.parts) :][: len(pages.parts)]) for i, chunk in enumerate(job.chunks)]
+        granted = [(c, row) for c, row in rows if all(g.status == wire.GRANTED for g in row)]
+        refused = sum(c.tokens for c, row in rows if any(g.status in (wire.FULL, wire.TOO_LARGE) for g in row))
         moving = _Moving(self._client, daemon_id)
         try:
             if arena is not None and granted:
                 pages.attach(arena, self._client.chunk_tokens)
                 for at in range(0, len(granted), pages.together):
-                    some = granted[at : at + pages.together]
                     if not self._begin_copy(job):
                         break
                     try:
-                        copies = pages.store_all(mark, [self._target(pages, arena, c, g) for c, g in some])
+                        _submit(pages, arena, mark, granted[at : at + pages.together], moving)
                     finally:
                         self._end_copy()
-                    for (chunk, grant), copy in zip(some, copies, strict=False):
-                        moving.add(grant, chunk.tokens, copy)
-                    moving.commit(COMMIT_TOGETHER)
+                    moving.commit(COMMIT_TOGETHER * len(pages.parts))
             moving.commit()
         finally:
-            moving.give_up([g.reservation for _, g in granted])
+            moving.give_up([g.reservation for g in grants if g.status == wire.GRANTED])
         if moving.tokens:
             self._log.info(
                 "stored %d tokens in %.1f ms request_id=%s",
@@ -132,20 +120,24 @@ class Saver(Copier):
                 (time.perf_counter() - started) * 1000,
                 job.request_id,
             )
-        refused = sum(
-            c.tokens for c, g in zip(job.chunks, grants, strict=True) if g.status in (wire.FULL, wire.TOO_LARGE)
-        )
-        if (moving.tokens or refused) and pages.first_shard == 0:  # of several ranks one tells
-            nbytes = sum(i.shard_bytes * i.shards for i, g in zip(items, grants, strict=True) if g.status == wire.GRANTED)
+        if (moving.tokens or refused) and pages.tells:
+            size = pages.parts[0].shard_bytes
+            nbytes = sum(size(c.tokens, len(c.block_ids)) * self._shards for c, _ in granted)
             self._facts.stored(job.request_id, moving.tokens, nbytes, time.perf_counter() - started, refused)
         if refused:
             self._log.warning("no room in the cache: %d tokens not stored request_id=%s", refused, job.request_id)
 
-    @staticmethod
-    def _target(pages: Pages, arena: Arena, chunk: ChunkSave, grant: wire.Grant) -> Part:
-        stride = stride_of(pages.shard_bytes(chunk.tokens, len(chunk.block_ids)))
-        area = arena.bytes[grant.offset : grant.offset + pages.shard_count * stride]
-        return chunk.block_ids, chunk.tokens, area, stride
+    def _item(self, job: SaveJob, chunk: ChunkSave, part: Pages) -> wire.ReserveItem:
+        return wire.ReserveItem(
+            chunk.key,
+            chunk.parent,
+            part.first_shard,
+            self._shards,
+            part.shard_bytes(chunk.tokens, len(chunk.block_ids)),
+            chunk.tokens,
+            job.tag,
+            part.shard_count,
+        )
 
     def _begin_copy(self, job: SaveJob) -> bool:
         with self._lock:
@@ -167,6 +159,22 @@ class Saver(Copier):
             jobs.remove(job)
             if not jobs:
                 del self._outstanding[job.request_id]
+
+
+def _submit(
+    pages: Parts, arena: Arena, mark: Any, chunks: Sequence[tuple[ChunkSave, list[wire.Grant]]], moving: _Moving
+) -> None:
+    for place, part in enumerate(pages.parts):
+        last = place == len(pages.parts) - 1
+        copies = part.store_all(mark, [_target(part, arena, chunk, grants[place]) for chunk, grants in chunks])
+        for (chunk, grants), copy in zip(chunks, copies, strict=False):
+            moving.add(grants[place], chunk.tokens if last else 0, copy)
+
+
+def _target(part: Pages, arena: Arena, chunk: ChunkSave, grant: wire.Grant) -> Part:
+    stride = stride_of(part.shard_bytes(chunk.tokens, len(chunk.block_ids)))
+    area = arena.bytes[grant.offset : grant.offset + part.shard_count * stride]
+    return chunk.block_ids, chunk.tokens, area, stride
 
 
 class _Moving:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Sequence
 
 from pdserve import log
 from pdserve.engines.vllm.facts import Nobody, StoreFacts, Teller
 from pdserve.engines.vllm.loading import Loader
 from pdserve.engines.vllm.messages import LoadJob, LoadResult, StepPlan, WorkerReport
+from pdserve.engines.vllm.parts import Parts
 from pdserve.engines.vllm.saving import Saver
 from pdserve.errors import CacheError
 from pdserve.transfer.client import CacheClient
@@ -29,7 +31,7 @@ class WorkerSide:
         self, client: CacheClient, *, shards: int, writer: str, teller: Teller | Nobody | None = None
     ) -> None:
         self._client = client
-        self._pages: Pages | None = None
+        self._pages: Parts | None = None
         self._log = log.get("connector")
         self._lock = threading.Condition()
         self._report = WorkerReport()
@@ -42,8 +44,9 @@ class WorkerSide:
         self._facts = StoreFacts(teller or Nobody())
         self._saver = Saver(client, self._saved, shards=shards, writer=writer, facts=self._facts)
 
-    def register(self, pages: Pages) -> None:
-        self._pages = pages
+    def register(self, parts: Sequence[Pages]) -> None:
+        """`parts`: one for each layer group."""
+        self._pages = pages = Parts(parts)
         self._log.info("kernels: %s", pages.describe())
         if pages.on_device:
             # No daemon: the client has warned, and the arena is attached when one is there.
