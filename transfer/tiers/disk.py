@@ -191,6 +191,8 @@ class DiskTier:
 
     def touch(self, keys: list[bytes]) -> None:
         """The chunks were used elsewhere (in DRAM): a sign that their copies here are worth keeping, too."""
+        if not keys:
+            return
         with self._lock:
             for key in keys:
                 if (entry := self._index.get(key)) is not None:
@@ -219,17 +221,10 @@ class DiskTier:
             return list(self._index)
 
     def clear(self) -> int:
-        with self._writing, self._lock:
+        with self._writing:
             (self.path / disk_index.FILE).unlink(missing_ok=True)
-            count = len(self._index)
-            self._told(list(self._index), False)
-            self._index.clear()
             self._current = None
-            for segment in self._segments.values():
-                segment.keys, segment.listed = set(), None
-                self._remove(segment)
-            self._segments.clear()
-        return count
+            return sum(len(self._throw_away(segment)) for segment in list(self._segments.values()))
 
     def save_index(self) -> None:
         """The index as a file, so that the next start need not read every header. Checked when it is read."""
@@ -298,10 +293,9 @@ class DiskTier:
         if current is not None:
             with contextlib.suppress(OSError):
                 os.ftruncate(current.fd, current.end)
-            with self._lock:
-                if current.end == PAGE and not current.keys:  # not one more empty file with each attempt
-                    del self._segments[current.number]
-                    self._remove(current)
+            if current.end == PAGE and not current.keys:  # not one more empty file with each attempt
+                with contextlib.suppress(OSError):
+                    self._throw_away(current)
 
     def _make_room(self, total: int, deadline: float) -> bool:
         """Keeps under the cap and above the floor of free space by throwing the least used segments away."""
@@ -339,18 +333,32 @@ class DiskTier:
                 self._log.warning("disk tier: a chunk was not carried over: %s", e)
                 break
         self._fault("disk.compact.unlink")
-        with self._lock:
-            gone = victim.keys
-            for key in gone:
-                del self._index[key]
-                self._counts["evicted_chunks"] += 1
-            self._told(list(gone), False)
-            victim.keys = set()  # an index that is being written may still look
-            victim.listed = None
-            del self._segments[victim.number]
-            self._remove(victim)
+        gone = self._throw_away(victim)
+        self._counts["evicted_chunks"] += len(gone)
         if self.on_evicted is not None:
             self.on_evicted(gone)
+
+    def _throw_away(self, segment: Segment) -> set[bytes]:
+        """The file and all that the index says of it; returns the keys. First the file: what somebody deletes from now on must
+        not stand in it at the next start. Both calls that take long, 10 ms for a segment's blocks, are made without the
+        lock, for which the loop may be waiting."""
+        segment.path.unlink(missing_ok=True)
+        with self._lock:
+            gone, segment.keys, segment.listed = (
+                segment.keys,
+                set(),
+                None,
+            )  # an index that is being written may still look
+            for key in gone:
+                del self._index[key]
+            if gone:
+                self._told(list(gone), False)
+            del self._segments[segment.number]
+            segment.doomed = True
+            unread = segment.readers == 0
+        if unread:
+            os.close(segment.fd)
+        return gone
 
     def _move(self, entry: Entry, deadline: float) -> None:
         record = entry.place.record
@@ -400,14 +408,8 @@ class DiskTier:
     def _read_done(self, segment: Segment) -> None:
         with self._lock:
             segment.readers -= 1
-            if segment.doomed and segment.readers == 0:
-                os.close(segment.fd)
-
-    def _remove(self, segment: Segment) -> None:
-        """self._lock is held."""
-        segment.path.unlink(missing_ok=True)
-        segment.doomed = True
-        if segment.readers == 0:
+            last = segment.doomed and segment.readers == 0
+        if last:
             os.close(segment.fd)
 
     # ---- starting ----

@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import queue
+import threading
 import time
 
 import numpy as np
@@ -572,3 +573,47 @@ def test_single_bit_flips_anywhere_never_give_a_wrong_answer(tmp_path):
         assert all(whole(again, i, pages=1, shards=2) for i in range(60))
         again.close()
     assert wrong_seen
+
+
+def test_files_are_removed_without_the_lock_for_which_the_loop_waits(tmp_path, monkeypatch):
+    """Freeing a segment's blocks takes a disk many milliseconds."""
+    tier = open_tier(tmp_path, size=4 * SEGMENT)
+    tier._lock = threading.RLock()  # it knows whether this thread holds it; the index is saved by another
+    free: list[tuple[str, bool]] = []
+
+    def noting(what, call):
+        def instead(*args, **named):
+            free.append((what, not tier._lock._is_owned()))
+            return call(*args, **named)
+
+        return instead
+
+    monkeypatch.setattr(type(tier.path), "unlink", noting("unlink", type(tier.path).unlink))
+    monkeypatch.setattr(os, "close", noting("close", os.close))
+    fill(tier, range(60))  # several times what fits
+    assert tier.stats()["evicted_chunks"]
+    tier.clear()
+    monkeypatch.undo()
+    assert {"unlink", "close"} <= {what for what, _ in free}
+    assert all(was for _, was in free)
+    assert not list(tmp_path.glob("*.seg"))
+    fill(tier, range(5))
+    assert all(whole(tier, i) for i in range(5))
+    tier.close()
+
+
+def test_a_file_that_cannot_be_removed_costs_nothing_that_is_in_it(tmp_path, monkeypatch):
+    tier = open_tier(tmp_path, size=4 * SEGMENT)
+    fill(tier, range(8))
+    before = [i for i in range(8) if whole(tier, i)]
+
+    def refuse(*_, **__):
+        _fail(errno.EROFS)
+
+    monkeypatch.setattr(type(tier.path), "unlink", refuse)
+    with pytest.raises(OSError, match="Read-only"):
+        tier.clear()
+    monkeypatch.undo()
+    assert [i for i in range(8) if whole(tier, i)] == before
+    assert tier.clear() == len(before)
+    tier.close()
