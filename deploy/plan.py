@@ -100,6 +100,7 @@ def make(
         cache_load=topology.cache.load if topology.cache else "adaptive",
         cache_patience=topology.cache.patience if topology.cache else 1.0,
         cache_payload=topology.cache.payload if topology.cache else "",
+        layer_groups=whole.layer_groups,
         has_proxy=whole.proxy is not None,
         otlp_traces=trace.endpoint(whole.tracing.endpoint) if whole.tracing else "",
         log_format=env.log_format(),
@@ -151,7 +152,7 @@ def _assign(instances: tuple[Instance, ...], cores: list[int]) -> tuple[Instance
     taken_gpus = {gpu for i in instances for gpu in i.gpus}
     assigned, turn, next_gpu = [], 0, 0
     for instance in instances:
-        ranks = instance.engine.tensor_parallel_size
+        ranks = instance.engine.ranks
         if instance.engine.device == "cpu" and not instance.cpus and free:
             mine = [free[(turn * share + n) % len(free)] for n in range(share)]
             turn += 1

@@ -244,7 +244,7 @@ def memory_needs(plan: Plan) -> dict[str, int]:
 def _engine_memory(instance: Instance, weights: int) -> int:
     widened = 2 if instance.engine.dtype in ("float32", "float") else 1  # files are usually 16 bit
     kv = (instance.engine.kv_cache_space_gib or CPU_KV_GIB) * GIB
-    return ENGINE_OVERHEAD + weights * widened + kv * instance.engine.tensor_parallel_size
+    return ENGINE_OVERHEAD + weights * widened + kv * instance.engine.ranks
 
 
 def _weight_bytes(plan: Plan) -> int:

@@ -22,6 +22,7 @@ class Context:
     cache_load: str = "adaptive"  # the topology's cache.load
     cache_patience: float = 1.0  # the topology's cache.patience
     cache_payload: str = ""  # the topology's cache.payload
+    layer_groups: int = 1  # of a chunk
     log_format: str = "text"
 
     def script(self, name: str) -> str:

@@ -6,6 +6,7 @@ Three steps: YAML to plain data, plain data to structs (both in topology_yaml.py
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,6 +39,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: Positive | None = None
     max_num_batched_tokens: Positive | None = None
     tensor_parallel_size: Positive = 1
+    pipeline_parallel_size: Positive = 1
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] | None = None
     kv_cache_space_gib: Positive | None = None  # CPU only (else gpu_memory_utilization); None: CPU_KV_GIB
     enforce_eager: bool | None = None  # None: yes on the CPU (compiling takes minutes there and gains nothing)
@@ -46,6 +48,10 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     kv_transfer_config: dict[str, Any] = {}  # another connector than pdserve's, as vLLM wants it
     extra_args: tuple[str, ...] = ()
     env: dict[str, str] = {}
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 class Instance(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +98,7 @@ class Cache(msgspec.Struct, frozen=True, kw_only=True):
     load: Literal["adaptive", "always", "never"] = "adaptive"  # what engines do with what is found
     patience: Annotated[float, Meta(ge=1, le=1000)] = 1.0  # so many times as long as usual do engines wait for the cache
     payload: Literal["", "int8", "fp8"] = ""  # what is stored: the engine's own bytes, or half of them
+    layer_groups: Positive | None = None  # into which a chunk is cut; None: as many as all engines' pipelines need
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8080
 
@@ -168,6 +175,13 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     def uses_cache(self, instance: Instance) -> bool:
         """`plain` engines never load the connector; nobody does when the deployment has no cache."""
         return self.cache is not None and instance.role in KV_ROLES
+
+    @property
+    def layer_groups(self) -> int:
+        """Of a chunk: each stage of each engine that uses the cache has whole ones."""
+        if self.cache is not None and self.cache.layer_groups:
+            return self.cache.layer_groups
+        return math.lcm(*(i.engine.pipeline_parallel_size for i in self.instances if self.uses_cache(i)))
 
 
 # --- the file as written: the same keys, every engine key also allowed on an instance ----------------

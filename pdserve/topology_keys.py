@@ -64,6 +64,11 @@ KEYS: dict[str, Key] = {
         "2",
         {"prefill": [{"port": 8100, "gpus": [0, 1]}], "decode": [{"port": 8200, "gpus": [2, 3]}]},
     ),
+    "engine.pipeline_parallel_size": Key(
+        "Stages, each with a part of the layers, that one engine is spread over; every one has tensor_parallel_size GPUs. GPU only.",
+        "2",
+        {"prefill": [{"port": 8100, "gpus": [0, 1]}], "decode": [{"port": 8200, "gpus": [2, 3]}]},
+    ),
     "engine.gpu_memory_utilization": Key("Share of each GPU's memory that the engine may take. GPU only.", "0.9"),
     "engine.kv_cache_space_gib": Key(
         "GiB of the engine's own KV cache. CPU only; 4 when not given, since vLLM's own default there is most of the machine.",
@@ -153,6 +158,12 @@ KEYS: dict[str, Key] = {
         "`int8` or `fp8` stores KV in 8 bits a value: about half the bytes on the bus and in every tier, at the price of answers that are "
         "no longer exactly plain vLLM's. `int8` loses less; see [tuning](tuning.md#half-the-bytes). Default: the engine's own bytes.",
         "int8",
+    ),
+    "cache.layer_groups": Key(
+        "Groups of equally many layers into which a chunk is cut, so that each stage of a pipeline moves its own. Part of the key: engines "
+        "share chunks where it is equal, whatever their parallel sizes. Default: the least that all engines here need, which is 1 without "
+        "`pipeline_parallel_size`. Set it where engines with and without a pipeline meet in a further tier.",
+        "2",
     ),
     "cache.admin_host": Key(
         "Address of /healthz, /status, /metrics. Off loopback it wants PDSERVE_ADMIN_TOKEN.", "127.0.0.1"

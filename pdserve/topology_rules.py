@@ -9,7 +9,7 @@ from pdserve.errors import ConfigError
 from pdserve.topology_hosts import Peers
 
 if TYPE_CHECKING:
-    from pdserve.topology import Instance, Topology
+    from pdserve.topology import Engine, Instance, Topology
 
 MIN_CACHE = 64 << 20
 
@@ -104,6 +104,9 @@ def _check_instance(topology: Topology, instance: Instance) -> None:
         if engine.gpu_memory_utilization is not None:
             fix = "Use kv_cache_space_gib on the CPU."
             raise ConfigError(f"{key}.gpu_memory_utilization", "has no meaning with device cpu", fix)
+        if engine.pipeline_parallel_size > 1:
+            problem = "with device cpu: vLLM ends at the first request"
+            raise ConfigError(f"{key}.pipeline_parallel_size", problem, "Use tensor_parallel_size, or device: cuda.")
         if instance.cpus:
             _check_cpus(instance)
         if topology.uses_cache(instance) and topology.cache and topology.cache.chunk_tokens % 128:
@@ -115,10 +118,8 @@ def _check_instance(topology: Topology, instance: Instance) -> None:
     if engine.kv_cache_space_gib is not None:
         fix = "Use gpu_memory_utilization on a GPU."
         raise ConfigError(f"{key}.kv_cache_space_gib", "has no meaning with device cuda", fix)
-    if instance.gpus and len(instance.gpus) != engine.tensor_parallel_size:
-        problem = (
-            f"{list(instance.gpus)} is {len(instance.gpus)}, but tensor_parallel_size is {engine.tensor_parallel_size}"
-        )
+    if instance.gpus and len(instance.gpus) != engine.ranks:
+        problem = f"{list(instance.gpus)} is {len(instance.gpus)}, but {_ranks(engine)}"
         raise ConfigError(f"{key}.gpus", problem, "List one GPU per rank.")
 
 
@@ -129,10 +130,15 @@ def _check_cpus(instance: Instance) -> None:
         raise ConfigError(
             key, f"{text!r} is not a list of cores", 'Write "0", "0-3", "0,2", or "0-1|2-3" for two ranks.'
         )
-    wanted = instance.engine.tensor_parallel_size
-    if len(ranks) != wanted:
-        problem = f"{text!r} is for {len(ranks)} rank(s), but tensor_parallel_size is {wanted}"
+    if len(ranks) != instance.engine.ranks:
+        problem = f"{text!r} is for {len(ranks)} rank(s), but {_ranks(instance.engine)}"
         raise ConfigError(key, problem, "Separate the cores of each rank by |, e.g. 0|1.")
+
+
+def _ranks(engine: Engine) -> str:
+    said = f"tensor_parallel_size is {engine.tensor_parallel_size}"
+    stages = engine.pipeline_parallel_size
+    return f"{said} and pipeline_parallel_size {stages}" if stages > 1 else said
 
 
 def _check_gpus(topology: Topology) -> None:

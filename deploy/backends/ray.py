@@ -228,7 +228,7 @@ def for_topology(topology: Topology) -> RayBackend:
 def wanted(topology: Topology, host: Host) -> dict[str, float]:
     """What Ray keeps free there for us: the node itself, its GPUs that we use, a core for the agent."""
     gpus = sum(
-        i.engine.tensor_parallel_size for i in topology.instances if i.on == host.name and i.engine.device == "cuda"
+        i.engine.ranks for i in topology.instances if i.on == host.name and i.engine.device == "cuda"
     )
     return {f"node:{host.address}": 0.001, "CPU": 1.0, **({"GPU": float(gpus)} if gpus else {})}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,28 @@ decode: [{port: 8200, gpus: [1, 2]}, {port: 8201}]
 cache: {size: 1GiB}
 """
     assert [i.gpus for i in planned(text).topology.instances] == [(0, 3), (1, 2), (4, 5)]
+
+
+def test_each_rank_of_a_pipeline_gets_a_gpu_and_chunks_get_the_groups_that_all_stages_need() -> None:
+    text = """
+name: g
+model: org/m
+engine: {tensor_parallel_size: 2}
+prefill: [{port: 8100, pipeline_parallel_size: 2}, {port: 8101, tensor_parallel_size: 1, pipeline_parallel_size: 3}]
+decode: [{port: 8200}]
+plain: [{port: 8300, pipeline_parallel_size: 5}]
+cache: {size: 1GiB}
+"""
+    plan = planned(text)
+    assert [i.gpus for i in plan.topology.of("prefill")] == [(0, 1, 2, 3), (4, 5, 6)]
+    for name in ("prefill-0", "prefill-1", "decode-0"):
+        words = of(plan, name).argv
+        config = json.loads(words[words.index("--kv-transfer-config") + 1])
+        assert config["kv_connector_extra_config"]["pdserve.layer_groups"] == 6
+    words = of(plan, "prefill-0").argv
+    assert words[words.index("--pipeline-parallel-size") + 1] == "2"
+    assert "--pipeline-parallel-size" not in of(plan, "decode-0").argv
+    assert planned(text.replace("1GiB", "1GiB, layer_groups: 12")).context.layer_groups == 12
 
 
 def test_expand_cores() -> None:

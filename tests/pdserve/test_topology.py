@@ -133,6 +133,12 @@ def test_each_mistake_is_named(old: str, new: str, start: str, fix: str) -> None
 GPU_CASES = [
     ("gpus: [2, 3]", "gpus: [1, 2]", "both[1].gpus: 1 is used by both[0]"),
     ("gpus: [2, 3]", "gpus: [2]", "both[1].gpus: [2] is 1, but tensor_parallel_size is 2"),
+    (
+        "gpus: [2, 3]",
+        "gpus: [2, 3], pipeline_parallel_size: 2",
+        "both[1].gpus: [2, 3] is 2, but tensor_parallel_size is 2 and pipeline_parallel_size 2",
+    ),
+    ("gpus: [2, 3]", "device: cpu, pipeline_parallel_size: 2", "both[1].pipeline_parallel_size: with device cpu"),
     ("gpus: [2, 3]", 'cpus: "0"', "both[1].cpus: '0' with device cuda"),
     ("gpus: [2, 3]", "kv_cache_space_gib: 1", "both[1].kv_cache_space_gib: has no meaning with device cuda"),
 ]

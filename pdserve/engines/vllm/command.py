@@ -78,6 +78,8 @@ def kv_transfer_config(instance: Instance, context: Context) -> dict[str, object
         extra["pdserve.patience"] = context.cache_patience
     if context.cache_payload:
         extra["pdserve.payload"] = context.cache_payload
+    if context.layer_groups > 1:
+        extra["pdserve.layer_groups"] = context.layer_groups
     return {
         "kv_connector": "PdserveConnector",
         "kv_connector_module_path": "pdserve.engines.vllm.connector",
@@ -90,6 +92,8 @@ def kv_transfer_config(instance: Instance, context: Context) -> dict[str, object
 
 def _engine_flags(engine: Engine) -> list[str]:
     flags = ["--dtype", engine.dtype, "--tensor-parallel-size", str(engine.tensor_parallel_size)]
+    if engine.pipeline_parallel_size > 1:
+        flags += ["--pipeline-parallel-size", str(engine.pipeline_parallel_size)]
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
         value = getattr(engine, name)
         if value is not None:
