@@ -3,7 +3,11 @@
 # ENGINE=cuda   installs CUDA vLLM instead of the CPU build (then use the gpu-* topologies; the demo needs the CPU build)
 PYTHON ?= python3
 ENGINE ?= cpu
+RERUNS ?= 1
 BIN := .venv/bin
+
+# What pytest itself does not tell: that it ended before its closing line.
+CRASHED = { code=$$?; [ $$code -eq 1 ] || echo "pytest did not come to its end: exit code $$code"; exit $$code; }
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format typecheck unit e2e bench-quick soak clean docs docs-generate newcomer
@@ -21,11 +25,12 @@ setup:
 demo: setup
 	@$(BIN)/pdserve demo $(if $(KEEP),--keep)
 
-# pytest last, so that its closing line is the last one.
+# pytest last, so that its closing line is the last one. A test that fails is run once more, and told of (CONTRIBUTING.md);
+# more than five of them in a run are no chance.
 test:
 	@$(PYTHON) scripts/setup.py --engine $(ENGINE) --test-servers
 	@$(MAKE) --no-print-directory lint typecheck
-	@$(BIN)/pytest --durations=40
+	@$(BIN)/pytest --durations=40 --reruns $(RERUNS) --max-suite-reruns 5 || $(CRASHED)
 
 lint:
 	@$(BIN)/ruff check .
