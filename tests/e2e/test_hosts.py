@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import threading
@@ -54,7 +55,7 @@ hosts:
 {engine}
 prefill: [{{port: 22620, host: a, cpus: "0"}}, {{port: 22621, host: c, cpus: "0"}}]
 decode: [{{port: 22630, host: b, cpus: "1"}}, {{port: 22631, host: c, cpus: "1"}}]
-cache: {{size: 512MiB, admin_port: 22680}}
+cache: {{size: 512MiB, load: always, patience: 4, admin_port: 22680}}
 peers: {{port: 22690}}
 proxy: {{port: 22600, host: b, prefill_timeout: 45}}
 """
@@ -74,12 +75,13 @@ class World:
     def __init__(self, spread: Spread, reference: list[list[int]]) -> None:
         self.spread, self.reference, self.net = spread, reference, spread.net
         self.proxy = f"http://{spread.net['b'].address}:22600"
+        self.salt = ""
 
     def engine(self, host: str, port: int) -> str:
         return f"http://{self.net[host].address}:{port}"
 
     def ask(self, i: int, url: str = "", host: str = "b", **more):
-        answer = self.spread.complete(host, url or self.proxy, prompt(i), **more)
+        answer = self.spread.complete(host, url or self.proxy, prompt(i), cache_salt=self.salt, **more)
         assert answer.status == 200, answer.body
         return answer
 
@@ -101,7 +103,7 @@ class World:
 
     def crosses(self, pairs: set[tuple[str, str]]) -> None:
         """More requests, until one has gone from one host to another."""
-        rng = random.Random(len(pairs))
+        rng = random.Random()
         for _ in range(8):
             if any(HOST[prefill] != HOST[decode] for prefill, decode in pairs):
                 return
@@ -151,7 +153,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def spread(stage, tmp_path_factory):
+def launched(stage, tmp_path_factory):
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed here")
     stage.close()  # memory for four engines
@@ -170,6 +172,13 @@ def spread(stage, tmp_path_factory):
                 spread.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def spread(launched):
+    """Nothing that another test asked, or this one in its first try, is in any cache: prompts have references, and are few."""
+    launched.salt = secrets.token_hex(8)
+    return launched
 
 
 def _reference(net, folder, where):
@@ -208,15 +217,23 @@ def test_prefill_on_one_host_decode_on_another(spread):
         assert answer.route == "pd"
         pairs.add(spread.pair(answer))
     assert len(pairs) >= 2
+    rng = random.Random()
+
+    def went_over():
+        """Whether it has; else one more request, of which some cross: on a busy machine one may have come too late."""
+        logs = spread.spread.log("b", "decode-0") + spread.spread.log("c", "decode-1")
+        if "from peer" in logs and sum(spread.sent(host) - before[host] for host in "ac") > 0:
+            return True
+        spread.spread.complete("b", spread.proxy, [rng.randrange(1000, 40000) for _ in range(300)])
+        return False
+
     spread.crosses(pairs)
-    assert sum(spread.sent(host) - before[host] for host in "ac") > 0
-    retrieved = spread.spread.log("b", "decode-0") + spread.spread.log("c", "decode-1")
-    assert "from peer" in retrieved, "a consumer has loaded what came from another host"
+    spread.waits_for(went_over, "a consumer has loaded what another host sent", 240)
 
 
 def test_two_producers_two_consumers_at_once(spread):
     chosen = [4, 5, 6, 7]
-    answers = spread.spread.together("b", spread.proxy, [prompt(i) for i in chosen])
+    answers = spread.spread.together("b", spread.proxy, [prompt(i) for i in chosen], cache_salt=spread.salt)
     for i, answer in zip(chosen, answers, strict=True):
         assert answer.status == 200, answer.body
         spread.right(i, answer)
@@ -225,19 +242,27 @@ def test_two_producers_two_consumers_at_once(spread):
 
 def test_what_another_host_computed_is_not_computed_again(spread):
     """Straight to the engines: the producer on a computes, the consumer on b finds it there, without any handover."""
-    rng = random.Random(8)
+    rng = random.Random()
     for i in range(5):  # the consumer has computed nothing yet: how slow it is, and fetching worth it, is not known
         own = [rng.randrange(1000, 40000) for _ in range(150 + 70 * i)]
         assert spread.spread.complete("b", spread.engine("b", 22630), own, tokens=3).status == 200
     before = spread.spread.log("b", "decode-0").count("from peer")
-    for i in (8, 19):  # on a busy machine the first may have been predicted to come too late
-        spread.right(i, spread.ask(i, spread.engine("a", 22620)))
+
+    def both_ask(tokens):
+        first = spread.spread.complete("b", spread.engine("a", 22620), tokens, cache_salt=spread.salt)
+        assert first.status == 200, first.body
         spread.waits_for(
             lambda: spread.peers("b")["a"]["chunks"] >= spread.spread.daemon("a")["chunks"], "b learns of it"
         )
-        spread.right(i, spread.ask(i, spread.engine("b", 22630)))
+        second = spread.spread.complete("b", spread.engine("b", 22630), tokens, cache_salt=spread.salt)
+        assert second.ids == first.ids
+        return first
+
+    spread.right(8, both_ask(prompt(8)))
+    for _ in range(8):  # on a busy machine the first may have been predicted to come too late
         if (log := spread.spread.log("b", "decode-0")).count("from peer") > before:
             break
+        both_ask([rng.randrange(1000, 40000) for _ in range(560)])
     facts = [line for line in spread.metrics("b").splitlines() if line.startswith("pdserve_peer")]
     assert log.count("from peer") > before, "\n".join([*facts, *log.splitlines()[-15:]])
     assert 'pdserve_peer_pull_decisions_total{decision="pull"}' in "\n".join(facts)
@@ -277,7 +302,15 @@ def test_fifty_milliseconds_away(spread):
         for i, answer in zip((15, 16), answers, strict=True):
             spread.right(i, answer)
         spread.crosses({spread.pair(answer) for answer in answers})
-        assert sum(spread.sent(host) for host in "ac") > sum(before)
+        rng = random.Random()
+
+        def went_over():
+            if sum(spread.sent(host) for host in "ac") > sum(before):
+                return True
+            spread.spread.complete("b", spread.proxy, [rng.randrange(1000, 40000) for _ in range(300)])
+            return False
+
+        spread.waits_for(went_over, "something was sent over the relays", 240)
         spread.released(*"abc")
     finally:
         for relay in relays:
@@ -290,7 +323,7 @@ def test_a_peer_that_stops_reading(spread):
     daemon = spread.pid("c", "cache-c")
     os.kill(daemon, signal.SIGSTOP)
     try:
-        answers = spread.spread.together("b", spread.proxy, [prompt(i) for i in (17, 18)])
+        answers = spread.spread.together("b", spread.proxy, [prompt(i) for i in (17, 18)], cache_salt=spread.salt)
         for i, answer in zip((17, 18), answers, strict=True):
             assert answer.status == 200, answer.body
             spread.right(i, answer)
@@ -350,7 +383,8 @@ def test_a_whole_host_dies(spread):
     spread.right(3, answer)
     assert (answer.headers["x-pdserve-prefill"], answer.headers["x-pdserve-decode"]) == ("prefill-0", "decode-0")
     spread.released(*"ab")
-    spread.spread.supervisors.pop("c").wait(10)
+    if (supervisor := spread.spread.supervisors.pop("c", None)) is not None:  # not in a second try
+        supervisor.wait(60)
 
 
 def test_stop_leaves_nothing(spread):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from ports import free_port
 
 from pdserve.openai_client import Client
-from pdserve.target import free_port
 
 from .conftest import wait_for
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from ports import free_port
 
 from pdserve.openai_client import Client
-from pdserve.target import free_port
 
 from .conformance_rows import SAY, WEATHER
 from .conftest import wait_for

@@ -1,11 +1,14 @@
 """What a deployment tells of its requests: records, explain, headers, logs, one trace over all its processes.
 
-It has a small cache, so that chunks are evicted, and is started here because the others have no use for traces.
+It has a small cache, so that chunks are evicted, and is started here because the others have no use for traces. Each test has
+prompts and request ids of its own, new ones when it runs once more.
 """
 
 from __future__ import annotations
 
 import json
+import random
+import secrets
 import subprocess
 import sys
 import time
@@ -34,25 +37,29 @@ engine:
   env: {{VLLM_SERVER_DEV_MODE: "1"}}
 prefill: [{{port: 23010, cpus: "0"}}]
 decode: [{{port: 23020, cpus: "1"}}]
-cache: {{size: 64MiB, admin_port: 23030}}
+cache: {{size: 64MiB, load: always, patience: 20, admin_port: 23030}}
 proxy: {{port: 23000}}
 tracing: {{endpoint: "{otlp}"}}
 """
-TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-CHUNK = 256
-
 
 class Truth:
     def __init__(self, found: Target, receiver: Receiver) -> None:
         self.target, self.receiver = found, receiver
-        with Client(found.engines["prefill"][0]) as engine:
-            import random
+        self.run = ""
 
-            self.ids = lambda count, seed: make_ids(random.Random(seed), engine.tokenize, count)
-            self.pool = {seed: self.ids(1500, seed) for seed in (1, 2, 3, 4)}
+    def begin(self) -> None:
+        self.run = secrets.token_hex(4)
+
+    def ids(self, count: int) -> tuple[int, ...]:
+        """A prompt that nothing has seen before."""
+        with Client(self.target.engines["prefill"][0]) as engine:
+            return make_ids(random.Random(), engine.tokenize, count)
+
+    def id(self, name: str) -> str:
+        return f"{name}-{self.run}"
 
     def ask(self, name: str, prompt: Any, **more: Any) -> httpx.Response:
-        headers = {"x-request-id": name, **more.pop("headers", {})}
+        headers = {"x-request-id": self.id(name), **more.pop("headers", {})}
         body = {"model": "smollm2-135m-instruct", "prompt": list(prompt), "max_tokens": 4, "temperature": 0, **more}
         reply = httpx.post(f"{self.target.url}/v1/completions", json=body, headers=headers, timeout=120)
         assert reply.status_code == 200, reply.text
@@ -63,7 +70,7 @@ class Truth:
         """With what both engines have told, which comes a moment later."""
         deadline = time.monotonic() + 120
         while True:
-            told: dict[str, Any] = json.loads(pdserve("explain", name, "--url", self.target.url, "--json").stdout)
+            told: dict[str, Any] = json.loads(pdserve("explain", self.id(name), "--url", self.target.url, "--json").stdout)
             instances = {span["instance"] for span in told["spans"] if span["name"] in ("load", "transfer", "queue")}
             if told["chunks"] and {"prefill-0", "decode-0"} <= instances:
                 return told
@@ -83,21 +90,27 @@ def pdserve(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def truth(stage: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Truth]:
+def deployed(stage: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Truth]:
     stage.close()  # two deployments would not fit a small machine
     file: Path = tmp_path_factory.mktemp("truth") / "truth.yaml"
     with Receiver() as receiver:
         file.write_text(TOPOLOGY.format(otlp=receiver.url))
         top = topology.load(file)
-        target.launch(file)
         try:
+            target.launch(file)
             yield Truth(Target.of(top), receiver)
         finally:
             target.stop(top.name)
 
 
+@pytest.fixture
+def truth(deployed: Truth) -> Truth:
+    deployed.begin()
+    return deployed
+
+
 def test_why_chunks_were_hit_or_missed(truth: Truth) -> None:
-    prompt = truth.pool[1][:700]
+    prompt = truth.ids(700)
     truth.ask("cold", prompt)
     assert all(why.startswith("never stored") for why in truth.whys("cold"))
     assert "not full" in truth.whys("cold")[-1]
@@ -118,59 +131,60 @@ def test_why_chunks_were_hit_or_missed(truth: Truth) -> None:
     truth.ask("salted", prompt, cache_salt="bob")
     assert all("under no cache_salt: never shared" in why for why in truth.whys("salted"))
 
-    truth.ask("longer", [*prompt, *truth.pool[2][:100]])
+    truth.ask("longer", [*prompt, *truth.ids(100)])
     assert truth.whys("longer")[:2] == ["dram", "dram"]
     assert "ended at token 700: its last chunk was not full" in truth.whys("longer")[2]
 
-    for seed in (3, 4):
-        truth.ask(f"filler-{seed}", truth.pool[seed])
+    for n in (3, 4):
+        truth.ask(f"filler-{n}", truth.ids(1500))
     truth.ask("again", prompt)
     assert any(
         "evicted from dram" in why and "to make room for what prefill-0 stored" in why for why in truth.whys("again")
     )
 
-    text = " ".join(pdserve("explain", "again", "--url", truth.target.url).stdout.split())
+    text = " ".join(pdserve("explain", truth.id("again"), "--url", truth.target.url).stdout.split())
     assert "Two engines shared it: prefill-0 computed the prompt, decode-0 the answer." in text
     assert "evicted from dram" in text
     listed = httpx.get(f"{truth.target.url}/admin/requests", params={"limit": 3}, timeout=10).json()["requests"]
-    assert [r["id"] for r in listed] == ["again", "filler-4", "filler-3"]
+    assert [r["id"] for r in listed] == [truth.id(name) for name in ("again", "filler-4", "filler-3")]
     assert listed[0]["prompt_tokens"] == 700
 
 
 def test_one_trace_over_proxy_both_engines_and_cache(truth: Truth) -> None:
-    given = f"00-{TRACE}-{PARENT}-01"
-    truth.ask("traced", truth.pool[2][:600], headers={"traceparent": given}, stream=True)
+    trace, parent = secrets.token_hex(16), secrets.token_hex(8)
+    given = f"00-{trace}-{parent}-01"
+    truth.ask("traced", truth.ids(600), headers={"traceparent": given}, stream=True)
 
     def complete(spans: list[Received]) -> bool:
         """All is there that is looked at below: each process sends its spans in its own time, in several parts."""
-        mine = [span for span in spans if span.trace_id == TRACE]
+        mine = [span for span in spans if span.trace_id == trace]
         legs = {span.attributes.get("pdserve.instance"): span.span_id for span in mine if span.name.endswith(" leg")}
-        known = {span.span_id for span in mine} | {PARENT}
+        known = {span.span_id for span in mine} | {parent}
         return (
-            any(span.parent_id == PARENT for span in mine)
+            any(span.parent_id == parent for span in mine)
             and {span.parent_id for span in mine} <= known
             and {span.name for span in mine if span.service == "cache"} >= {"cache lookup", "kv store", "engine queue"}
             and all(legs.get(s) in {x.parent_id for x in mine if x.service == s} for s in ("prefill-0", "decode-0"))
         )
 
-    spans = [span for span in truth.receiver.wait(complete, 120) if span.trace_id == TRACE]
+    spans = [span for span in truth.receiver.wait(complete, 120) if span.trace_id == trace]
     by_id = {span.span_id: span for span in spans}
-    root = next(span for span in spans if span.parent_id == PARENT)
+    root = next(span for span in spans if span.parent_id == parent)
     assert (root.service, root.name) == ("proxy", "POST /v1/completions")
     legs = {span.attributes["pdserve.instance"]: span for span in spans if span.name.endswith(" leg")}
     for service in ("prefill-0", "decode-0"):
         assert any(span.parent_id == legs[service].span_id for span in spans if span.service == service)
     assert {span.name for span in spans if span.service == "cache"} >= {"cache lookup", "kv store", "engine queue"}
-    assert all(span.parent_id in by_id or span.parent_id == PARENT for span in spans)
-    assert truth.record("traced")["trace_id"] == TRACE
+    assert all(span.parent_id in by_id or span.parent_id == parent for span in spans)
+    assert truth.record("traced")["trace_id"] == trace
 
 
 def test_logs_of_all_processes_about_one_request(truth: Truth) -> None:
-    truth.ask("spoken-of", truth.pool[3][:500])
+    truth.ask("spoken-of", truth.ids(500))
     truth.record("spoken-of")
 
     def lines() -> list[dict[str, Any]]:
-        command = ("logs", "e2e-truth", "--request", "spoken-of", "--json")
+        command = ("logs", "e2e-truth", "--request", truth.id("spoken-of"), "--json")
         return [json.loads(line) for line in pdserve(*command).stdout.splitlines()]
 
     deadline, both = time.monotonic() + 60, {("engine", "prefill-0"), ("engine", "decode-0")}
@@ -180,7 +194,7 @@ def test_logs_of_all_processes_about_one_request(truth: Truth) -> None:
             break
         assert time.monotonic() < deadline, told
         time.sleep(0.2)
-    assert all("spoken-of" in (line["request_id"] or line["message"]) for line in told)
+    assert all(truth.id("spoken-of") in (line["request_id"] or line["message"]) for line in told)
     times = [line["time"] for line in told]
     assert times == sorted(times)
     everything = pdserve("logs", "e2e-truth").stdout

@@ -100,9 +100,9 @@ class Spread:
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "return_token_ids": True, **more}
         return self.ask(host, f"{url}/v1/completions", body)
 
-    def together(self, host: str, url: str, prompts: list[list[int]], tokens: int = 12) -> list[Answer]:
+    def together(self, host: str, url: str, prompts: list[list[int]], tokens: int = 12, **more: Any) -> list[Answer]:
         with ThreadPoolExecutor(len(prompts)) as pool:
-            return list(pool.map(lambda prompt: self.complete(host, url, prompt, tokens), prompts))
+            return list(pool.map(lambda prompt: self.complete(host, url, prompt, tokens, **more), prompts))
 
     def daemon(self, name: str) -> dict[str, Any]:
         return self.ask(name, "http://127.0.0.1:22680/status").body
