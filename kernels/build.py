@@ -1,4 +1,7 @@
-"""Compiles csrc/ once for this machine and keeps the result under PDSERVE_HOME/build, named by what went into it."""
+"""Compiles csrc/ once for this machine and keeps the result under PDSERVE_HOME/build, named by what went into it.
+
+The GPU path in two ways: nvcc or hipcc make one library; else NVRTC makes the kernels and a C++ compiler the host part.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,25 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+from . import nvrtc
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 GPU_FLAGS = {
-    "nvcc": ("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-arch={arch}"),
+    "nvcc": ("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-x", "cu", "-arch={arch}"),
     "hipcc": ("-O3", "-std=c++17", "-shared", "-fPIC", "-x", "hip", "--offload-arch={arch}", "-Wno-unused-result"),
 }
+NVRTC_FLAGS = ("--std=c++17",)
+KERNEL_SOURCES = ("blocks.cuh", "gpu.h", "job.h", "digest.h", "rounded.h")
+HOST_SOURCES = ("lanes.cpp", "gpu.h", "driver.h", "job.h", "digest.h", "rounded.h")
+#: what PDSERVE_KERNELS may name
+WAYS = ("nvcc", "hipcc", "nvrtc", "torch")
 TIMEOUT_S = 120
+LOG_CHARACTERS = 2000
 
 
 class BuildError(Exception):
@@ -66,25 +79,83 @@ def receive_library(build_root: Path) -> Path:
     return _host_library(build_root, "receive", ("receive.cpp", "digest.h"))
 
 
+def lanes_library(build_root: Path) -> Path:
+    """The GPU path's host part alone, over the driver's functions, compiled now if it is not there. Raises BuildError."""
+    return _host_library(build_root, "lanes", HOST_SOURCES)
+
+
 def _host_library(build_root: Path, name: str, sources: tuple[str, ...]) -> Path:
     """Compiled for this processor; the first of `sources` includes the others."""
     cxx = compiler()
     if cxx is None:
         raise BuildError("no C++ compiler found (looked for $CXX, g++, clang++)")
     identity = (cxx, *FLAGS, platform.machine(), _cpu_identity())
-    return _built([cxx, *FLAGS, str(SOURCES / sources[0])], sources, identity, build_root, name)
+    return _built([cxx, *FLAGS, str(SOURCES / sources[0]), "-ldl"], sources, identity, build_root, name)
 
 
-def gpu_library(build_root: Path, arch: str) -> Path:
-    """Path of the GPU library for `arch` ("sm_90", "gfx90a"), compiled now if it is not there. Raises BuildError."""
+@dataclass(frozen=True)
+class GpuBuild:
+    """`library`: the host part; `code`: the kernels, where they are not in the library; `how`: for people."""
+
+    library: Path
+    code: Path | None
+    how: str
+
+
+def gpu_library(build_root: Path, arch: str) -> GpuBuild:
+    """What moves KV on `arch` ("sm_90", "gfx90a"), compiled now if it is not there. Raises BuildError.
+
+    nvcc or hipcc where there is one, else NVRTC. PDSERVE_KERNELS names one way, for tests; "torch" is none of them.
+    """
+    wanted = os.environ.get("PDSERVE_KERNELS", "")
+    if wanted not in ("", *WAYS):
+        raise BuildError(f"PDSERVE_KERNELS={wanted!r} is not one of {', '.join(WAYS)}")
+    toolkit = "hipcc" if arch.startswith("gfx") else "nvcc"
+    problems = [f"PDSERVE_KERNELS={wanted}"] if wanted else []
+    for way, made_by in ((toolkit, _by_toolkit), ("nvrtc", _by_nvrtc)):
+        if wanted not in ("", way) or (way == "nvrtc" and toolkit == "hipcc"):
+            continue
+        try:
+            return made_by(build_root, arch)
+        except BuildError as e:
+            problems.append(str(e))
+    raise BuildError("; ".join(problems))
+
+
+def _by_toolkit(build_root: Path, arch: str) -> GpuBuild:
     found = gpu_compiler(arch)
     if found is None:
         raise BuildError(f"no {'hipcc' if arch.startswith('gfx') else 'nvcc'} found to compile for {arch}")
     kind, path = found
     flags = [flag.format(arch=arch) for flag in GPU_FLAGS[kind]]
-    sources = ("blocks.cu", "blocks.cuh", "gpu.h", "digest.h", "rounded.h")
+    sources = (*HOST_SOURCES, *KERNEL_SOURCES)
     identity = (path, *flags, platform.machine())
-    return _built([path, *flags, str(SOURCES / "blocks.cu")], sources, identity, build_root, arch)
+    made = _built([path, *flags, str(SOURCES / "lanes.cpp")], sources, identity, build_root, arch)
+    return GpuBuild(made, None, f"compiled with {path}")
+
+
+def _by_nvrtc(build_root: Path, arch: str) -> GpuBuild:
+    """The host part by the C++ compiler, the kernels by the first NVRTC that takes them."""
+    problems = []
+    for path in nvrtc.libraries():
+        try:
+            version, code = _kernels(build_root, arch, nvrtc.Nvrtc(path))
+        except nvrtc.NvrtcError as e:
+            problems.append(f"for {arch}, {e}"[:LOG_CHARACTERS])
+        else:
+            how = f"compiled with NVRTC {version} ({path}) and {compiler()}"
+            return GpuBuild(lanes_library(build_root), code, how)
+    raise BuildError("; ".join(problems) or "no libnvrtc.so found (PyPI: nvidia-cuda-nvrtc; CUDA 12: nvidia-cuda-nvrtc-cu12)")
+
+
+def _kernels(build_root: Path, arch: str, by: nvrtc.Nvrtc) -> tuple[str, Path]:
+    """(NVRTC's version, cubin)"""
+
+    def make(to: Path) -> None:
+        to.write_bytes(by.cubin(SOURCES / "blocks.cuh", [*NVRTC_FLAGS, f"--gpu-architecture={arch}", f"-I{SOURCES}"]))
+
+    identity = (f"nvrtc {by.version}", *NVRTC_FLAGS)
+    return by.version, _kept(make, KERNEL_SOURCES, identity, build_root, arch, "cubin")
 
 
 def _environment() -> dict[str, str]:
@@ -93,26 +164,37 @@ def _environment() -> dict[str, str]:
 
 
 def _built(command: list[str], sources: tuple[str, ...], identity: tuple[str, ...], root: Path, name: str) -> Path:
-    """The library that `command` makes, made now unless one of the same sources and identity is there."""
+    """The library that `command` makes."""
+
+    def make(to: Path) -> None:
+        done = subprocess.run(
+            [*command, "-o", str(to)], capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=_environment()
+        )
+        if done.returncode:
+            raise BuildError(f"{command[0]} failed: {done.stderr.strip()[-LOG_CHARACTERS:]}")
+
+    try:
+        return _kept(make, sources, identity, root, name, "so")
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise BuildError(f"{command[0]} could not be run: {e}") from e
+
+
+def _kept(
+    make: Callable[[Path], None], sources: tuple[str, ...], identity: tuple[str, ...], root: Path, name: str, ending: str
+) -> Path:
+    """The file that `make` writes, made now unless one of the same sources and identity is there."""
     digest = hashlib.sha256()
     for part in identity:
         digest.update(part.encode() + b"\0")
     for source in sources:
         digest.update((SOURCES / source).read_bytes())
-    target = root / f"{name}-{digest.hexdigest()[:16]}.so"
+    target = root / f"{name}-{digest.hexdigest()[:16]}.{ending}"
     if target.exists():
         return target
     root.mkdir(parents=True, exist_ok=True)
     # Written beside its target and renamed: several engines may start at the same moment.
     with tempfile.TemporaryDirectory(dir=root) as folder:
-        made = Path(folder) / "lib.so"
-        try:
-            done = subprocess.run(
-                [*command, "-o", str(made)], capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=_environment()
-            )
-        except (OSError, subprocess.TimeoutExpired) as e:
-            raise BuildError(f"{command[0]} could not be run: {e}") from e
-        if done.returncode:
-            raise BuildError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+        made = Path(folder) / "made"
+        make(made)
         made.replace(target)
     return target

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from . import build, rounded
+from .nvrtc import DRIVER
 from .paged import Geometry
 
 SAVE, LOAD = 0, 1
@@ -33,17 +35,31 @@ class _Geometry(ctypes.Structure):
     ]
 
 
-def library(arch: str) -> ctypes.CDLL:
-    """The compiled library for `arch` ("sm_90", "gfx90a"). Raises build.BuildError when there is no compiler."""
+@dataclass(frozen=True)
+class Library:
+    """`code`: the kernels, where they are not in the library itself; `how`: what compiled it."""
+
+    functions: ctypes.CDLL
+    code: bytes | None
+    how: str
+
+
+def library(arch: str) -> Library:
+    """What moves KV on `arch` ("sm_90", "gfx90a"). Raises build.BuildError, with the reason, where plain torch must serve."""
     root = Path(os.environ.get("PDSERVE_HOME") or Path.home() / ".cache" / "pdserve") / "build"
+    made = build.gpu_library(root, arch)
     try:
-        lib = ctypes.CDLL(str(build.gpu_library(root, arch)))
+        lib = ctypes.CDLL(str(made.library))
     except OSError as e:
         raise build.BuildError(f"the compiled GPU library does not load: {e}") from e
+    if made.code:
+        lib.pd_gpu_driver.restype, lib.pd_gpu_driver.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
+        if wrong := lib.pd_gpu_driver(DRIVER.encode()):
+            raise build.BuildError(f"the driver's library: {wrong.decode()}")
     pointer, i64, u64, i32, u32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_int, ctypes.c_uint32
     for name, result, arguments in (
         ("error", ctypes.c_char_p, []),
-        ("open", pointer, [i32, pointer, pointer, u64, i32, i32, i32]),
+        ("open", pointer, [i32, pointer, pointer, u64, i32, i32, i32, ctypes.c_char_p]),
         ("close", None, [pointer]),
         ("register", i32, [i32, pointer, u64]),
         ("unregister", i32, [i32, pointer]),
@@ -61,7 +77,7 @@ def library(arch: str) -> ctypes.CDLL:
     ):
         function = getattr(lib, f"pd_gpu_{name}")
         function.restype, function.argtypes = result, arguments
-    return lib
+    return Library(lib, made.code.read_bytes() if made.code else None, made.how)
 
 
 class Mark:
@@ -95,7 +111,8 @@ class Gpu:
         blocks: int = 32,
     ) -> None:
         geometry.check()
-        self._lib, self.device, self.geometry = library(arch), device, geometry
+        made = library(arch)
+        self._lib, self.device, self.geometry = made.functions, device, geometry
         g = geometry
         numbers = _Geometry(
             g.block_stride,
@@ -111,7 +128,7 @@ class Gpu:
         )
         bases = np.asarray(g.bases, dtype=np.uint64)
         self._context = self._lib.pd_gpu_open(
-            device, bases.ctypes.data, ctypes.byref(numbers), staging_bytes, depth, blocks, int(g.wide)
+            device, bases.ctypes.data, ctypes.byref(numbers), staging_bytes, depth, blocks, int(g.wide), made.code
         )
         if not self._context:
             raise GpuError(self._error())

@@ -172,7 +172,7 @@ class DevicePages:
         pinned: Pinned | None = None,
     ) -> None:
         geometry.check()
-        gpu.library(arch)
+        self._how = gpu.library(arch).how
         self._geometry, self._arch, self._device, self._split = geometry, arch, device, split
         self.layers, self.num_blocks = geometry.layers, geometry.num_blocks // split
         self.first_shard, self.shard_count, self.stores = first_shard, geometry.heads, stores
@@ -187,7 +187,7 @@ class DevicePages:
         g = self._geometry
         blocks = f"{g.num_blocks} blocks of {g.block_tokens} tokens"
         stored = f", stored as {g.payload}" if g.payload else ""
-        return f"{self._arch}; {g.layers} layers, {blocks}, {g.heads} heads of {g.token_bytes} bytes a token{stored}"
+        return f"{self._arch}, {self._how}; {g.layers} layers, {blocks}, {g.heads} heads of {g.token_bytes} bytes a token{stored}"
 
     def shard_bytes(self, tokens: int, blocks: int = 0) -> int:
         return self._geometry.shard_bytes(tokens)

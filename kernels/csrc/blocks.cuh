@@ -4,36 +4,11 @@
 // so one kernel serves every layout whose K and V of one token and head are one or two contiguous runs of bytes.
 #pragma once
 #include "gpu.h"
-
-#include "digest.h"
-#include "rounded.h"
+#include "job.h"
 
 namespace pd {
 
-constexpr int THREADS = 1024;  // at most; a kernel that is to be short uses blocks of 256
 constexpr int UNROLL = 4;
-constexpr int MAX_BLOCKS = 512;
-
-// Strides are in bytes and the same in all layers. A token of one head has `parts` runs of `part_bytes`.
-struct Pages {
-  const uint64_t* bases;  // address of block 0, head 0 of each layer; device memory
-  int64_t block, head, token, part;
-  uint32_t layers, heads, parts, part_bytes, block_tokens;
-  uint32_t payload;  // its code (rounded.h)
-};
-
-struct Job {
-  unsigned char* chunk;  // first shard
-  uint64_t stride;       // from one shard to the next
-  uint32_t tokens;
-  int32_t blocks[MAX_BLOCKS];  // by position in the chunk; negative: scatter leaves that block alone (the digest does not)
-};
-
-// Per-direction scratch: kernels of one direction run one after another on one stream.
-struct Sums {
-  unsigned long long* by_head;  // zero between launches
-  unsigned* arrived;            // zero between launches
-};
 
 template <typename V> struct Words;
 template <> struct Words<uint4> {
@@ -202,7 +177,7 @@ __device__ __forceinline__ uint64_t grow_head(const Pages& pages, const Job& job
 // last block to finish.
 // P 0: the bytes as they are, sizeof(V) at a time.
 template <typename V, bool GATHER, int P>
-__global__ void __launch_bounds__(THREADS) move(const Pages pages, const GPU_GRID_CONSTANT Job job, Sums sums, uint64_t* result) {
+__device__ __forceinline__ void move(const Pages& pages, const Job& job, const Sums& sums, uint64_t* result) {
   __shared__ uint64_t partial[THREADS];
   __shared__ uint32_t largest[P && GATHER ? THREADS / TEAM : 1][8];
   for (uint32_t head = blockIdx.y; head < pages.heads; head += gridDim.y) {
@@ -225,5 +200,13 @@ __global__ void __launch_bounds__(THREADS) move(const Pages pages, const GPU_GRI
     }
   }
 }
+
+#define PD_KERNEL(way, GATHER, name, V, P)                                                                               \
+  extern "C" __global__ void __launch_bounds__(THREADS) pd_##way##_##name(const Pages pages, const GPU_GRID_CONSTANT Job job, \
+                                                                          Sums sums, uint64_t* result) {                  \
+    move<V, GATHER, P>(pages, job, sums, result);                                                                        \
+  }
+#define PD_BOTH(name, V, P) PD_KERNEL(gather, true, name, V, P) PD_KERNEL(scatter, false, name, V, P)
+PD_KERNELS(PD_BOTH)
 
 }  // namespace pd

@@ -8,7 +8,17 @@
 // mix is a bijection on 64-bit words, hence a change inside one word is always detected; changes in several words, moved
 // or swapped words collide with probability about 2^-64. It guards against damage, not against an attacker.
 #pragma once
+#if defined(__CUDACC_RTC__)  // it has no standard library
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef signed char int8_t;
+typedef long int64_t;
+typedef unsigned long uint64_t;
+#else
 #include <cstdint>
+#endif
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define PD_INLINE __host__ __device__ __forceinline__

@@ -1,16 +1,21 @@
 // CUDA or HIP: the only place that knows which. Everything else says gpu*.
+//
+// nvcc and hipcc make one library of kernels and host part, over the runtime's functions. Where only the run-time compiler is, it
+// makes the kernels alone, and any C++ compiler the host part, over the functions of the driver's own library, which it finds
+// when it runs: no header and no library of a toolkit (GPU_DRIVER).
 #pragma once
-#include <cstdint>
-
-#if defined(__HIPCC__)
+#if defined(__CUDACC_RTC__)
+#define GPU_LOAD_ONCE(p) __ldcs(p)
+#define GPU_GRID_CONSTANT __grid_constant__
+#elif defined(__HIPCC__)
 #include <hip/hip_runtime.h>
 #define GPU_LOAD_ONCE(p) (*(p))
 #define GPU_GRID_CONSTANT
+typedef const void* gpuKernel_t;
 #define gpuError_t hipError_t
 #define gpuSuccess hipSuccess
 #define gpuErrorNotReady hipErrorNotReady
 #define gpuGetErrorString hipGetErrorString
-#define gpuGetLastError hipGetLastError
 #define gpuSetDevice hipSetDevice
 #define gpuMalloc hipMalloc
 #define gpuFree hipFree
@@ -41,15 +46,16 @@
 #define gpuEventQuery hipEventQuery
 #define gpuEventSynchronize hipEventSynchronize
 #define gpuEventDestroy hipEventDestroy
-#else
+#define gpuLaunch(kernel, x, y, threads, arguments, stream) hipLaunchKernel(kernel, dim3(x, y), dim3(threads), arguments, 0, stream)
+#elif defined(__CUDACC__)
 #include <cuda_runtime.h>
 #define GPU_LOAD_ONCE(p) __ldcs(p)
 #define GPU_GRID_CONSTANT __grid_constant__
+typedef const void* gpuKernel_t;
 #define gpuError_t cudaError_t
 #define gpuSuccess cudaSuccess
 #define gpuErrorNotReady cudaErrorNotReady
 #define gpuGetErrorString cudaGetErrorString
-#define gpuGetLastError cudaGetLastError
 #define gpuSetDevice cudaSetDevice
 #define gpuMalloc cudaMalloc
 #define gpuFree cudaFree
@@ -80,4 +86,8 @@
 #define gpuEventQuery cudaEventQuery
 #define gpuEventSynchronize cudaEventSynchronize
 #define gpuEventDestroy cudaEventDestroy
+#define gpuLaunch(kernel, x, y, threads, arguments, stream) cudaLaunchKernel(kernel, dim3(x, y), dim3(threads), arguments, 0, stream)
+#else
+#define GPU_DRIVER
+#include "driver.h"
 #endif

@@ -11,14 +11,10 @@
 // comes out is exact in every format a cache has, and is the same again when it is stored once more. What is not finite is left
 // out of the scale and stored as NaN, the same one always.
 #pragma once
+#include "digest.h"
+#if !defined(__CUDACC_RTC__)
 #include <cmath>
 #include <cstring>
-
-#include "digest.h"
-#if defined(__CUDACC__)
-#include <cuda_fp16.h>
-#elif defined(__HIPCC__)
-#include <hip/hip_fp16.h>
 #endif
 
 namespace pd {
@@ -40,8 +36,10 @@ PD_INLINE float float_of(uint32_t u) {
 }
 
 PD_INLINE float from_half(uint16_t h) {
-#if defined(__CUDACC__) || defined(__HIPCC__)
-  return __half2float(__ushort_as_half(h));
+#if defined(__CUDA_ARCH__)  // cuda_fp16.h is not where only the run-time compiler is
+  float whole;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(whole) : "h"(h));
+  return whole;
 #else
   _Float16 x;
   memcpy(&x, &h, 2);
@@ -51,8 +49,10 @@ PD_INLINE float from_half(uint16_t h) {
 PD_INLINE uint16_t to_half(float x) {
   const float largest = 65504.0f;  // rounding may have gone past it
   x = x > largest ? largest : x < -largest ? -largest : x;
-#if defined(__CUDACC__) || defined(__HIPCC__)
-  return __half_as_ushort(__float2half_rn(x));
+#if defined(__CUDA_ARCH__)
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+  return half;
 #else
   const _Float16 h = (_Float16)x;
   uint16_t u;

@@ -1,4 +1,4 @@
-"""Which code moves KV here: compiled for this CPU or numpy; for each GPU architecture a compiled library or plain torch."""
+"""Which code moves KV here: compiled for this CPU or numpy; for each GPU architecture what compiled it, or plain torch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ DEADLINE = 180.0  # the first time, it compiles: nvcc takes up to a minute
 
 @dataclass(frozen=True)
 class GpuPath:
-    """How an engine on this architecture moves blocks. `compiler`: its path, empty when there is none."""
+    """How an engine on this architecture moves blocks. `how`: what compiled the kernels, empty when nothing did."""
 
     arch: str
-    compiler: str
+    how: str
     problem: str = ""
 
 
@@ -31,12 +31,10 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 
 def look(arch: str) -> GpuPath:
-    found = build.gpu_compiler(arch)
     try:
-        build.gpu_library(env.home() / "build", arch)
+        return GpuPath(arch, build.gpu_library(env.home() / "build", arch).how)
     except build.BuildError as error:
-        return GpuPath(arch, found[1] if found else "", str(error))
-    return GpuPath(arch, found[1] if found else "")
+        return GpuPath(arch, "", str(error))
 
 
 def judge_cpu(path: str, why_not: str, compiler: str) -> Finding:
@@ -48,10 +46,10 @@ def judge_cpu(path: str, why_not: str, compiler: str) -> Finding:
 
 def judge_gpu(found: GpuPath) -> Finding:
     if not found.problem:
-        return ok(
-            NAME, f"{found.arch}: compiled with {found.compiler}" if found.compiler else f"{found.arch}: compiled"
-        )
-    tool = "hipcc (ROCm)" if found.arch.startswith("gfx") else "nvcc (CUDA toolkit)"
-    means = f"Plain torch moves KV on the GPU: the same results, slower ({found.problem})."
-    fix = f"Install {tool}, or set CUDA_HOME to where it is; the library is kept in {env.home() / 'build'}."
+        return ok(NAME, f"{found.arch}: {found.how}", path=found.how)
+    means = f"Plain torch moves KV on the GPU: the same results, several times slower ({found.problem})."
+    tools = "hipcc (ROCm)"
+    if not found.arch.startswith("gfx"):
+        tools = "g++, and either nvcc (CUDA toolkit; CUDA_HOME says where) or NVRTC (pip install nvidia-cuda-nvrtc)"
+    fix = f"Install {tools}; what they make is kept in {env.home() / 'build'}."
     return warn(NAME, f"{found.arch}: no compiled kernels", means, fix)

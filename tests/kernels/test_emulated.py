@@ -1,6 +1,6 @@
-"""The GPU kernels' own source, compiled for ordinary threads, against plain torch: bit for bit, without a GPU.
+"""The GPU's own sources without a GPU: kernels compiled for ordinary threads, the host part over a driver that is none.
 
-What a GPU alone can show (speed, memory checks, streams) is in tests/gpu.
+Results are compared with plain torch, bit for bit. What a GPU alone can show (speed, memory checks) is in tests/gpu.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pdserve import kernels
-from pdserve.kernels import build, rounded
+from pdserve.kernels import build, gpu, rounded
 from pdserve.kernels.paged import Geometry
 
 torch = pytest.importorskip("torch", reason="the oracle is the plain torch path")
@@ -42,8 +42,9 @@ def library(tmp_path_factory):
     compiler = build.compiler()
     assert compiler, "a C++ compiler"
     out = tmp_path_factory.mktemp("emulated") / "lib.so"
-    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", f"-I{HERE}", f"-I{build.SOURCES}"]
-    subprocess.run([compiler, *flags, str(HERE / "main.cpp"), "-o", str(out)], check=True, timeout=120)
+    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-D__CUDACC__", f"-I{HERE}", f"-I{build.SOURCES}"]
+    sources = [str(HERE / "main.cpp"), str(HERE / "driver.cpp")]
+    subprocess.run([compiler, *flags, *sources, "-o", str(out)], check=True, timeout=120)
     return ctypes.CDLL(str(out))
 
 
@@ -121,3 +122,99 @@ def test_any_bits_at_all_can_be_scattered(library, payload):
     assert found == [kernels.digest(c) for c in chunk]
     want = torch_path.grow(torch.from_numpy(chunk).view(2, LAYERS, 16, -1), payload, "float16")
     assert torch.equal(torch_path.gather(views, [3], 16), want)
+
+
+@pytest.fixture
+def without_kernels(library, tmp_path_factory, monkeypatch):
+    """kernels.gpu as it is where the run-time compiler made the kernels; `library` is the driver."""
+    code = tmp_path_factory.mktemp("code") / "sm_90.cubin"
+    code.write_bytes(b"emulated\0")
+    host = build.lanes_library(tmp_path_factory.getbasetemp() / "lanes")
+    monkeypatch.setattr(build, "gpu_library", lambda root, arch: build.GpuBuild(host, code, "emulated"))
+    monkeypatch.setattr(gpu, "DRIVER", library._name)
+    before = library.emulated_kept()
+    yield code
+    assert library.emulated_kept() == before  # everything was given back
+
+
+@pytest.mark.parametrize("direct", [0, 64])
+@pytest.mark.parametrize("payload", ["", rounded.INT8])
+def test_many_chunks_through_the_lanes_with_marks(library, without_kernels, direct, payload):
+    """More chunks than buffers, after work of the engine that they must wait for, and back behind such work."""
+    views, geometry = make("packed NHD", 8, 2, 64, "bfloat16")
+    geometry = dataclasses.replace(geometry, payload=payload, dtype="bfloat16")
+    tokens, chunks, shard = 12, 7, geometry.shard_bytes(12)
+    stride = -(-shard // 64) * 64
+    size = geometry.heads * stride
+    arena = np.zeros(chunks * size, np.uint8)
+    device = gpu.Gpu("sm_90", 0, geometry, size, depth=2, blocks=2)
+    device.register(arena.ctypes.data, arena.nbytes)
+
+    new = [torch.from_numpy(rng.integers(0, 256, v.shape, dtype=np.uint8)) for v in views]
+    new = [torch.empty_strided(v.shape, v.stride(), dtype=torch.uint8).copy_(n) for v, n in zip(views, new, strict=True)]
+    engine_writes(library, views, new)
+    mark = device.mark(0)
+    plan = [rng.permutation(BLOCKS)[:2].tolist() for _ in range(chunks)]
+    parts = [(p, tokens, stride, arena.ctypes.data + i * size) for i, p in enumerate(plan)]
+    tickets = device.submit(gpu.SAVE, mark, parts, direct)
+    device.settle()  # from here on the engine may write the blocks again
+    device.wait(gpu.SAVE, tickets[-1])
+    assert device.done(gpu.SAVE) == chunks
+    for i, p in enumerate(plan):
+        want = torch_path.gather(new, p, tokens)
+        want = torch_path.shrink(want, payload, "bfloat16") if payload else want
+        rows = arena[i * size : (i + 1) * size].reshape(geometry.heads, stride)[:, :shard]
+        assert (rows == want.flatten(1).numpy()).all()
+        assert device.digests(gpu.SAVE, tickets[i], tokens) == [kernels.digest(r.copy()) for r in rows]
+
+    zero = [torch.zeros_like(v) for v in views]
+    engine_writes(library, views, zero)  # earlier work: what is loaded must not be overwritten by it
+    mark = device.mark(0)
+    targets = [plan[-1][0], None]
+    ticket = device.load(mark, targets, tokens, stride, parts[-1][3], direct)
+    while device.done(gpu.LOAD) <= ticket:
+        pass  # each question lets the device do something
+    assert device.digests(gpu.LOAD, ticket, tokens) == device.digests(gpu.SAVE, tickets[-1], tokens)
+    source = torch.from_numpy(arena[-size:].reshape(geometry.heads, stride)[:, :shard].copy()).view(2, LAYERS, tokens, -1)
+    torch_path.scatter(torch_path.grow(source, payload, "bfloat16") if payload else source, zero, targets)
+    for got, wanted in zip(views, zero, strict=True):
+        assert torch.equal(got, wanted)
+    device.unregister(arena.ctypes.data)
+    del mark
+    device.close()
+
+
+def engine_writes(library, views, values):
+    """A kernel of the engine, submitted but not yet run."""
+    for view, value in zip(views, values, strict=True):
+        nbytes = ctypes.c_size_t(view.numel())
+        library.emulated_copy(ctypes.c_void_p(view.data_ptr()), ctypes.c_void_p(value.data_ptr()), nbytes)
+
+
+def test_one_kernel_alone_and_what_is_refused(without_kernels):
+    views, geometry = make("packed HND", 8, 2, 64, "bfloat16")
+    shard = geometry.shard_bytes(8)
+    device = gpu.Gpu("sm_90", 0, geometry, 2 * shard, depth=2)
+    chunk = np.zeros((2, shard), np.uint8)
+    digests = device.move(gpu.SAVE, [4], 8, shard, chunk.ctypes.data, grid=3)
+    assert (chunk == torch_path.gather(views, [4], 8).flatten(1).numpy()).all()
+    assert digests == [kernels.digest(c) for c in chunk]
+    for blocks, tokens, stride in (([1], 9, shard), ([1], 8, shard - 16), ([1], 8, 2 * shard), ([None], 8, shard)):
+        with pytest.raises(gpu.GpuError):
+            device.save(None, blocks, tokens, stride, chunk.ctypes.data)
+    with pytest.raises(gpu.GpuError, match="gpuHostGetDevicePointer"):
+        device.save(None, [1], 8, shard, chunk.ctypes.data, direct=32)  # not registered
+    device.close()
+
+
+def test_what_is_wrong_with_driver_or_kernels_is_said(without_kernels, monkeypatch):
+    _, geometry = make("packed HND", 8, 2, 64, "bfloat16")
+    without_kernels.write_bytes(b"another GPU's\0")
+    with pytest.raises(gpu.GpuError, match=r"ModuleLoadData.*invalid argument"):
+        gpu.Gpu("sm_90", 0, geometry, 1 << 16)
+    monkeypatch.setattr(gpu, "DRIVER", "libm.so.6")
+    with pytest.raises(build.BuildError, match=r"libm\.so\.6 has no cuInit"):
+        gpu.library("sm_90")
+    monkeypatch.setattr(gpu, "DRIVER", "libcuda-there-is-none.so.1")
+    with pytest.raises(build.BuildError, match="there-is-none"):
+        gpu.library("sm_90")

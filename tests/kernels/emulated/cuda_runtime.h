@@ -8,8 +8,9 @@
 #include <thread>
 #include <vector>
 
+#define __host__
 #define __device__
-#define __global__
+#define __global__ inline
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(n)

@@ -87,8 +87,8 @@ def test_handshake() -> None:
 def test_kernels() -> None:
     is_told(kernel.judge_cpu("native", "", "/usr/bin/g++"), "ok", "g++")
     is_told(kernel.judge_cpu("numpy", "no compiler", ""), "warn", "no compiler", "apt-get install g++")
-    is_told(kernel.judge_gpu(kernel.GpuPath("sm_90", "/usr/bin/nvcc")), "ok", "sm_90")
-    is_told(kernel.judge_gpu(kernel.GpuPath("sm_90", "", "no nvcc found")), "warn", "no nvcc found", "CUDA_HOME")
+    is_told(kernel.judge_gpu(kernel.GpuPath("sm_90", "compiled with NVRTC 13.0")), "ok", "sm_90: compiled with NVRTC")
+    is_told(kernel.judge_gpu(kernel.GpuPath("sm_90", "", "no nvcc found")), "warn", "no nvcc found", "CUDA_HOME", "nvidia-cuda-nvrtc")
     is_told(kernel.judge_gpu(kernel.GpuPath("gfx942", "", "no hipcc found")), "warn", "hipcc (ROCm)")
 
 

@@ -12,7 +12,11 @@
 #include <string>
 #include <vector>
 
+#include "gpu.h"
+#include "job.h"
+#if !defined(GPU_DRIVER)
 #include "blocks.cuh"
+#endif
 
 namespace {
 
@@ -47,6 +51,35 @@ struct Lane {
   int64_t submitted = 0, completed = 0;
 };
 
+// The kernels: in this library, or in what the run-time compiler made.
+struct Kernels {
+  gpuKernel_t of[2][KINDS];  // [SAVE, LOAD]
+#if defined(GPU_DRIVER)
+  gpuModule_t module = nullptr;
+  int open(const void* code) {
+#define PD_NAMES(name, V, P) {"pd_gather_" #name, "pd_scatter_" #name},
+    static const char* const names[KINDS][2] = {PD_KERNELS(PD_NAMES)};
+    TRY(gpuModuleLoadData(&module, code));
+    for (uint32_t k = 0; k < KINDS; k++)
+      for (int way = 0; way < 2; way++)
+        if (failed(gpuModuleGetFunction(&of[way][k], module, names[k][way]), names[k][way])) return -1;
+    return 0;
+  }
+  void close() {
+    if (module) gpuModuleUnload(module);
+  }
+#else
+  int open(const void*) {
+#define PD_POINTERS(name, V, P) {(gpuKernel_t)pd_gather_##name, (gpuKernel_t)pd_scatter_##name},
+    static const gpuKernel_t all[KINDS][2] = {PD_KERNELS(PD_POINTERS)};
+    for (uint32_t k = 0; k < KINDS; k++)
+      for (int way = 0; way < 2; way++) of[way][k] = all[k][way];
+    return 0;
+  }
+  void close() {}
+#endif
+};
+
 struct Context {
   int device;
   Pages pages;
@@ -55,6 +88,7 @@ struct Context {
   uint32_t blocks;  // thread blocks of one kernel, all heads together
   bool wide;        // 16-byte accesses
   Lane lanes[2];
+  Kernels kernels;
 };
 
 enum { SAVE = 0, LOAD = 1 };
@@ -63,27 +97,13 @@ constexpr uint32_t SHORT = 256;
 
 // `direct` 0: a short kernel on c.blocks blocks. Else all on one multiprocessor, with that many threads: a multiprocessor
 // that holds one of our blocks is lost to a matrix product that wants all of its registers, however small the block is.
-template <bool GATHER, int P>
-void launch_one(const Context& c, const Job& job, const Sums& sums, uint64_t* result, gpuStream_t stream, dim3 grid, uint32_t threads) {
-  if (c.wide && P == 0) move<uint4, GATHER, P><<<grid, threads, 0, stream>>>(c.pages, job, sums, result);
-  else move<uint2, GATHER, P><<<grid, threads, 0, stream>>>(c.pages, job, sums, result);
-}
-
-template <bool GATHER>
-gpuError_t launch(const Context& c, const Job& job, const Sums& sums, uint64_t* result, gpuStream_t stream, uint32_t blocks, uint32_t direct) {
+gpuError_t launch(const Context& c, int way, const Job& job, const Lane& lane, uint64_t* result, uint32_t blocks, uint32_t direct) {
   uint32_t threads = direct ? 32 : SHORT;
   while (direct && threads * 2 <= direct && threads < THREADS) threads *= 2;
-  const dim3 grid = direct ? dim3((direct + threads - 1) / threads, 1) : dim3((blocks + c.pages.heads - 1) / c.pages.heads, c.pages.heads);
-  switch (c.pages.payload) {
-    case 0: launch_one<GATHER, 0>(c, job, sums, result, stream, grid, threads); break;
-    case BF16: launch_one<GATHER, BF16>(c, job, sums, result, stream, grid, threads); break;
-    case FP16: launch_one<GATHER, FP16>(c, job, sums, result, stream, grid, threads); break;
-    case FP32: launch_one<GATHER, FP32>(c, job, sums, result, stream, grid, threads); break;
-    case BF16 | INT8: launch_one<GATHER, BF16 | INT8>(c, job, sums, result, stream, grid, threads); break;
-    case FP16 | INT8: launch_one<GATHER, FP16 | INT8>(c, job, sums, result, stream, grid, threads); break;
-    default: launch_one<GATHER, FP32 | INT8>(c, job, sums, result, stream, grid, threads);
-  }
-  return gpuGetLastError();
+  const uint32_t x = direct ? (direct + threads - 1) / threads : (blocks + c.pages.heads - 1) / c.pages.heads;
+  const uint32_t kind = c.wide && !c.pages.payload ? WIDE : c.pages.payload;
+  const void* arguments[] = {&c.pages, &job, &lane.sums, &result};
+  return gpuLaunch(c.kernels.of[way][kind], x, direct ? 1 : c.pages.heads, threads, const_cast<void**>(arguments), lane.kernels);
 }
 
 // Bytes of one shard of a chunk.
@@ -138,6 +158,13 @@ void close_lane(Lane& lane) {
   if (lane.copies) gpuStreamDestroy(lane.copies);
 }
 
+void close_context(Context* c) {
+  for (Lane& lane : c->lanes) close_lane(lane);
+  if (c->bases) gpuFree(c->bases);
+  c->kernels.close();
+  delete c;
+}
+
 // The slot of the next ticket, free for use.
 int next_slot(Lane& lane, Slot*& slot) {
   const int64_t depth = (int64_t)lane.slots.size();
@@ -161,8 +188,18 @@ struct PdGeometry {
   uint32_t layers, heads, parts, part_bytes, block_tokens, payload;
 };
 
-// `wide`: every address and stride of the pages is a multiple of 16. Returns null on error.
-void* pd_gpu_open(int device, const uint64_t* bases, const PdGeometry* g, uint64_t staging_bytes, int depth, int blocks, int wide) {
+#if defined(GPU_DRIVER)
+// Comes first: where the driver's library is. Null, or what is wrong with it.
+const char* pd_gpu_driver(const char* path) {
+  last_error = driver::open(path);
+  return last_error.empty() ? nullptr : last_error.c_str();
+}
+#endif
+
+// `wide`: every address and stride of the pages is a multiple of 16. `code`: the kernels, if they are not in this library; not
+// needed once this returns. Returns null on error.
+void* pd_gpu_open(int device, const uint64_t* bases, const PdGeometry* g, uint64_t staging_bytes, int depth, int blocks, int wide,
+                  const void* code) {
   Context* c = new Context();
   c->device = device;
   c->pages = Pages{nullptr, g->block, g->head, g->token, g->part, g->layers, g->heads, g->parts, g->part_bytes, g->block_tokens, g->payload};
@@ -171,6 +208,7 @@ void* pd_gpu_open(int device, const uint64_t* bases, const PdGeometry* g, uint64
   c->wide = wide != 0;
   auto open = [&]() -> int {
     TRY(gpuSetDevice(device));
+    if (c->kernels.open(code)) return -1;
     TRY(gpuMalloc((void**)&c->bases, g->layers * 8));
     TRY(gpuMemcpy(c->bases, bases, g->layers * 8, gpuMemcpyHostToDevice));
     c->pages.bases = c->bases;
@@ -181,18 +219,14 @@ void* pd_gpu_open(int device, const uint64_t* bases, const PdGeometry* g, uint64
     return 0;
   };
   if (open() == 0) return c;
-  for (Lane& lane : c->lanes) close_lane(lane);
-  if (c->bases) gpuFree(c->bases);
-  delete c;
+  close_context(c);
   return nullptr;
 }
 
 void pd_gpu_close(void* context) {
   Context* c = static_cast<Context*>(context);
   gpuSetDevice(c->device);
-  for (Lane& lane : c->lanes) close_lane(lane);
-  if (c->bases) gpuFree(c->bases);
-  delete c;
+  close_context(c);
 }
 
 int pd_gpu_register(int device, void* address, uint64_t bytes) {
@@ -238,12 +272,12 @@ int64_t pd_gpu_save(void* context, void* mark, const int32_t* blocks, int count,
   uint64_t* const result = lane.results_device + lane.submitted % RESULTS * c.pages.heads;
   if (direct) {
     TRY(gpuHostGetDevicePointer((void**)&job.chunk, host, 0));
-    TRY(launch<true>(c, job, lane.sums, result, lane.kernels, 0, (uint32_t)direct));
+    TRY(launch(c, SAVE, job, lane, result, 0, (uint32_t)direct));
     TRY(gpuEventRecord(slot->end, lane.kernels));
     return lane.submitted++;
   }
   job.chunk = slot->buffer;
-  TRY(launch<true>(c, job, lane.sums, result, lane.kernels, c.blocks, 0));
+  TRY(launch(c, SAVE, job, lane, result, c.blocks, 0));
   TRY(gpuEventRecord(slot->middle, lane.kernels));
   TRY(gpuStreamWaitEvent(lane.copies, slot->middle, 0));
   TRY(gpuMemcpyAsync(host, slot->buffer, stride * c.pages.heads, gpuMemcpyDeviceToHost, lane.copies));
@@ -266,7 +300,7 @@ int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count,
   if (direct) {
     TRY(gpuHostGetDevicePointer((void**)&job.chunk, const_cast<void*>(host), 0));
     if (mark) TRY(gpuStreamWaitEvent(lane.kernels, static_cast<gpuEvent_t>(mark), 0));
-    TRY(launch<false>(c, job, lane.sums, result, lane.kernels, 0, (uint32_t)direct));
+    TRY(launch(c, LOAD, job, lane, result, 0, (uint32_t)direct));
     TRY(gpuEventRecord(slot->end, lane.kernels));
     return lane.submitted++;
   }
@@ -275,7 +309,7 @@ int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count,
   TRY(gpuEventRecord(slot->middle, lane.copies));
   TRY(gpuStreamWaitEvent(lane.kernels, slot->middle, 0));
   if (mark) TRY(gpuStreamWaitEvent(lane.kernels, static_cast<gpuEvent_t>(mark), 0));
-  TRY(launch<false>(c, job, lane.sums, result, lane.kernels, c.blocks, 0));
+  TRY(launch(c, LOAD, job, lane, result, c.blocks, 0));
   TRY(gpuEventRecord(slot->end, lane.kernels));
   return lane.submitted++;
 }
@@ -347,7 +381,7 @@ int pd_gpu_move(void* context, int which, const int32_t* blocks, int count, uint
   TRY(gpuSetDevice(c.device));
   job.chunk = static_cast<unsigned char*>(chunk);
   uint64_t* result = lane.results_device + (RESULTS - 1) * c.pages.heads;
-  TRY(which == SAVE ? launch<true>(c, job, lane.sums, result, lane.kernels, grid, 0) : launch<false>(c, job, lane.sums, result, lane.kernels, grid, 0));
+  TRY(launch(c, which, job, lane, result, grid, 0));
   TRY(gpuStreamSynchronize(lane.kernels));
   const uint64_t bytes = shard_bytes(c.pages, tokens);
   for (uint32_t h = 0; h < c.pages.heads; h++) out[h] = finish(lane.results[(RESULTS - 1) * c.pages.heads + h], bytes);
