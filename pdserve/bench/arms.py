@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import shutil
+import socket
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import yaml
@@ -27,6 +31,8 @@ from pdserve.openai_client import Client
 from pdserve.topology import parse_size
 
 TURNS = 3
+#: what threads of `up` do beside starting processes: msgspec's first look at a type crashes if another thread has its own
+_ONE_AT_A_TIME = threading.Lock()
 WARM_PROMPTS = (7, 300)  # tokens; the first requests of an engine compile and allocate
 WARM_TIMEOUT = 300.0
 
@@ -43,7 +49,7 @@ def run(args: argparse.Namespace) -> Result:
         if args.keep_up
         else "each turn started and stopped its deployment"
     )
-    result.notes += [*notes, f"Turns: {' '.join(names)}, {args.repetitions} round(s); {how}.", *_remarks(names)]
+    result.notes += [*notes, f"Turns: {' '.join(names)}, {args.repetitions} round(s); {how}.", *remarks(names, base)]
     return result
 
 
@@ -69,8 +75,9 @@ def usable(names: list[str], base: Raw) -> tuple[list[str], list[str]]:
     return left, notes
 
 
-def _remarks(names: list[str]) -> list[str]:
-    return [remark for name in names for remark in others.remarks(name)]
+def remarks(names: list[str], base: Raw) -> list[str]:
+    on_cpu = (base.get("engine") or {}).get("device") == "cpu"
+    return [remark for name in names for remark in others.remarks(name, on_cpu)]
 
 
 def _in_turns(args: argparse.Namespace, names: list[str], base: Raw, folder: Path) -> Result:
@@ -94,33 +101,90 @@ def _in_turns(args: argparse.Namespace, names: list[str], base: Raw, folder: Pat
 
 
 def _kept_up(args: argparse.Namespace, names: list[str], base: Raw, folder: Path) -> Result:
-    with contextlib.ExitStack() as stack:
-        up = {name: stack.enter_context(deployment(name, base, folder, args)) for name in names}
-        result = one.begin(args, next(iter(up.values()))[0])
+    with up(names, base, folder, args) as (started, problems):
+        result = one.begin(args, next(iter(started.values()))[0])
+        result.notes += problems
         for repetition in range(1, args.repetitions + 1):
-            for name, (server, raw) in up.items():
+            for name, (server, raw) in started.items():
                 one.measure(args, server, result, name, repetition, {"topology": raw})
     return result
 
 
+Up = dict[str, tuple[Server, Raw]]
+
+
 @contextlib.contextmanager
-def deployment(arm: str, base: Raw, folder: Path, args: argparse.Namespace) -> Iterator[tuple[Server, Raw]]:
+def up(names: list[str], base: Raw, folder: Path, args: argparse.Namespace) -> Iterator[tuple[Up, list[str]]]:
+    """All arms at once, started side by side; and a sentence for each that could not be. All are stopped at the end."""
+    port = ports(getattr(args, "first_port", 0))
+    held = {name: deployment(name, base, folder, args, port) for name in names}
+    with ThreadPoolExecutor(len(names)) as pool:
+        begun = {name: pool.submit(one_up.__enter__) for name, one_up in held.items()}
+        try:
+            started, problems = _started(begun)
+            yield started, problems
+        finally:
+            stops = [pool.submit(_stopped, held[name], begun[name]) for name in names]
+            wait(stops)
+
+
+def _started(begun: dict[str, Future[tuple[Server, Raw]]]) -> tuple[Up, list[str]]:
+    started: Up = {}
+    problems = []
+    for name, future in begun.items():
+        try:
+            started[name] = future.result()
+        except (PdserveError, OSError) as error:
+            problems.append(f"{name} could not be started and was left out: {error}")
+            cli.say(problems[-1])
+    if not started:
+        raise PdserveError("; ".join(problems))
+    return started, problems
+
+
+def _stopped(held: contextlib.AbstractContextManager[object], begun: Future[tuple[Server, Raw]]) -> None:
+    """Also one that was still coming up when the others were given up. What could not start has cleaned up by itself."""
+    if begun.exception() is None:
+        held.__exit__(None, None, None)
+
+
+def ports(first: int) -> variants.PortMaker:
+    """Free ports: any, or from `first` on (below the range that the system takes ports from, they stay free until they are used)."""
+    if not first:
+        return targets.free_port
+    numbers = itertools.count(first)
+    return lambda: next(n for n in numbers if _is_free(n))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@contextlib.contextmanager
+def deployment(
+    arm: str, base: Raw, folder: Path, args: argparse.Namespace, port: variants.PortMaker = targets.free_port
+) -> Iterator[tuple[Server, Raw]]:
     """One arm, up and warm; stopped, with what it wrote to disk, at the end."""
-    service_port, http_port = targets.free_port(), targets.free_port()
-    raw = variants.make(arm, base, targets.free_port, service_port)
-    extra = others.environment(arm)
-    raw["engine"]["env"] = {**(raw["engine"].get("env") or {}), **extra}
-    file = folder / f"{raw['name']}.yaml"
-    file.write_text(yaml.safe_dump(raw, sort_keys=False))
-    top = topology.load(file)
-    size = parse_size(base["cache"]["size"], "cache.size") if base.get("cache") else 0
+    with _ONE_AT_A_TIME:
+        service_port, http_port = port(), port()
+        raw = variants.make(arm, base, port, service_port)
+        extra = others.environment(arm)
+        raw["engine"]["env"] = {**(raw["engine"].get("env") or {}), **extra}
+        file = folder / f"{raw['name']}.yaml"
+        file.write_text(yaml.safe_dump(raw, sort_keys=False))
+        top = topology.load(file)
+        size = parse_size(base["cache"]["size"], "cache.size") if base.get("cache") else 0
     cli.say(f"starting {arm}")
-    with others.service(arm, size, service_port, http_port, folder / f"{raw['name']}-service.log"):
+    with contextlib.ExitStack() as stack:
+        if others.has_server(arm, raw):
+            stack.enter_context(others.service(size, service_port, http_port, folder / f"{raw['name']}-service.log"))
         try:
             targets.launch(file)
             assert top.proxy is not None
-            server = runner.ask(top.proxy.url, args.model)
-            warm(server, len(top.instances))
+            with _ONE_AT_A_TIME:
+                server = runner.ask(top.proxy.url, args.model)
+                warm(server, len(top.instances))
             yield server, raw
         finally:
             targets.stop(top.name)

@@ -209,6 +209,9 @@ def add_arms(parser: argparse.ArgumentParser) -> None:
     arms.add_argument(
         "--keep-up", action="store_true", help="start every arm once and keep all up, idle while it is not their turn"
     )
+    arms.add_argument(
+        "--first-port", type=int, default=0, metavar="N", help="the arms' ports: free ones from N on (default: any)"
+    )
 
 
 def headers_of(args: argparse.Namespace) -> dict[str, str]:

@@ -104,7 +104,7 @@ def measure(
         plan,
         server,
         options,
-        salt=f"/{repetition}",
+        salt=f"/{args.word}/{repetition}",
         headers=cli.headers_of(args),
         ramp=ramp,
         on_record=progress.on_record,

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -51,14 +53,32 @@ def environment(arm: str) -> dict[str, str]:
     """Variables that the arm's engines need."""
     if arm != "lmcache":
         return {}
+    paths = os.pathsep.join(filter(None, (str(lmcache_folder()), os.environ.get("PYTHONPATH"))))
+    return {"PYTHONPATH": paths, "PYTHONHASHSEED": "0", "LMCACHE_TRACK_USAGE": "false"}
+
+
+def has_server(arm: str, raw: dict[str, Any]) -> bool:
+    """Whether the arm needs a process beside its engines: LMCache's multi-process mode."""
+    connector = (raw.get("engine") or {}).get("kv_transfer_config") or {}
+    return arm == "lmcache" and connector.get("kv_connector") == "LMCacheMPConnector"
+
+
+def lmcache_version() -> str:
     folder = lmcache_folder()
-    return {"PYTHONPATH": str(folder), "PYTHONHASHSEED": "0", "LMCACHE_TRACK_USAGE": "false"}
+    found = (
+        [d.version for d in metadata.distributions(path=[str(folder)]) if d.metadata["Name"] == "lmcache"]
+        if folder
+        else []
+    )
+    return found[0] if found else "of an unknown version"
 
 
-def remarks(arm: str) -> list[str]:
+def remarks(arm: str, on_cpu: bool) -> list[str]:
     """What a reader of the figures must know about how the other system was run."""
+    if arm == "lmcache" and not on_cpu:
+        return [f"LMCache {lmcache_version()}, in process (LMCacheConnectorV1), chunks of 256, pinned memory."]
     if arm == "lmcache":
-        return [f"LMCache {LMCACHE_VERSION}, MP mode, chunks of 256, LRU, shared memory, engine-driven transfer."]
+        return [f"LMCache {lmcache_version()}, MP mode, chunks of 256, LRU, shared memory, engine-driven transfer."]
     if arm == "nixl":
         found = find_spec("nixl_cu12")
         places = list(found.submodule_search_locations or []) if found else []
@@ -74,11 +94,8 @@ def remarks(arm: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def service(arm: str, size: int, port: int, http_port: int, log: Path) -> Iterator[None]:
-    """LMCache's server while the arm runs; nothing for the others."""
-    if arm != "lmcache":
-        yield
-        return
+def service(size: int, port: int, http_port: int, log: Path) -> Iterator[None]:
+    """LMCache's server while the arm runs."""
     script = [sys.executable, "-c", "from lmcache.cli.main import main; import sys; sys.exit(main())"]
     folder = lmcache_folder()
     assert folder is not None
@@ -89,7 +106,11 @@ def service(arm: str, size: int, port: int, http_port: int, log: Path) -> Iterat
     words += ["--supported-transfer-mode", "engine_driven", "--shm-name", f"pdbench{os.getpid()}", "--disable-metrics"]
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [*script, *words], env={**os.environ, **environment(arm)}, stdout=out, stderr=out, start_new_session=True
+            [*script, *words],
+            env={**os.environ, **environment("lmcache")},
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
     try:
         _wait(process, f"http://127.0.0.1:{http_port}", log)

@@ -6,7 +6,7 @@ cache       the same with pdserve's cache below it
 pd          producers and consumers; only what is handed over is loaded, nothing is looked up
 pd+cache    producers and consumers with pdserve's cache
 pd+adaptive the same, and the proxy leaves the producers out where it measured that to be sooner
-lmcache     plain vLLM with LMCache's multi-process mode below it, as large as pdserve's cache
+lmcache     plain vLLM with LMCache below it, as large as pdserve's cache: its multi-process mode on the CPU, in process on GPUs
 nixl        producers and consumers over vLLM's NixlConnector
 offloading  plain vLLM with its own OffloadingConnector, as large as pdserve's cache
 """
@@ -60,7 +60,7 @@ def make(arm: str, base: Raw, port: PortMaker, service_port: int = 0) -> Raw:
     if problem := why_not(arm, base):
         raise ConfigError("--arms", problem)
     raw = copy.deepcopy(base)
-    raw["name"] = f"bench-{arm.replace('+', '-')}"
+    raw["name"] = f"{_stem(base)}-{arm.replace('+', '-')}"
     machines = engines(raw)
     for machine in machines:
         machine["port"] = port()
@@ -79,6 +79,12 @@ def make(arm: str, base: Raw, port: PortMaker, service_port: int = 0) -> Raw:
     return raw
 
 
+def _stem(base: Raw) -> str:
+    """Arms are called after their topology where that is made for measuring, so that two of those can run side by side."""
+    name = str(base.get("name") or "")
+    return name if name.startswith("bench-") else "bench"
+
+
 def _cache(arm: str, raw: Raw, port: PortMaker) -> None:
     if arm in ALONE or arm == "nixl":
         raw.pop("cache", None)
@@ -93,7 +99,15 @@ def _cache(arm: str, raw: Raw, port: PortMaker) -> None:
 def _connector(arm: str, raw: Raw, base: Raw, port: PortMaker, service_port: int) -> None:
     on_cpu = raw["engine"].get("device") == "cpu"
     size = parse_size(base["cache"]["size"], "cache.size")
-    if arm == "lmcache":
+    if arm == "lmcache" and not on_cpu:
+        raw["engine"]["kv_transfer_config"] = _config("LMCacheConnectorV1", "kv_both", {})
+        own = {
+            "LMCACHE_LOCAL_CPU": "true",
+            "LMCACHE_CHUNK_SIZE": "256",
+            "LMCACHE_MAX_LOCAL_CPU_SIZE": f"{size / 2**30:g}",
+        }
+        raw["engine"]["env"] = {**(raw["engine"].get("env") or {}), **own}
+    elif arm == "lmcache":
         extra: Raw = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": service_port}
         raw["engine"]["kv_transfer_config"] = _config("LMCacheMPConnector", "kv_both", extra)
     elif arm == "offloading":

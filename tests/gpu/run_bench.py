@@ -1,8 +1,9 @@
-"""The benchmark's arms on one GPU: run_bench.py --model DIR --out OUT [--only STEP ...] [--dry-run]
+"""The benchmark's arms on one GPU: run_bench.py STEP --model DIR --out OUT [--gpu N] [--budget SECONDS] [--dry-run]
 
---model: a folder with config.json of the model to measure, loaded with dummy weights. Each step is one `pdserve bench` of ten
-minutes at most; results, raw records and report.html lie in OUT. --dry-run starts nothing, also on a machine without a GPU: it
-makes every arm's processes and every plan, checks that they fit, and prints what would run.
+Several of these run side by side, one GPU each: ports, names, sockets and memory are kept apart by the GPU's number. All arms of a
+step are up at the same time on its GPU, each with a KV cache of its own of the same size, and are asked in turns; every workload of
+the step goes round once before the first goes round again. What does not fit --budget (starting and stopping included) is left
+out; raw records are written after every round. --model: a folder with config.json and tokenizer; weights are dummies.
 """
 
 from __future__ import annotations
@@ -11,161 +12,314 @@ import argparse
 import itertools
 import json
 import os
-import shlex
-import subprocess
+import signal
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
+from pdserve import topology
+from pdserve.bench import arms, cli, compare, one, results, runner, variants, workloads
+from pdserve.bench.regimes import cli as regimes_cli
+from pdserve.bench.results import Result
+from pdserve.deploy import plan
+from pdserve.errors import PdserveError
+
+GRAPHS = '{"mode":0,"cudagraph_mode":"FULL_DECODE_ONLY","cudagraph_capture_sizes":[1,2,4,8,16,32,64]}'
 TOPOLOGY = """
-name: bench-gpu
+name: bench-g{gpu}
 model: {model}
 engine:
   device: cuda
   dtype: bfloat16
   max_model_len: 32768
   max_num_seqs: 64
-  gpu_memory_utilization: {memory}
-  extra_args: ["--load-format", "dummy"]
-both: [{{port: 8300, gpus: [0]}}]
-cache: {{size: 48GiB}}
-proxy: {{port: 8000}}
+  max_num_batched_tokens: 8192
+  gpu_memory_utilization: 0.1
+  start_timeout: 240
+  env: {{VLLM_USE_FLASHINFER_SAMPLER: "0", HF_HUB_OFFLINE: "1", OMP_NUM_THREADS: "4"}}
+  extra_args: ["--load-format", "dummy", "--kv-cache-memory-bytes", "{kv_bytes}", "--compilation-config", '{graphs}']
+both: [{{port: 1, gpus: [{gpu}]}}]
+cache: {{size: {cache_gib}GiB}}
+proxy: {{port: 2}}
 """
-ROOMY, TIGHT = 0.85, 0.25  # of the GPU's memory; the second leaves an 8B model about 100k tokens of its own KV
+FIRST_PORT, PORTS = 21000, 100  # of GPU 0; so many for each GPU
+STOP_SECONDS = 45.0  # kept back for stopping everything
+#: dummy weights answer with tokens that are no text: what came is told by ids; and every arm is sent the same conversation
+COMMON = """--endpoint completions --extra-body {"return_token_ids":true} --settle 0.5 --timeout 60"""
+
+
+@dataclass(frozen=True)
+class Load:
+    """One workload of a step. `seconds`: what one turn of one arm takes at most, for the first round's plan."""
+
+    name: str
+    words: str
+    seconds: float
+    rounds: int = 3
 
 
 @dataclass(frozen=True)
 class Step:
-    """One benchmark. `arms` that are not installed are left out by pdserve itself, with a sentence."""
+    """`kv_gib`: each engine's own KV cache; 8 GiB are 58k tokens of an 8B model."""
 
-    name: str
-    words: str
     arms: str
-    memory: float = ROOMY
-    repetitions: int = 3
-    minutes: int = 10
+    loads: tuple[Load, ...]
+    kv_gib: int = 8
+    cache_gib: int = 36
+    words: str = ""
+    about: str = field(default="", compare=False)
 
 
-LONG = "long-doc-qa --num-documents 8 --document-length 20000 --output-len 100"
-USERS = "multi-round-qa --num-users 20 --qps 2 --user-history-prompt 20000 --time 60 --slo-ttft 1"
-AGENTS = (
-    "trace-replay --trace-directory {traces} --max-context 30000 --time-scale 0.1 --max-delay 5 --max-output 200 "
-    "--duration 90 --start-users 2 --max-users 24 --slo-ttft 1 --assessment-period 10"
+TURNS_20K = (
+    "multi-round-qa --num-users 10 --num-rounds 10 --qps 1 --user-history-prompt 20000 --synthetic-answers --time 60"
 )
-#: two arms a step, so that three turns of each (fewer give no verdict worth having) fit ten minutes
-STEPS = (
-    Step("long-doc-qa", LONG, "gpu-cache,cache", TIGHT),
-    Step("long-doc-qa-offloading", LONG, "offloading,cache", TIGHT),
-    Step("long-doc-qa-lmcache", LONG, "lmcache,cache", TIGHT),
-    Step("all-hit", "all-hit --num-requests 60 --output-len 64", "gpu-cache,cache"),
-    Step("random", "random --num-prompts 40 --random-input-len 8000 --random-output-len 128", "gpu-cache,cache"),
-    Step("multi-round-qa", USERS, "gpu-cache,cache", TIGHT),
-    Step("multi-round-qa-lmcache", USERS, "lmcache,cache", TIGHT),
-    Step("trace-replay", AGENTS, "gpu-cache,cache", TIGHT, repetitions=2),
-    Step("trace-replay-lmcache", AGENTS, "lmcache,cache", TIGHT, repetitions=2),
-    Step("cache-rate", "cache-rate --num-requests 12 --prompt-len 20000 --num-prefixes 8", "gpu-cache,cache", TIGHT),
-)
-REGIMES = (
-    "regimes --working-sets 60000,400000 --lengths 2000,20000 --reuse 0,90 --users 1,8 --requests 8 --repetitions 2"
-)
+AGENTS = "trace-replay --trace-directory {traces} --scale 0.3 --max-context 16000 --time-scale 0.1 --max-delay 3 --max-output 100"
+RANDOM = Load("random", "random --num-prompts 40 --random-input-len 8000 --random-output-len 128", 20)
+STEPS = {
+    "agents": Step("gpu-cache,cache,lmcache", (
+        Load("agents", f"{AGENTS} --duration 40 --start-users 6 --max-users 40 --slo-ttft 1 --assessment-period 3", 44),
+    ), about="recorded agents' conversations, users added while the first token comes within 1 s; far more KV than the GPU holds"),
+    "turns": Step("gpu-cache,cache,lmcache", (
+        Load("turns", f"{TURNS_20K} --duration 40 --warmup 10 --slo-ttft 1", 44),
+    ), about="ten users in conversation about 20k tokens each; the GPU holds three of them"),
+    "documents": Step("gpu-cache,cache,lmcache,offloading", (
+        Load("documents", "long-doc-qa --num-documents 8 --document-length 20000 --output-len 100", 26),
+        Load("random", RANDOM.words, 20, rounds=2),
+    ), cache_gib=28, about="8 documents of 20k, asked again at random, against all that keep KV on the host; and nothing to reuse"),
+    "no-loss": Step("gpu-cache,cache", (
+        Load("random", RANDOM.words, 20, rounds=9),
+        Load("all-hit", "all-hit --num-requests 60 --output-len 64", 16, rounds=9),
+        Load("calm", f"{AGENTS} --duration 20 --users 4 --slo-ttft 1", 22, rounds=3),
+    ), kv_gib=36, about="where a cache below the GPU's can only be in the way: nothing reused, and everything in the GPU's own cache"),
+    "rates": Step("gpu-cache,cache", (
+        Load("rates", "cache-rate --num-requests 12 --prompt-len 20000 --num-prefixes 8", 45, rounds=4),
+    ), about="0 to 100 % of each 20k prompt sent before"),
+    "regimes": Step("gpu-cache,cache-always,cache", (), words="--working-sets 30000,150000 --lengths 1000,12000 --reuse 0,90 "
+        "--users 1,4 --requests 6 --repetitions 4 --settle 0.3", about="the adaptive arm against the best fixed one at every point"),
+}  # fmt: skip
 
 
-def command(step: Step, folder: Path, out: Path, traces: Path) -> list[str]:
-    words = step.words.format(traces=traces).split()
-    common = [
-        "--arms",
-        step.arms,
-        "--topology",
-        str(folder / f"{step.memory}.yaml"),
-        "--repetitions",
-        str(step.repetitions),
-    ]
-    return [sys.executable, "-P", "-m", "pdserve", "bench", *words, *common, "--out", str(out), "--name", step.name]
+class TimeUp(KeyboardInterrupt):
+    """The budget is spent in the middle of a turn; a KeyboardInterrupt, so that no event loop keeps it to itself."""
 
 
-def write_topologies(model: Path, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for memory in (ROOMY, TIGHT):
-        (folder / f"{memory}.yaml").write_text(TOPOLOGY.format(model=model.resolve(), memory=memory))
+class Lane:
+    """One GPU's part of the machine, and what is left of its time."""
+
+    def __init__(self, args: argparse.Namespace, step: Step) -> None:
+        self.step, self.out, self.first_port = step, args.out, FIRST_PORT + PORTS * args.gpu
+        self.until = time.monotonic() + args.budget - STOP_SECONDS
+        self.traces = args.traces
+        text = TOPOLOGY.format(
+            gpu=args.gpu,
+            model=args.model.resolve(),
+            graphs=GRAPHS,
+            kv_bytes=step.kv_gib << 30,
+            cache_gib=step.cache_gib,
+        )
+        self.topology = args.out / "topology.yaml"
+        self.topology.write_text(text)
+        self.base = yaml.safe_load(text)
+
+    def words(self, load: Load) -> list[str]:
+        name, *words = load.words.format(traces=self.traces).split()
+        common = [
+            *COMMON.split(),
+            "--arms",
+            self.step.arms,
+            "--topology",
+            str(self.topology),
+            "--first-port",
+            str(self.first_port),
+        ]
+        return [
+            name,
+            *words,
+            *common,
+            "--max-client-overhead",
+            "0",
+            "--out",
+            str(self.out),
+            "--name",
+            load.name,
+            "--quiet",
+        ]
+
+    def left(self) -> float:
+        return self.until - time.monotonic()
 
 
-def check(step: Step, folder: Path, traces: Path) -> None:
-    """Everything that can be wrong without a GPU: the arms' topologies, their processes, the plan's lengths."""
-    from pdserve import topology
-    from pdserve.bench import runner, variants, workloads
-    from pdserve.deploy import plan
+def parsed(words: list[str]) -> argparse.Namespace:
+    """The words as `pdserve bench` reads them; the command is what the result says about itself."""
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    return parser.parse_args(words)
 
-    raw = yaml.safe_load((folder / f"{step.memory}.yaml").read_text())
-    ports = itertools.count(9000)
-    for arm in variants.parse(step.arms):
-        top = topology.parse(yaml.safe_dump(variants.make(arm, raw, lambda: next(ports), 9999)))
-        names = [process.name for process in plan.make(top, cores=list(range(16))).processes]
-        print(f"   {arm}: {', '.join(names)}")
-    name, *words = step.words.format(traces=traces).split()
-    cut = words.index("--duration") if "--duration" in words else len(words)
-    own = (
-        [w for w in words[:cut] if w != "--slo-ttft"]
-        if name != "multi-round-qa"
-        else words[: words.index("--slo-ttft")]
+
+def check(lane: Lane) -> None:
+    """Everything that can be wrong without a GPU: the arms' topologies, their processes, the plans' lengths."""
+    ports = itertools.count(lane.first_port)
+    for arm in variants.parse(lane.step.arms):
+        top = topology.parse(yaml.safe_dump(variants.make(arm, lane.base, lambda: next(ports), 9999)))
+        for process in plan.make(top, cores=list(range(16))).processes:
+            print(f"   {arm}: {process.shell()}")
+    for load in lane.step.loads:
+        args = parsed(lane.words(load))
+        made = workloads.make(args.word, args)
+        runner.check_length(made, lane.base["engine"]["max_model_len"])
+        print(
+            f"   {load.name}: {len(made.stages)} stages, longest {made.longest()} tokens, {load.rounds} rounds of {load.seconds} s an arm"
+        )
+    print(
+        f"   at most {sum(load.seconds * load.rounds for load in lane.step.loads) * len(lane.step.arms.split(',')):.0f} s of turns"
     )
-    made = workloads.plan_of(name, own)
-    runner.check_length(made, raw["engine"]["max_model_len"])
-    print(f"   {len(made.stages)} stages, longest {made.longest()} tokens")
 
 
-def run(step: Step, folder: Path, out: Path, traces: Path) -> dict[str, object]:
-    words, began = command(step, folder, out, traces), time.monotonic()
-    print(f"## {step.name}: {shlex.join(words[4:])}", flush=True)
-    env = {**os.environ, "PYTHONSAFEPATH": "1", "PDSERVE_RUN_DIR": str(out / "run")}
-    process = subprocess.Popen(words, env=env)
-    try:
-        code: int | None = process.wait(step.minutes * 60)
-    except subprocess.TimeoutExpired:
-        process.send_signal(2)  # it stops its deployment
-        code = None
+def measure(lane: Lane) -> None:
+    """All arms up, then round after round while there is time."""
+    todo = {load.name: parsed(lane.words(load)) for load in lane.step.loads}
+    first = next(iter(todo.values()))
+    names, notes = arms.usable(variants.parse(lane.step.arms), lane.base)
+    began = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory(prefix="pdserve-arms-") as folder,
+        arms.up(names, lane.base, Path(folder), first) as (up, problems),
+    ):
+        say(f"up after {time.monotonic() - began:.0f} s, {lane.left():.0f} s left: {', '.join(up)}")
+        found = {name: one.begin(args, next(iter(up.values()))[0]) for name, args in todo.items()}
+        for result in found.values():
+            result.notes += [
+                *notes,
+                *problems,
+                *arms.remarks(names, lane.base),
+                "All arms were up on one GPU, idle while it was not their turn.",
+            ]
+        took = {load.name: load.seconds * len(up) for load in lane.step.loads}
+        for turn in range(1, max(load.rounds for load in lane.step.loads) + 1):
+            for load in (one_load for one_load in lane.step.loads if turn <= one_load.rounds):
+                if lane.left() < took[load.name] * 1.1:
+                    say(
+                        f"left out: {load.name}, round {turn}: it took {took[load.name]:.0f} s, {lane.left():.0f} s are left"
+                    )
+                    continue
+                start = time.monotonic()
+                ask_all(todo[load.name], up, found[load.name], turn)
+                took[load.name] = time.monotonic() - start
+                results.write(found[load.name], lane.out, load.name)
+                show(found[load.name])
+        signal.alarm(0)  # stopping has its own time
+
+
+def ask_all(args: argparse.Namespace, up: dict, result: Result, turn: int) -> None:
+    """One round. Every other one goes the other way, so that no arm is always the first."""
+    for arm in list(up) if turn % 2 else reversed(list(up)):
+        server, raw = up[arm]
         try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    return {"step": step.name, "exit": code, "seconds": round(time.monotonic() - began, 1)}
+            run = one.measure(args, server, result, arm, turn, {"topology": raw})
+        except PdserveError as error:
+            result.notes.append(f"{arm} failed in round {turn} and was left out from then on: {error}")
+            say(result.notes[-1])
+            del up[arm]
+            continue
+        say(
+            f"{args.name} {turn} {arm}: {run.seconds:.1f} s, {len(result.of(arm, turn))} requests, client late by {run.lag_p99_ms:.1f} ms"
+        )
+
+
+def regimes(lane: Lane) -> None:
+    words = ["regimes", *lane.step.words.split(), "--arms", lane.step.arms, "--topology", str(lane.topology)]
+    args = parsed(
+        [
+            *words,
+            "--out",
+            str(lane.out),
+            "--keep-up",
+            "--first-port",
+            str(lane.first_port),
+            "--quiet",
+            "--budget",
+            f"{lane.left():.0f}",
+        ]
+    )
+    regimes_cli.main(args)
+    signal.alarm(0)
+
+
+def show(result: Result) -> None:
+    """The verdicts so far, on one line each; a kill loses nothing that was said."""
+    group = compare.focus(result)
+    for verdict in compare.verdicts(result, group):
+        if verdict.metric in ("TTFT mean", "output tok/s", "requests within the target"):
+            say("   " + verdict.sentence)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def ring(number: int, frame: object) -> None:
+    raise TimeUp
+
+
+VLLM = """#!{python}
+import sys
+from vllm.entrypoints.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+def vllm_command() -> None:
+    """pdserve starts `vllm` beside its interpreter; where vLLM lies on PYTHONPATH instead, that command is made."""
+    place = Path(sys.executable).parent / "vllm"
+    if not place.exists():
+        made = place.with_name(f"vllm.{os.getpid()}")  # several steps may begin at the same moment
+        made.write_text(VLLM.format(python=sys.executable))
+        made.chmod(0o755)
+        made.replace(place)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("step", choices=STEPS, help="; ".join(f"{name}: {step.about}" for name, step in STEPS.items()))
     parser.add_argument("--model", type=Path, required=True, help="a folder with config.json and tokenizer files")
     parser.add_argument(
-        "--traces", type=Path, default=Path("shared/traces"), help="kv-cache-tester's traces (default %(default)s)"
+        "--traces", type=Path, default=Path("traces"), help="kv-cache-tester's traces (default %(default)s)"
     )
     parser.add_argument("--out", type=Path, required=True, help="where results go")
-    parser.add_argument("--only", nargs="+", choices=[*(s.name for s in STEPS), "regimes"], help="these steps only")
+    parser.add_argument("--gpu", type=int, default=0, help="which GPU; ports and names follow (default %(default)s)")
+    parser.add_argument(
+        "--budget", type=float, default=540, help="seconds, starting and stopping included (default %(default)s)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check and print, start nothing")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    folder = args.out / "topologies"
-    write_topologies(args.model, folder)
-    done = []
-    for step in STEPS:
-        if args.only and step.name not in args.only:
-            continue
-        if args.dry_run:
-            print(
-                f"## {step.name}, at most {step.minutes} minutes: {shlex.join(command(step, folder, args.out, args.traces)[4:])}"
-            )
-            check(step, folder, args.traces)
-        else:
-            done.append(run(step, folder, args.out, args.traces))
-    if not args.only or "regimes" in args.only:
-        words = [*REGIMES.split(), "--topology", str(folder / f"{TIGHT}.yaml"), "--out", str(args.out / "regimes")]
-        if args.dry_run:
-            print(f"## regimes: bench {shlex.join(words)}")
-        else:
-            code = subprocess.run([sys.executable, "-P", "-m", "pdserve", "bench", *words], check=False).returncode
-            done.append({"step": "regimes", "exit": code})
-    (args.out / "steps.json").write_text(json.dumps(done, indent=1))
-    return 0 if all(d["exit"] == 0 for d in done) else 1
+    os.environ |= {"PDSERVE_RUN_DIR": f"/tmp/pdserve-g{args.gpu}", "PYTHONSAFEPATH": "1", "VLLM_NO_USAGE_STATS": "1"}
+    lane = Lane(args, STEPS[args.step])
+    if args.dry_run:
+        say(f"## {args.step} on GPU {args.gpu}, {args.budget:.0f} s: {lane.step.about}")
+        check(lane)
+        return 0
+    vllm_command()
+    signal.signal(signal.SIGALRM, ring)
+    signal.alarm(int(lane.left()))
+    began, ended = time.monotonic(), "all"
+    try:
+        (regimes if args.step == "regimes" else measure)(lane)
+    except TimeUp:
+        ended = "time was up in the middle of a round, which is left out"
+    finally:
+        signal.alarm(0)
+        (args.out / "step.json").write_text(
+            json.dumps({"step": args.step, "seconds": round(time.monotonic() - began, 1), "ended": ended})
+        )
+        say(f"{args.step}: {ended}, {time.monotonic() - began:.0f} s")
+    return 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from pdserve import topology
@@ -53,6 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=float, default=300.0, metavar="S", help="of one request (default %(default)s)"
     )
+    parser.add_argument(
+        "--settle", type=float, default=1.0, metavar="S", help="pause between stages (default %(default)s)"
+    )
+    parser.add_argument("--keep-up", action="store_true", help="start every arm once and keep all up")
+    parser.add_argument(
+        "--budget", type=float, default=0.0, metavar="S", help="with --keep-up: begin no round that would end later"
+    )
+    parser.add_argument(
+        "--first-port", type=int, default=0, metavar="N", help="the arms' ports: free ones from N on (default: any)"
+    )
     parser.add_argument("--model", default="", help="model name to send (default: the first that the server lists)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write raw records and report.html there")
     parser.add_argument("--json", action="store_true", help="print the judgement as data")
@@ -73,12 +84,38 @@ def main(args: argparse.Namespace) -> int:
         versions=facts.versions(), notes=notes,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="pdserve-regimes-") as folder:
-        for repetition in range(1, args.repetitions + 1):
-            for name in names:
-                with arms.deployment(name, base, Path(folder), args) as (server, raw):
-                    target = Target.of(topology.load(Path(folder) / f"{raw['name']}.yaml"))
-                    result.runs.append(_turn(args, server, target, name, repetition, points, result))
+        turns = _kept_up if args.keep_up else _in_turns
+        turns(args, names, base, Path(folder), points, result)
     return _finish(args, result)
+
+
+def _in_turns(
+    args: argparse.Namespace, names: list[str], base: arms.Raw, folder: Path, points: list[grid.Point], result: Result
+) -> None:
+    for repetition in range(1, args.repetitions + 1):
+        for name in names:
+            with arms.deployment(name, base, folder, args) as (server, raw):
+                target = Target.of(topology.load(folder / f"{raw['name']}.yaml"))
+                result.runs.append(_turn(args, server, target, name, repetition, points, result))
+
+
+def _kept_up(
+    args: argparse.Namespace, names: list[str], base: arms.Raw, folder: Path, points: list[grid.Point], result: Result
+) -> None:
+    """With --budget, rounds of all arms until the next one would not fit."""
+    until = time.monotonic() + args.budget if args.budget else float("inf")
+    with arms.up(names, base, folder, args) as (up, problems):
+        result.notes += [*problems, "All arms were up, idle while it was not their turn."]
+        for repetition in range(1, args.repetitions + 1):
+            began = time.monotonic()
+            for name, (server, raw) in up.items():
+                target = Target.of(topology.load(folder / f"{raw['name']}.yaml"))
+                result.runs.append(_turn(args, server, target, name, repetition, points, result))
+            if args.out:
+                results.write(result, args.out)
+            if time.monotonic() + 1.1 * (time.monotonic() - began) > until:
+                result.notes.append(f"{repetition} of {args.repetitions} rounds: no time was left for more.")
+                return
 
 
 def _turn(
@@ -96,7 +133,7 @@ def _turn(
         plan = grid.plan(point, args.requests, args.output_len, args.seed)
         runner.check_length(plan, server.max_len)
         before = decisions(target)
-        options = Options(server.model, args.seed, timeout=args.timeout, settle=1.0)
+        options = Options(server.model, args.seed, timeout=args.timeout, settle=args.settle)
         outcome = runner.run(plan, server, options, salt=f"/{repetition}", on_record=progress.on_record)
         records_of.fill_in(server, outcome.records)
         run.facts["decisions"][point.name] = {

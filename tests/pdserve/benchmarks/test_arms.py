@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -152,10 +153,17 @@ def test_the_gpu_runs_can_be_checked_without_a_gpu(tmp_path: Path) -> None:
     call = '{"timestamp": 0, "input_length": 1000, "output_length": 10, "hash_ids": [1, 2]}'
     (traces / "a.jsonl").write_text(call)
     script = Path(__file__).resolve().parents[2] / "gpu" / "run_bench.py"
-    words = ["--model", str(model), "--traces", str(traces), "--out", str(tmp_path / "out"), "--dry-run"]
+    words = ["documents", "--gpu", "3", "--model", str(model), "--traces", str(traces), "--out", str(tmp_path / "out"), "--dry-run"]
     done = subprocess.run(
         [sys.executable, "-P", str(script), *words], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "cache: cache, both-0, proxy" in done.stdout
     assert "longest 20116 tokens" in done.stdout
+    engines = [line for line in done.stdout.splitlines() if "/vllm serve" in line]
+    assert [line.split(":")[0].strip() for line in engines] == ["gpu-cache", "cache", "lmcache", "offloading"]
+    for line in engines:
+        assert "CUDA_VISIBLE_DEVICES=3 " in line, "its own GPU"
+        assert "/tmp/pdserve-g3/bench-g3-" in line, "its own names and sockets"
+    ports = re.findall(r"--(?:admin-)?port (\d+)", done.stdout)
+    assert len(set(ports)) == len(ports) == 9
+    assert {number[:3] for number in ports} == {"213"}, "its own ports"
