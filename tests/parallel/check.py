@@ -1,11 +1,12 @@
-"""Real vLLM on the CPU at tensor parallel size 2 and 1 over one cache: python -P tests/parallel/check.py [--soak SECONDS] [--out JSON]
+"""Real vLLM at parallel sizes 2 and 1 over one cache: python -P tests/parallel/check.py [--soak SECONDS] [--out JSON]
 
-Two engines of the demo model padded to 4 KV heads, float32, port 24101 with two workers and 24102 with one. For each way (2 to
-1, 1 to 2, 2 to 2): a prompt is computed and stored by the one and loaded by the other, as a prefill and a decode leg; greedy
+Two engines of the demo model padded to 4 KV heads, on the CPU in float32, tensor parallel size 2 on port 24101, 1 on 24102. For each way (2
+to 1, 1 to 2, 2 to 2): a prompt is computed and stored by the one and loaded by the other, as a prefill and a decode leg; greedy
 tokens must be those that the other computes by itself, and its whole chunks, stored once more after the cache was emptied, must
 have the digests that the first one's had. Then both are put under load: requests with shared prefixes, clients that leave,
 caches that are emptied; each answer has a deadline, and nothing may be left behind. Takes 5 minutes with 150 s of load, needs 12 GiB.
-With --gpus the same on two GPUs.
+With --gpus MODEL the same on two GPUs, or three where they are; with --pp, too, a pipeline of two stages instead of two tensor
+parallel workers. (vLLM's engine on the CPU does not survive a pipeline.) --dry-run shows what would be started, and needs no GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import random
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +29,7 @@ import httpx
 from pdserve import chunk, env, topology
 from pdserve import target as targets
 from pdserve.chunk import ChunkLayout, KeyChain
+from pdserve.deploy import plan
 from pdserve.openai_client import Client, total
 from pdserve.transfer.client import CacheClient
 
@@ -49,10 +52,10 @@ proxy: {port: 24110}
 GPU = """
 name: check-parallel
 model: MODEL
-engine: {dtype: float32, max_model_len: 2048, gpu_memory_utilization: 0.3, env: {VLLM_SERVER_DEV_MODE: "1"}}
+engine: {dtype: DTYPE, max_model_len: 2048, gpu_memory_utilization: 0.3, env: {VLLM_SERVER_DEV_MODE: "1"}}
 both:
-  - {port: 24101, gpus: [0, 1], tensor_parallel_size: 2}
-  - {port: 24102, gpus: [0]}
+  - {port: 24101, gpus: [0, 1], PARALLEL: 2}
+  - {port: 24102, gpus: [ALONE]}
 cache: {size: 4GiB, admin_port: 24190, load: always}
 proxy: {port: 24110}
 """
@@ -61,6 +64,26 @@ TWO, ONE, ADMIN = "http://127.0.0.1:24101", "http://127.0.0.1:24102", "http://12
 WAYS = (("2 to 1", TWO, ONE), ("1 to 2", ONE, TWO), ("2 to 2", TWO, TWO))
 DEADLINE = 90.0
 ASK = {"do_remote_decode": True, "do_remote_prefill": False}
+
+
+def topology_text(args: argparse.Namespace) -> str:
+    if not args.gpus:
+        return TOPOLOGY
+    parallel = "pipeline_parallel_size" if args.pp else "tensor_parallel_size"
+    words = {"MODEL": args.gpus, "DTYPE": args.dtype, "PARALLEL": parallel, "ALONE": "2" if gpus() > 2 else "0"}
+    text = GPU
+    for word, value in words.items():
+        text = text.replace(word, value)
+    return text
+
+
+def gpus() -> int:
+    """As many as the driver shows; 0 without one."""
+    try:
+        told = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        return 0
+    return sum(line.startswith("GPU ") for line in told.stdout.splitlines())
 
 
 def post(url: str, path: str, body: dict | None = None) -> dict:
@@ -197,15 +220,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--soak", type=float, default=150, help="seconds of load; 0: none (default %(default)s)")
     parser.add_argument("--only-soak", action="store_true", help="leave the comparisons out")
-    parser.add_argument("--gpus", metavar="MODEL", help="on two GPUs, with this model's folder (even number of KV heads)")
+    parser.add_argument("--gpus", metavar="MODEL", help="on GPUs, with this model's folder (an even number of KV heads, or layers)")
+    parser.add_argument("--pp", action="store_true", help="a pipeline instead of tensor parallel workers; with --gpus")
+    parser.add_argument("--dtype", default="float32", help="on GPUs (default %(default)s, in which tokens must be equal)")
+    parser.add_argument("--dry-run", action="store_true", help="show the commands, and start nothing")
     parser.add_argument("--out", type=Path, help="a file for the results")
     args = parser.parse_args()
+    if args.pp and not args.gpus:
+        parser.error("--pp needs --gpus MODEL: vLLM's engine on the CPU does not survive a pipeline")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped then, too
     rng = random.Random()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "topology.yaml"
-        file.write_text(GPU.replace("MODEL", args.gpus) if args.gpus else TOPOLOGY)
+        file.write_text(topology_text(args))
         top = topology.load(file)
+        if args.dry_run:
+            print(*(process.shell() for process in plan.make(top, [0, 1]).processes), sep="\n\n")
+            return 0
         targets.launch(file)
     results: dict = {}
     try:
