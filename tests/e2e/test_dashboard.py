@@ -57,7 +57,7 @@ def test_the_page_shows_a_hit_and_its_story(pd: Any) -> None:
         page.goto(f"{pd.target.url}/dashboard")
         page.wait_for_selector("#live .state.good", timeout=PATIENCE)
         page.wait_for_selector('[data-engine="decode-0"][data-state="up"]', timeout=PATIENCE)
-        assert "0.32" in page.inner_text('[data-engine="decode-0"] footer')
+        until(lambda: "0.32" in page.inner_text('[data-engine="decode-0"] footer'), "the engine's version is told")
         assert "restarts seen" not in page.inner_text('[data-engine="decode-0"]'), "the launcher tells its restarts"
         pd.client.complete(prompt, max_tokens=4)
         row = page.locator("#requests tbody tr").first

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from blake3 import blake3
 
 from pdserve import env
 from pdserve.openai_client import Client, total
@@ -45,7 +45,7 @@ def crowd_out(pd: Deployment) -> None:
     client = CacheClient(env.run_root() / pd.top.name / "cache.sock", "crowd")
     try:
         for n in range(capacity // size + 8):
-            key = blake3(b"crowd %d" % n).digest()
+            key = secrets.token_bytes(32)
             (grant,) = client.reserve("crowd", [wire.ReserveItem(key, b"", 0, 1, size, 256)], 30)
             if grant.status == wire.GRANTED:
                 client.commit([wire.CommitItem(grant.reservation, n)], 30)
@@ -58,13 +58,14 @@ def test_a_pinned_prefix_survives_pressure_and_another_does_not(pd: Deployment) 
         return total(pd.client.metrics(), "pdserve_prefix_pins_total", outcome="pinned")
 
     before = pinned()
-    for name, marked in (("Ada", True), ("Bob", False)):
+    ada, bob = (f"{name} {secrets.token_hex(4)}" for name in ("Ada", "Bob"))
+    for name, marked in ((ada, True), (bob, False)):
         assert cached(chat(pd, name, marked)) == 0
-    wait_for(lambda: pinned() > before, 30, "the prefix was not pinned")
+    wait_for(lambda: pinned() > before, 120, "the prefix was not pinned")
     pd.wait_idle()
     crowd_out(pd)
     pd.forget()
-    kept, lost = cached(chat(pd, "Ada", True)), cached(chat(pd, "Bob", False))
+    kept, lost = cached(chat(pd, ada, True)), cached(chat(pd, bob, False))
     assert kept >= 256
     assert lost == 0
 
