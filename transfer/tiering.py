@@ -334,27 +334,28 @@ class Tiering:
             why = f"{type(e).__name__}: {e}"
         seconds = (time.monotonic() - started) / len(writes)
 
-        def done() -> None:
-            for write, outcome in outcomes:
-                self._write_done(lower, write, outcome, why, seconds)
+        self.post(lambda: self._writes_done(lower, outcomes, why, seconds))
 
-        self.post(done)
-
-    def _write_done(self, lower: Lower, write: Write, outcome: str, why: str, seconds: float) -> None:
-        chunk = write.chunk
-        lower.down -= 1
-        lower.down_bytes -= chunk.size
-        self.store.unhold(chunk)
-        self.metrics["cache_tier_seconds"].labels(lower.name, "put").observe(seconds)
-        if outcome:
-            chunk.below.discard(lower.name)
-            self._failed(lower.name, "put", outcome, why)
-            return
-        self.metrics["cache_tier_chunks_total"].labels(lower.name, "down").inc()
-        self.metrics["cache_tier_bytes_total"].labels(lower.name, "down").inc(chunk.payload_bytes)
-        self.metrics["cache_tier_tokens_total"].labels(lower.name, "down").inc(chunk.tokens)
-        if lower.rules.write == "on-evict" and chunk.uses == write.uses:
-            self._evict_ahead(chunk)
+    def _writes_done(self, lower: Lower, outcomes: list[tuple[Write, str]], why: str, seconds: float) -> None:
+        written: list[Chunk] = []
+        took = self.metrics["cache_tier_seconds"].labels(lower.name, "put")
+        for write, outcome in outcomes:
+            chunk = write.chunk
+            lower.down -= 1
+            lower.down_bytes -= chunk.size
+            self.store.unhold(chunk)
+            took.observe(seconds)
+            if outcome:
+                chunk.below.discard(lower.name)
+                self._failed(lower.name, "put", outcome, why)
+                continue
+            written.append(chunk)
+            if lower.rules.write == "on-evict" and chunk.uses == write.uses:
+                self._evict_ahead(chunk)
+        if written:  # a counter's own cost is a good part of a chunk's
+            self.metrics["cache_tier_chunks_total"].labels(lower.name, "down").inc(len(written))
+            self.metrics["cache_tier_bytes_total"].labels(lower.name, "down").inc(sum(c.payload_bytes for c in written))
+            self.metrics["cache_tier_tokens_total"].labels(lower.name, "down").inc(sum(c.tokens for c in written))
 
     # ---- forgetting, looking, ending ----
 

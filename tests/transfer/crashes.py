@@ -137,6 +137,7 @@ class Life:
             match self.rng.choices(("chain", "load", "drop", "clear", "turn", "index"), (40, 40, 6, 0.5, 10, 2))[0]:
                 case "chain":
                     for j in range(i - i % 6, i + 1):
+                        self.tell("storing", j)  # a kill between its commit and the next line leaves it stored
                         if self.store(j):
                             self.tell("stored", j)
                 case "load":
@@ -192,9 +193,10 @@ class Account:
         for line in text.splitlines():
             what, _, number = line.partition(" ")
             i = int(number)
-            if what == "stored":
-                self.stored.add(i)
+            if what == "storing":
                 self.dropped.discard(i)
+            elif what == "stored":
+                self.stored.add(i)
             elif what == "dropping":
                 self.stored.discard(i)
             elif what == "dropped":

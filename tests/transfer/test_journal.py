@@ -1,6 +1,7 @@
 """The journal alone: what was noted is read back, whatever was torn off its end, and never more."""
 
 import os
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from pdserve import metrics
 from pdserve.errors import StartError
-from pdserve.transfer import journal
+from pdserve.transfer import append_file, journal
 from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.eviction import LeafFirstLru
 from pdserve.transfer.journal import Journal
@@ -43,7 +44,15 @@ class World:
         return {c.key: (c.offset, c.digests) for c in self.store.chunks()}
 
     def killed(self):
-        os.close(self.journal._fd)
+        self.journal._file.close()
+        if self.journal._fresh:
+            self.journal._fresh[0].close()
+
+    def read(self):
+        """What would be read if it were killed now."""
+        copy = self.path.with_suffix(".copy")
+        shutil.copy(self.path, copy)
+        return read(copy)
 
 
 def read(path, size=SIZE):
@@ -76,9 +85,9 @@ def test_a_torn_end_costs_the_last_entries_only(tmp_path_factory, cut, junk):
     states = [(0, {})]
     for i in range(1, 20):
         w.put(i)
-        states.append((os.path.getsize(path), w.visible()))
+        states.append((w.journal._file.length, w.visible()))
+    size = max(60, w.journal._file.length - cut)
     w.killed()
-    size = max(60, os.path.getsize(path) - cut)
     os.truncate(path, size)
     with path.open("ab") as f:
         f.write(junk)
@@ -94,15 +103,41 @@ def test_a_torn_end_costs_the_last_entries_only(tmp_path_factory, cut, junk):
 
 def test_it_stays_short_however_much_happens(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "MIN_COMPACT", 2000)
+    monkeypatch.setattr(append_file, "AHEAD", PAGE)
     w = World(tmp_path / "j.journal")
     largest = 0
     for i in range(1, 2000):
         w.put(i)
         largest = max(largest, os.path.getsize(w.path))
     assert largest < 20_000
+    assert w.read() == w.visible()
+    w.journal.close(keep=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["j.copy"]
+
+
+def test_while_it_is_written_anew_nothing_is_lost_at_any_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "MIN_COMPACT", 2000)
+    monkeypatch.setattr(journal, "A_FLUSH", 1)
+    monkeypatch.setattr(journal, "FOR_EACH", 1)
+    w = World(tmp_path / "j.journal")
+    fresh, files, under_way = tmp_path / "j.journal.new", set(), 0
+    for i in range(1, 300):
+        if i % 7 == 0:
+            w.store.drop([key(i - 3)], "corrupt")
+        w.put(i % 40)  # some come again while they are copied
+        files.add(w.path.stat().st_ino)
+        under_way += fresh.exists()
+        assert w.read() == w.visible()
+    assert under_way > 10
+    assert len(files) > 3
+    while not fresh.exists():
+        i += 1
+        w.put(i)
     w.killed()
-    assert read(w.path) == w.visible()
-    assert [p.name for p in tmp_path.iterdir()] == ["j.journal"]
+    again = World(w.path)  # what was half written is nothing to it
+    assert {r.key: (o, r.digests) for r, o in again.left} == w.visible()
+    assert not fresh.exists()
+    again.journal.close(keep=False)
 
 
 @pytest.mark.parametrize("change", ["size", "format", "head", "empty"])
@@ -121,20 +156,28 @@ def test_another_arena_or_format_is_not_read(tmp_path, change, monkeypatch):
     assert read(w.path, SIZE + PAGE if change == "size" else SIZE) == {}
 
 
-def test_a_journal_that_cannot_be_written_is_emptied_and_serving_goes_on(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_journal_that_cannot_be_written_is_emptied_and_serving_goes_on(tmp_path, monkeypatch, caplog, anew):
+    monkeypatch.setattr(append_file, "AHEAD", 256)
+    if anew:
+        monkeypatch.setattr(journal, "MIN_COMPACT", 0)
+        monkeypatch.setattr(journal, "SLACK", 0)
     w = World(tmp_path / "j.journal")
     w.put(1)
 
-    def full(fd, data):
+    def full(fd, at, size):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(journal, "_write", full)
-    w.put(2)
+    monkeypatch.setattr(append_file.os, "posix_fallocate", full)
+    for i in range(2, 9):
+        w.put(i)
     monkeypatch.undo()
-    w.put(3)
-    assert len(w.visible()) == 3
-    w.killed()
-    assert read(w.path) == {}
+    w.put(9)
+    assert len(w.visible()) == 9
+    assert "chunks in memory will not survive a crash" in caplog.text
+    assert w.read() == {}
+    w.journal.close(keep=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["j.copy"]
 
 
 def test_two_daemons_of_one_name_are_refused(tmp_path):
