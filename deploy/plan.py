@@ -221,7 +221,10 @@ def _cache(label: str, name: str, cache: Cache, context: Context, peers: list[st
         log=_log(context, name),
         cwd=context.run_dir,
         start_timeout=CACHE_START_SECONDS,
-        leftovers=(arena_file(label), arena_file(label).with_suffix(".journal"), context.run_dir / "cache.sock"),
+        leftovers=(
+            *(arena_file(label).with_suffix(suffix) for suffix in (".arena", ".journal", ".journal.new")),
+            context.run_dir / "cache.sock",
+        ),
     )
 
 
