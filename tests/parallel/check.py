@@ -46,7 +46,7 @@ engine:
 both:
   - {port: 24101, cpus: "0|1", tensor_parallel_size: 2}
   - {port: 24102, cpus: "0"}
-cache: {size: 512MiB, admin_port: 24190, load: always}
+cache: {size: 512MiB, admin_port: 24190, load: always, layer_groups: GROUPS}
 proxy: {port: 24110}
 """
 GPU = """
@@ -56,7 +56,7 @@ engine: {dtype: DTYPE, max_model_len: 2048, gpu_memory_utilization: 0.3, env: {V
 both:
   - {port: 24101, gpus: [0, 1], PARALLEL: 2}
   - {port: 24102, gpus: [ALONE]}
-cache: {size: 4GiB, admin_port: 24190, load: always}
+cache: {size: 4GiB, admin_port: 24190, load: always, layer_groups: GROUPS}
 proxy: {port: 24110}
 """
 MODEL = ""
@@ -67,11 +67,10 @@ ASK = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
 def topology_text(args: argparse.Namespace) -> str:
-    if not args.gpus:
-        return TOPOLOGY
     parallel = "pipeline_parallel_size" if args.pp else "tensor_parallel_size"
-    words = {"MODEL": args.gpus, "DTYPE": args.dtype, "PARALLEL": parallel, "ALONE": "2" if gpus() > 2 else "0"}
-    text = GPU
+    words = {"MODEL": args.gpus or "", "DTYPE": args.dtype, "PARALLEL": parallel, "ALONE": "2" if gpus() > 2 else "0"}
+    words["GROUPS"] = str(args.layer_groups or "~")
+    text = GPU if args.gpus else TOPOLOGY
     for word, value in words.items():
         text = text.replace(word, value)
     return text
@@ -222,6 +221,7 @@ def main() -> int:
     parser.add_argument("--only-soak", action="store_true", help="leave the comparisons out")
     parser.add_argument("--gpus", metavar="MODEL", help="on GPUs, with this model's folder (an even number of KV heads, or layers)")
     parser.add_argument("--pp", action="store_true", help="a pipeline instead of tensor parallel workers; with --gpus")
+    parser.add_argument("--layer-groups", type=int, help="cache.layer_groups (default: as many as are needed)")
     parser.add_argument("--dtype", default="float32", help="on GPUs (default %(default)s, in which tokens must be equal)")
     parser.add_argument("--dry-run", action="store_true", help="show the commands, and start nothing")
     parser.add_argument("--out", type=Path, help="a file for the results")
