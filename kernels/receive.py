@@ -76,7 +76,7 @@ def available() -> bool:
 def receive(fd: int, to: np.ndarray, following: np.ndarray, word: int, patience_s: float, arrival: Arrival) -> bool:
     """Receives into `to`, going on where `arrival` stands, until it is full (True) or the time is over (False).
 
-    The socket must have a timeout in the kernel (SO_RCVTIMEO). What comes beyond lies in `following` then, arrival.beyond bytes.
+    What comes beyond lies in `following` then, arrival.beyond bytes. On TCP it sleeps until 1 MiB is there, or all that is left.
     `word`: position in its piece of the first word of `to`. Raises OSError, ConnectionError when the peer has closed.
     """
     library = _load()
