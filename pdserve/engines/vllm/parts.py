@@ -18,7 +18,7 @@ class Parts:
         self.parts = list(parts)
         self.on_device, self.stores, self.together = parts[0].on_device, parts[0].stores, parts[0].together
         #: of several workers that move the same chunks one tells what was moved
-        self.tells = parts[0].first_shard == 0
+        self.tells = parts[0].stores and parts[0].first_shard == 0
 
     def describe(self) -> str:
         more = f"; {len(self.parts)} layer groups like this" if len(self.parts) > 1 else ""
