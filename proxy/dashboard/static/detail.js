@@ -21,6 +21,7 @@ export class Detail {
   open(record) {
     this.record = record;
     this.chosen = null;
+    this.asked = 0;
     this.show(record, "");
     if (!this.dialog.open) this.dialog.showModal();
     this.load();
@@ -44,7 +45,8 @@ export class Detail {
     }
     if (this.record?.id !== id) return;
     this.show(this.record, problem);
-    if (this.record.state === "active" || problem) this.timer = setTimeout(() => this.load(), EVERY);
+    const untold = !this.record.chunks && ++this.asked < 5; // engines tell of a request a moment after its end
+    if (this.record.state === "active" || problem || untold) this.timer = setTimeout(() => this.load(), EVERY);
   }
 
   show(record, problem) {
