@@ -43,8 +43,8 @@ class Call:
     """Reads one request, writes one answer."""
 
     __slots__ = (
-        "_chunked", "_error", "_head", "_parts", "_protocol", "_size", "_task", "_waiter", "_whole", "came", "disconnected",
-        "headers", "http_1_0", "keep_alive", "left", "message_event", "method", "path", "response_complete", "target",
+        "_chunked", "_error", "_head", "_lost", "_parts", "_protocol", "_size", "_task", "_waiter", "_whole", "came",
+        "disconnected", "headers", "http_1_0", "keep_alive", "left", "message_event", "method", "path", "response_complete", "target",
     )  # fmt: skip
 
     def __init__(self, protocol: Guarded, method: bytes, path: str, target: bytes, headers: Headers) -> None:
@@ -59,7 +59,8 @@ class Call:
         self._parts: list[bytes] = []
         self._size = 0
         self._whole = False
-        self._error: RequestError | None = None
+        self._lost = False  # what still comes of the body is dropped
+        self._error: RequestError | None = None  # why, until it is raised
         self._waiter: asyncio.Future[None] | None = None
         self._task: asyncio.Task[Any] | None = None
         self._head = b""
@@ -81,7 +82,7 @@ class Call:
 
     def feed(self, data: bytes, limit: int) -> None:
         """More of the body."""
-        if self._error is not None:
+        if self._lost:
             return
         self._size += len(data)
         if self._size > limit:
@@ -94,7 +95,7 @@ class Call:
 
     def fail(self, error: RequestError) -> None:
         """The body will not be had."""
-        self._error = error
+        self._error, self._lost = error, True
         self._parts.clear()
         self._wake()
 
@@ -127,7 +128,10 @@ class Call:
         if self.disconnected:
             raise ClientGone
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:
+                self._error = None  # raised, it holds this call's frame: a circle
         parts, self._parts = self._parts, []
         return parts[0] if len(parts) == 1 else b"".join(parts)
 

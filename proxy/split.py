@@ -119,7 +119,8 @@ class Splitter:
             raise RequestError(503, NOBODY, "service_unavailable")  # before a producer works for nothing
         self._budget.earn()
         exchange.facts = self._routing.facts(exchange.endpoint, exchange.headers, ask.body)
-        why = self._why_local(exchange, ask)
+        alone = self._dialect.why_local(exchange.endpoint, ask.body)
+        why = self._why_local(exchange, alone)
         self._labelled("split_decisions_total", why or "pd").inc()
         keep = ask.stream and len(self._fleet.consumers()) > 1
         takeover = made_takeover(self._dialect, exchange.endpoint, ask.body, keep)
@@ -144,7 +145,7 @@ class Splitter:
         body = self._dialect.decode_body(exchange.endpoint, ask.body, handover, takeover.ask_ids)
         takeover.sent, takeover.prompt = body, exchange.prompt_tokens
         # The producer's reply tells of route "pd"; of several prompts the first event does not tell which they are.
-        told = bool(why) and self._dialect.why_local(exchange.endpoint, ask.body) != "several-prompts"
+        told = bool(why) and alone != "several-prompts"
         if told:
             self._began.expect(exchange.request_id)
         try:
@@ -177,12 +178,13 @@ class Splitter:
         exchange.client.lifetime.on(Event.DECODE)
         await self._decode(exchange, body, "", None)
 
-    def _why_local(self, exchange: Exchange, ask: openai.Ask) -> str:
+    def _why_local(self, exchange: Exchange, alone: str | None) -> str:
+        """`alone`: why a consumer has to do it alone, whatever the fleet."""
         producers = self._fleet.producers()
         if not producers:
             return "no-producer"
-        if why := self._dialect.why_local(exchange.endpoint, ask.body):
-            return why
+        if alone:
+            return alone
         exchange.decided = time.perf_counter()
         why, exchange.uncached = self._routing.worth.decide(exchange.facts, producers, self._fleet.consumers())
         return why
@@ -282,31 +284,34 @@ class Splitter:
             except LegFailure as failure:
                 exchange.trail.lost(str(failure))
                 self._fleet.failed(instance, "decode", failure, exchange.request_id)
-                last = failure
-                if not exchange.client.started:
-                    if failure.reason == "timeout" or (failure.reason == "status" and not self._budget.spend("status")):
+                if exchange.client.started:
+                    plan = await self._plan_on(exchange, takeover, failure.reason, instance)
+                    if plan is None:
                         raise
-                    continue
-                plan = await self._plan_on(exchange, takeover, failure, instance)
-                if not plan.body:
-                    return await self._say_the_end(exchange, plan.last)
-                path, body, tried = plan.path or exchange.path, plan.body, [instance]
-        raise last or RequestError(503, NOBODY, "service_unavailable")
+                    if not plan.body:
+                        return await self._say_the_end(exchange, plan.last)
+                    path, body, tried = plan.path or exchange.path, plan.body, [instance]
+                elif failure.reason == "timeout" or (failure.reason == "status" and not self._budget.spend("status")):
+                    raise
+                # Its traceback holds this frame: kept here with it, it would be a circle around the whole request.
+                last = failure.with_traceback(None)
+        try:
+            raise last or RequestError(503, NOBODY, "service_unavailable")
+        finally:
+            last = None
 
     async def _plan_on(
-        self, exchange: Exchange, takeover: Takeover | None, failure: LegFailure, instance: Instance
-    ) -> Plan:
-        """How to go on with a stream that `instance` has broken off. Raises the failure if it cannot go on."""
+        self, exchange: Exchange, takeover: Takeover | None, reason: str, instance: Instance
+    ) -> Plan | None:
+        """How to go on with a stream that `instance` has broken off; None if it cannot go on."""
         plan = None
-        if takeover is not None and self._budget.spend(failure.reason):
+        if takeover is not None and self._budget.spend(reason):
             if exchange.client.lifetime.state is State.STREAMING:
                 exchange.client.lifetime.on(Event.LOST)
             plan = takeover.plan()
             if plan is not None and plan.questions:
                 plan = takeover.answered(await self._answers(exchange, plan, instance))
         self._metrics["takeovers_total"].labels(plan.how if plan else "none").inc()
-        if plan is None:
-            raise failure
         return plan
 
     async def _answers(self, exchange: Exchange, plan: Plan, lost: Instance) -> list[bytes]:

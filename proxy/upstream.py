@@ -66,7 +66,9 @@ class _Connection(asyncio.Protocol):
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
         self.has_head = self.complete = self._counted = self._kept = self._paused = False
-        self.error: _Broken | None = None
+        # What went wrong, for _Broken. Not the exception: once raised it holds the frames that hold this connection and the
+        # request's body, a circle that only the collector would find.
+        self.error: tuple[str, bool] | None = None
         self.chunks: list[bytes] = []
         self._held = 0
         self._touched = 0.0  # when something came last; 0: nothing of this answer yet
@@ -143,7 +145,7 @@ class _Connection(asyncio.Protocol):
         """Waits for status and headers."""
         while not self.has_head:
             if self.error is not None:
-                raise self.error
+                raise _Broken(*self.error)
             await self._wait(until)
 
     async def chunk(self, until: float | None) -> bytes:
@@ -152,7 +154,7 @@ class _Connection(asyncio.Protocol):
             if self.complete:
                 return b""
             if self.error is not None:
-                raise self.error
+                raise _Broken(*self.error)
             await self._wait(until)
         return self._taken()
 
@@ -164,16 +166,19 @@ class _Connection(asyncio.Protocol):
             if self.complete or not goes_on:
                 return self.complete
         if self.error is not None:
-            raise self.error
+            raise _Broken(*self.error)
         self._sink = sink
         try:
             await self._wait_on(gap)
         finally:
             self._sink = None
         if self._sink_error is not None:
-            raise self._sink_error
+            try:
+                raise self._sink_error
+            finally:
+                self._sink_error = None  # as with `error`
         if self.error is not None:
-            raise self.error
+            raise _Broken(*self.error)
         return self.complete and not self.chunks
 
     @property
@@ -239,7 +244,7 @@ class _Connection(asyncio.Protocol):
 
     def _fail(self, message: str) -> None:
         if self.error is None:
-            self.error = _Broken(message, silent=not self._touched)
+            self.error = message, not self._touched
 
 
 class Answer:

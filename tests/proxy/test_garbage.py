@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
+import types
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from pdserve.engines.fake.server import Fault
+from pdserve.errors import UpstreamError
 from pdserve.proxy.guard import Guarded
 from pdserve.proxy.relay import Client
 from pdserve.proxy.split import Exchange
@@ -68,3 +72,73 @@ async def test_an_engine_connection_leaves_nothing_for_the_collector(rig: Any, u
         del answer
         await engine.close()
         await until(lambda: len(left(_Connection)) < kept)
+
+
+@pytest.fixture
+def unlogged() -> Iterator[None]:
+    """pytest keeps log records, and with them the failures that they tell of."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def circles() -> Counter[str]:
+    """The proxy's own objects that only the collector found."""
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        gc.collect()
+        kinds = [type(found) for found in gc.garbage]
+        return Counter(
+            kind.__qualname__ for kind in kinds if kind.__module__.startswith("pdserve.proxy") or issubclass(kind, UpstreamError)
+        ) + Counter(
+            found.f_code.co_qualname for found in gc.garbage
+            if isinstance(found, types.FrameType) and str(found.f_globals.get("__name__")).startswith("pdserve.proxy")
+        )  # fmt: skip
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+
+
+BROKEN = ("status", "plain", "reset", "cut", "early", "torn", "garbage", "rubbish", "confess")
+
+
+@pytest.mark.parametrize("leg", ["prefill", "decode"])
+async def test_failures_leave_nothing_for_the_collector(
+    rig: Any, until: Any, leg: str, uncollected: None, unlogged: None
+) -> None:
+    """What fails has a traceback, which holds the frames it went through, which hold the request."""
+    async with rig(probe_every=30, consumers=2 if leg == "decode" else 1) as r:
+        engines = r.producers if leg == "prefill" else r.consumers
+        assert (await r.complete(max_tokens=3)).status == 200
+        await r.settled()
+        circles()
+        for kind in BROKEN:
+            for stream in (True, False):
+                for engine in engines:
+                    engine.faults.extend([Fault(kind)] * 2)  # a connection that was kept is tried once more on a new one
+                await r.complete(stream=stream, max_tokens=4, temperature=0)
+                for engine in engines:
+                    engine.faults.clear()
+        await r.settled()
+        assert circles() == Counter()
+        assert r.value("pdserve_leg_failures_total", instance=engines[0].name, leg=leg, reason="broken")
+
+
+async def test_an_early_leg_that_fails_leaves_nothing_for_the_collector(rig: Any, uncollected: None, unlogged: None) -> None:
+    async with rig(probe_every=30, early_decode=True) as r:
+        await r.complete(max_tokens=3)
+        circles()
+        for _ in range(3):
+            r.d.faults.append(Fault("garbage"))
+            await r.complete(stream=True, max_tokens=4)
+        await r.settled()
+        assert circles() == Counter()
+
+
+async def test_a_body_that_is_refused_leaves_nothing_for_the_collector(rig: Any, uncollected: None) -> None:
+    async with rig(probe_every=30, max_body=1000) as r:
+        circles()
+        for _ in range(3):
+            assert (await r.complete(prompt="a" * 2000)).status == 413
+        await r.settled()
+        assert circles() == Counter()

@@ -340,6 +340,7 @@ class _Connection(asyncio.Protocol):
             assert self._seen is not None
             self._seen.aborted = True
             self.task.cancel()
+        self.task, self._parser = None, cast(Any, None)  # both hold this connection: circles
 
     def write(self, data: bytes) -> None:
         if not self.transport.is_closing():
