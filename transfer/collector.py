@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 
 QUIET_S, LONGEST_S = 5.0, 3600.0
-_YOUNG, _NEVER = 2000, 1 << 30
+_YOUNG, _NEVER = 500, 1 << 30
 
 
 class Collector:

@@ -3,7 +3,9 @@
     python tests/bench/bench_tiers.py [--quick] [--folder DIR] [--index-gb N] [--json FILE]
 
 lookup, reserve+commit of 400 chunks (a prompt of 100k tokens) beside a bare ping over the same socket; lookups while
-others keep a full arena under store pressure, beside the same lookups when idle; the disk tier's put and get beside plain
+others keep a full arena under store pressure, beside the same lookups when idle, beside those of a daemon that is idle while
+another one just like it has the same pressure (what the machine alone makes of it), and beside a bare ping of either; the
+disk tier's put and get beside plain
 O_DIRECT writes and reads of the same sizes on the same file system, taken in turns, and dd beside both; how long a start
 takes with N GB of segments, from the index file and from the headers alone. Times in microseconds.
 
@@ -139,12 +141,13 @@ def write_on_demand(path: str, go: Any, stop: Any) -> None:
 
 
 def pressure(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """A full arena with a disk tier below; one client looks 40 chunks up while another process does nothing, stores into this
-    daemon without pause, or stores into another daemon just like it: what the machine alone makes of that."""
+    """A full arena with a disk tier below; one client looks 40 chunks up, and pings, while another process does nothing, stores
+    into this daemon without pause, or stores into another daemon just like it: what the machine alone makes of that."""
     spawn = get_context("spawn")
     stop = spawn.Event()
     arms = ("idle", "another daemon under store pressure", "under store pressure")
     found: dict[str, list[float]] = {name: [] for name in arms}
+    pings: dict[str, list[float]] = {name: [] for name in arms}
     under = 0.0
     with contextlib.ExitStack() as stack:
         caches, goes, writers = [], {}, []
@@ -171,6 +174,8 @@ def pressure(folder: Path, rounds: int) -> list[dict[str, Any]]:
                     found[arm].append(timed(lambda: lookup(client, hot)))
                     release(client)
                     time.sleep(0.001)
+                    pings[arm].append(timed(lambda: client.ping(30)))
+                    time.sleep(0.001)
                 under += (time.perf_counter() - began + 0.2) * (arm == arms[2])
         finally:
             stop.set()
@@ -178,10 +183,15 @@ def pressure(folder: Path, rounds: int) -> list[dict[str, Any]]:
                 writer.join(20)
         stored = metric(caches[1][0].get("/metrics"), "pdserve_cache_stored_bytes_total") - before
     rows = [row(f"lookup 40, {name}", times) for name, times in found.items()]
-    for r in rows[1:]:
-        r["p99 ratio"] = r["p99"] / rows[0]["p99"]
+    beside = [row(f"ping, {name}", times) for name, times in pings.items()]
+    for some in (rows, beside):
+        for r in some[1:]:
+            r["p99 ratio"] = r["p99"] / some[0]["p99"]
+        some[2]["of the other daemon's"] = some[2]["p99"] / some[1]["p99"]
+    for r, ping in zip(rows, beside, strict=True):
+        r["p99 of ping's"] = r["p99"] / ping["p99"]
     rows[2]["stored meanwhile, MB/s"] = stored / under / 1e6
-    return rows
+    return rows + beside
 
 
 def fill(client: CacheClient, hot: list[bytes]) -> None:
