@@ -129,43 +129,46 @@ def operations(folder: Path, rounds: int) -> list[dict[str, Any]]:
     return [row(name, times, ratio=statistics.median(times) / ping) for name, times in found.items()]
 
 
-def write_on_demand(path: str, go: Any, stop: Any) -> None:
-    """Another engine, in a process of its own: stores new chunks without pause while `go` is set."""
+def write_on_demand(path: str, chunks: int, go: Any, stop: Any) -> None:
+    """Another engine, in a process of its own: stores new chunks, so many a call, without pause while `go` is set."""
     client, payload, n = CacheClient(path, "writer"), np.full(SHARD, 7, np.uint8), 1
     while not stop.is_set():
         if go.wait(0.1):
             n += 1
-            store(client, keys(n * 10**6, 8), payload)
-            time.sleep(0.002)  # 8 x 64 KiB every few ms: a few hundred MB/s
+            store(client, keys((n * 1000 + chunks) * 10**6, chunks), payload)
+            time.sleep(0.00025 * chunks)  # 8 x 64 KiB every few ms: a few hundred MB/s
     client.close()
 
 
 def pressure(folder: Path, rounds: int) -> list[dict[str, Any]]:
     """A full arena with a disk tier below; one client looks 40 chunks up, and pings, while another process does nothing, stores
-    into this daemon without pause, or stores into another daemon just like it: what the machine alone makes of that."""
+    into this daemon without pause (8 chunks a call as in an engine's step, or a long prompt's 400), or stores into another
+    daemon just like it: what the machine alone makes of that."""
     spawn = get_context("spawn")
     stop = spawn.Event()
-    arms = ("idle", "another daemon under store pressure", "under store pressure")
+    arms = ("idle", "another daemon under store pressure", "under store pressure", "400 chunks a call")
     found: dict[str, list[float]] = {name: [] for name in arms}
     pings: dict[str, list[float]] = {name: [] for name in arms}
     under = 0.0
     with contextlib.ExitStack() as stack:
         caches, goes, writers = [], {}, []
-        for name in arms[1:]:
+        for _ in range(2):
             own = folder / f"arm-{len(caches)}"
             own.mkdir()
             words = ("--disk", str(own / "kv"), "--disk-size", "512MiB", "--disk-min-free", "0")
             caches.append(stack.enter_context(daemon(own, 256 << 20, *words)))
+        for name, (cache, _), chunks in zip(arms[1:], (*caches, caches[1]), (8, 8, 400), strict=True):
             goes[name] = spawn.Event()
-            writers.append(spawn.Process(target=write_on_demand, args=(str(caches[-1][0].socket), goes[name], stop)))
+            writers.append(spawn.Process(target=write_on_demand, args=(str(cache.socket), chunks, goes[name], stop)))
             writers[-1].start()
         hot = keys(1, 40)
         for _, client in caches:
             fill(client, hot)
-        before = metric(caches[1][0].get("/metrics"), "pdserve_cache_stored_bytes_total")
+        stored = 0.0
         try:
-            for block in range(3 * max(16, rounds // 25)):  # a p99 of 800 lookups each, at least
-                arm = arms[block % 3]
+            for block in range(len(arms) * max(16, rounds // 25)):  # a p99 of 800 lookups each, at least
+                arm = arms[block % len(arms)]
+                before = metric(caches[1][0].get("/metrics"), "pdserve_cache_stored_bytes_total")
                 for name, go in goes.items():
                     (go.set if name == arm else go.clear)()
                 time.sleep(0.2)
@@ -176,18 +179,20 @@ def pressure(folder: Path, rounds: int) -> list[dict[str, Any]]:
                     time.sleep(0.001)
                     pings[arm].append(timed(lambda: client.ping(30)))
                     time.sleep(0.001)
-                under += (time.perf_counter() - began + 0.2) * (arm == arms[2])
+                if arm == arms[2]:
+                    under += time.perf_counter() - began + 0.2
+                    stored += metric(caches[1][0].get("/metrics"), "pdserve_cache_stored_bytes_total") - before
         finally:
             stop.set()
             for writer in writers:
                 writer.join(20)
-        stored = metric(caches[1][0].get("/metrics"), "pdserve_cache_stored_bytes_total") - before
     rows = [row(f"lookup 40, {name}", times) for name, times in found.items()]
     beside = [row(f"ping, {name}", times) for name, times in pings.items()]
     for some in (rows, beside):
         for r in some[1:]:
             r["p99 ratio"] = r["p99"] / some[0]["p99"]
-        some[2]["of the other daemon's"] = some[2]["p99"] / some[1]["p99"]
+        for r in some[2:]:
+            r["of the other daemon's"] = r["p99"] / some[1]["p99"]
     for r, ping in zip(rows, beside, strict=True):
         r["p99 of ping's"] = r["p99"] / ping["p99"]
     rows[2]["stored meanwhile, MB/s"] = stored / under / 1e6
