@@ -24,17 +24,17 @@ LAYERS, BLOCKS, BLOCK_BYTES = 3, 16, 4096
 class Engine:
     """A worker with `LAYERS` tensors of blocks, filled at random."""
 
-    def __init__(self, socket, rank=0, shards=1, writer="w"):
+    def __init__(self, socket, rank=0, shards=1, writer="w", kind=HostPages):
         self.kv = np.random.default_rng().integers(0, 256, (LAYERS, BLOCKS, BLOCK_BYTES), dtype=np.uint8)
         self.side = WorkerSide(CacheClient(socket, f"worker-{rank}"), shards=shards, writer=writer)
-        pages = HostPages(
+        self.pages = kind(
             [[self.kv[i].ctypes.data for i in range(LAYERS)]],
             [BLOCK_BYTES] * LAYERS,
             BLOCK_BYTES,
             BLOCKS,
             first_shard=rank,
         )
-        self.side.register([pages])
+        self.side.register([self.pages])
 
     def save(self, rid, *chunks):
         self.side.start_saves(StepPlan(saves=[SaveJob(rid, [ChunkSave(k, p, 256, b) for k, p, b in chunks])]))
@@ -45,6 +45,30 @@ class Engine:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         return got
+
+
+class Held(HostPages):
+    """Loads under way end when the test says so, as a device's do later than they are submitted."""
+
+    def __init__(self, *args, **kw):
+        super().__init__(*args, **kw)
+        self.may_end, self.under_way = threading.Event(), 0
+
+    def load(self, *args):
+        self.under_way += 1
+        return HeldCopy(super().load(*args), self.may_end)
+
+
+class HeldCopy:
+    def __init__(self, copy, may_end):
+        self.copy, self.may_end = copy, may_end
+
+    def done(self):
+        return self.may_end.is_set()
+
+    def digests(self):
+        assert self.may_end.wait(60)
+        return self.copy.digests()
 
 
 def key(i):
@@ -179,6 +203,77 @@ def test_chunks_that_are_still_being_written_are_loaded_as_they_come(cache_daemo
     assert (result.filled, result.late, result.error) == (3, ["dram"] * 3, "")
     b.wait(lambda: cache_daemon.status()["leases"] == 0)
     client.close()
+
+
+def come_while_held(a, b, client):
+    """Two chunks for b, the second one stored while the first is still on its way into b's blocks."""
+    b.side.start_loads(StepPlan(loads=[expecting(client, "q", [key(1), key(2)], [[0, 5], [9]], stall_s=60)]))
+    a.save("r", (key(1), b"", [3, 1]))
+    a.wait(lambda: b.pages.under_way == 1)
+    a.save("s", (key(2), key(1), [7]))
+    a.wait(lambda: b.pages.under_way == 2)
+    assert b.side.finished() == (set(), set(), set())  # nothing is reported while something may still write
+
+
+def test_the_next_chunks_are_asked_for_while_the_last_are_on_their_way(cache_daemon, engines):
+    a, b = engines(), engines(writer="v", kind=Held)
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    client.connect(30)
+    come_while_held(a, b, client)
+    b.pages.may_end.set()
+    _, received, unfilled = b.wait(lambda: (got := b.side.finished())[1] and got)
+    assert (received, unfilled) == ({"q"}, set())
+    assert (b.kv[:, [0, 5, 9]] == a.kv[:, [3, 1, 7]]).all()
+    result = b.side.report().loaded["q"]
+    assert (result.filled, result.late, result.error) == (2, ["dram"] * 2, "")
+    client.close()
+    b.wait(lambda: cache_daemon.status()["leases"] == 0)
+
+
+def test_a_mismatch_with_more_chunks_on_their_way_fails_all_of_them_and_gives_every_lease_back(cache_daemon, engines):
+    a, b = engines(), engines(writer="v", kind=Held)
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    client.connect(30)
+    load = HostPages.load
+    seen = []
+
+    def flipped(pages, mark, source, *args):
+        if not seen:
+            source[5] ^= 1
+        seen.append(source)
+        pages.under_way += 1
+        return HeldCopy(load(pages, mark, source, *args), pages.may_end)
+
+    b.pages.load = lambda *args: flipped(b.pages, *args)
+    come_while_held(a, b, client)
+    b.pages.may_end.set()
+    _, received, unfilled = b.wait(lambda: (got := b.side.finished())[1] and got)
+    assert (received, unfilled) == ({"q"}, {0, 5, 9})
+    result = b.side.report().loaded["q"]
+    assert (result.filled, result.late) == (0, [])
+    assert "digest mismatch" in result.error
+    client.close()
+    b.wait(lambda: cache_daemon.status()["leases"] == 0)
+    reader = CacheClient(cache_daemon.socket, "reader")
+    assert not reader.lookup([key(1)], 5).found  # told, and never given to anybody again
+    reader.close()
+
+
+def test_a_load_given_up_is_not_over_while_its_chunks_are_on_their_way(cache_daemon, engines):
+    a, b = engines(), engines(writer="v", kind=Held)
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    client.connect(30)
+    b.side.start_loads(StepPlan(loads=[expecting(client, "q", [key(1), key(2)], [[0, 5], [9]], stall_s=60)]))
+    a.save("r", (key(1), b"", [3, 1]))
+    a.wait(lambda: b.pages.under_way == 1)
+    b.side.start_loads(StepPlan(dropped={"q"}))
+    time.sleep(0.1)
+    assert b.side.finished()[1] == set()
+    b.pages.may_end.set()
+    _, received, unfilled = b.wait(lambda: (got := b.side.finished())[1] and got)
+    assert (received, unfilled) == ({"q"}, {9})
+    client.close()
+    b.wait(lambda: cache_daemon.status()["leases"] == 0)
 
 
 def test_chunks_that_do_not_come_fail_by_their_blocks_and_what_came_stays_good(cache_daemon, engines):

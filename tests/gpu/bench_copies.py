@@ -1,4 +1,6 @@
-"""Bytes between paged KV and the arena: bench_copies.py OUT.json   (a GPU, torch, nvcc; no vLLM)
+"""Bytes between paged KV and the arena: bench_copies.py OUT.json   (a GPU, torch, nvcc or NVRTC; no vLLM)
+
+PDSERVE_KERNELS=nvcc or nvrtc says who compiles.
 
 One line a case: ms and GB/s for 20000 tokens of Qwen3-8B's KV (36 layers, 8 heads of 128, bf16, blocks of 16 tokens, scattered),
 beside the pinned-copy ceilings measured in the same run. Compares three ways: the kernel writing host memory itself, gather
@@ -101,8 +103,9 @@ def main() -> None:
     geometry, _ = device_layout.geometry_of(layers, order, Spec, BLOCKS, HEADS)
     arch = device_layout.arch_of(0)
     start = time.perf_counter()
-    gpu.library(arch)
+    results["kernels"] = gpu.library(arch).how
     results["build_s"] = time.perf_counter() - start
+    print(f"kernels {results['kernels']}, ready after {results['build_s']:.1f} s", flush=True)
     arena = arenas.create(Path("/dev/shm/pdserve-bench.arena"), 4 << 30)
     try:
         measure(rng, layers, geometry, arch, arena)
@@ -174,8 +177,8 @@ def measure(rng, layers, geometry, arch, arena) -> None:
     results["equal"] = bool(stored == loaded and same)
     print("digests equal:", stored == loaded, flush=True)
 
-    for payload in ("int8", "fp8"):
-        rounding(payload, arena, geometry, arch, cuts, ids, back)
+    for small in ("int8", "fp8"):
+        rounding(small, arena, geometry, arch, cuts, ids, back)
 
     one, stride = ids[: CHUNK // BLOCK], stride_of(geometry.shard_bytes(CHUNK))
     size = HEADS * geometry.shard_bytes(CHUNK)

@@ -12,6 +12,7 @@ import random
 import sys
 import threading
 import time
+from pathlib import Path
 
 os.environ.update(
     HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_USE_FLASHINFER_SAMPLER="0", VLLM_ENABLE_V1_MULTIPROCESSING="0"
@@ -42,6 +43,11 @@ class Probe:
                     "pdserve.load": "always",  # what is measured here is loading, not the decision
                     **({"pdserve.payload": options["payload"]} if options.get("payload") else {}),
                 },
+            )
+        elif options.get("peer") == "null":
+            sys.path.insert(0, str(Path(__file__).parent))
+            more["kv_transfer_config"] = KVTransferConfig(
+                kv_connector="NullConnector", kv_connector_module_path="null_connector", kv_role="kv_both"
             )
         elif options.get("peer") == "offloading":
             more["kv_transfer_config"] = KVTransferConfig(
@@ -123,6 +129,39 @@ class Probe:
                 return {"reset": True}
             self.settle()
         return {"reset": False}
+
+    def watch_calls(self) -> dict:
+        """From now on: how often vLLM calls each method of the connector, and the time in it. See calls()."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        self.called: dict[str, list[float]] = {}
+        halves = {
+            "worker": get_kv_transfer_group(),
+            "scheduler": self.llm.llm_engine.engine_core.engine_core.scheduler.connector,
+        }
+        for half, connector in halves.items():
+            for name in dir(connector):
+                method = getattr(connector, name, None)
+                if not name.startswith("_") and callable(method) and not isinstance(method, type):
+                    setattr(connector, name, self._timed(f"{half} {name}", method))
+        return {}
+
+    def _timed(self, name: str, method):
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                entry = self.called.setdefault(name, [0, 0.0])
+                entry[0] += 1
+                entry[1] += time.perf_counter() - start
+
+        return call
+
+    def calls(self) -> dict:
+        """Since the last time: {method: [calls, ms]}."""
+        found, self.called = self.called, {}
+        return {name: [n, s * 1e3] for name, (n, s) in sorted(found.items(), key=lambda x: -x[1][1])}
 
     def rates(self) -> dict:
         """Loads and stores since the last call: tokens, ms; clears."""

@@ -357,6 +357,60 @@ def between_tokens(run: Run) -> None:
         row(f"ITL of 8 streams, p50 / p99, {name}", f"{p50:.2f} / {p99:.2f} ms")
 
 
+def overhead(run: Run) -> None:
+    """Plain, a connector that does nothing, and pdserve, in turn; and the time in each of pdserve's methods."""
+    size = {"model": run.model, "kv_gib": 18}
+    names = ("plain2", "null", "pdserve2")
+    options: list[dict] = [size, {"peer": "null", **size}, {"connector": True, "socket": run.socket, **size}]
+    engines = dict(zip(names, run.engines(*zip(names, options, strict=True)), strict=True))
+    found: dict = results.setdefault(
+        "overhead", {name: {"new": [], "cached": [], "p50": [], "p99": []} for name in names}
+    )
+    fixed = list(range(80000, 80008))
+    for e in engines.values():
+        e.do("generate", seeds=fixed, n=4000, out=64)
+    for again in range(run.rounds + 1):
+        for name in (names, names[::-1])[again % 2]:
+            e, entry = engines[name], found[name]
+            seeds = list(range(90000 + 100 * again, 90024 + 100 * again))
+            new = e.do("generate", seeds=seeds, n=4000, out=64)["tok_s"]
+            e.do("generate", seeds=fixed, n=4000, out=4)  # back into the GPU's cache
+            cached = e.do("generate", seeds=fixed, n=4000, out=64)["tok_s"]
+            gaps = e.do("itl", streams=8, out=300, seed=again)
+            if again:
+                entry["new"].append(new)
+                entry["cached"].append(cached)
+                entry["p50"].append(gaps["p50"])
+                entry["p99"].append(gaps["p99"])
+    for what in ("new", "cached", "p50", "p99"):
+        ratio = {
+            n: statistics.median(a / b for a, b in zip(found[n][what], found["plain2"][what], strict=True))
+            for n in names[1:]
+        }
+        m = {n: statistics.median(found[n][what]) for n in names}
+        row(
+            f"of plain, {what}",
+            f"null {ratio['null']:.3f}, pdserve {ratio['pdserve2']:.3f} (plain {m['plain2']:.2f}; medians of {run.rounds} pairs)",
+        )
+    ours = engines["pdserve2"]
+    ours.do("watch_calls")
+    for what, ask in (
+        ("decoding", {"seeds": fixed, "n": 500, "out": 300}),
+        ("new", {"seeds": list(range(95000, 95024)), "n": 4000, "out": 64}),
+    ):
+        ours.do("calls")
+        seconds = ours.do("generate", **ask)["ms"] / 1e3
+        calls = results[f"calls {what}"] = ours.do("calls")
+        steps = calls["scheduler build_connector_meta"][0]
+        top = ", ".join(f"{name} {ms / steps * 1e3:.0f}" for name, (_, ms) in list(calls.items())[:6])
+        row(
+            f"in the connector, {what}, us a step",
+            f"{sum(ms for _, ms in calls.values()) / steps * 1e3:.0f} of {seconds / steps * 1e6:.0f}: {top}",
+        )
+    for e in engines.values():
+        e.stop()
+
+
 @dataclass(frozen=True)
 class Step:
     name: str
@@ -377,6 +431,9 @@ STEPS = (
     Step("throughput", throughput, 110, "nothing to reuse and all in the GPU's cache, interleaved with plain vLLM"),
     Step("itl", between_tokens, 110, "time between tokens of 8 streams while 20k tokens are stored or loaded"),
     Step("tokens", tokens_agree, 90, "greedy tokens of the real model: loaded = computed = plain"),
+    Step(
+        "overhead", overhead, 200, "a connector that does nothing beside pdserve, and the time in each of its methods"
+    ),
     Step("tests", kernel_tests, 60, "kernels against plain indexing, bit for bit"),
     Step("sanitizer", sanitizer, 90, "memcheck and racecheck of the kernels"),
     Step("payload", payload, 110, "an engine that stores int8"),

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import signal
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +19,10 @@ from pathlib import Path
 import yaml
 
 from pdserve import topology
-from pdserve.bench import arms, cli, compare, one, results, runner, variants, workloads
+from pdserve.bench import runner, suite, variants, workloads
 from pdserve.bench.regimes import cli as regimes_cli
-from pdserve.bench.results import Result
+from pdserve.bench.suite import Load
 from pdserve.deploy import plan
-from pdserve.errors import PdserveError
 
 GRAPHS = '{"mode":0,"cudagraph_mode":"FULL_DECODE_ONLY","cudagraph_capture_sizes":[1,2,4,8,16,32,64]}'
 TOPOLOGY = """
@@ -50,16 +46,6 @@ FIRST_PORT, PORTS = 21000, 100  # of GPU 0; so many for each GPU
 STOP_SECONDS = 45.0  # kept back for stopping everything
 #: dummy weights answer with tokens that are no text: what came is told by ids; and every arm is sent the same conversation
 COMMON = """--endpoint completions --extra-body {"return_token_ids":true} --settle 0.5 --timeout 60"""
-
-
-@dataclass(frozen=True)
-class Load:
-    """One workload of a step. `seconds`: what one turn of one arm takes at most, for the first round's plan."""
-
-    name: str
-    words: str
-    seconds: float
-    rounds: int = 3
 
 
 @dataclass(frozen=True)
@@ -103,16 +89,12 @@ STEPS = {
 }  # fmt: skip
 
 
-class TimeUp(KeyboardInterrupt):
-    """The budget is spent in the middle of a turn; a KeyboardInterrupt, so that no event loop keeps it to itself."""
-
-
 class Lane:
     """One GPU's part of the machine, and what is left of its time."""
 
     def __init__(self, args: argparse.Namespace, step: Step) -> None:
         self.step, self.out, self.first_port = step, args.out, FIRST_PORT + PORTS * args.gpu
-        self.until = time.monotonic() + args.budget - STOP_SECONDS
+        self.until = time.monotonic() + args.budget
         self.traces = args.traces
         text = TOPOLOGY.format(
             gpu=args.gpu,
@@ -153,13 +135,6 @@ class Lane:
         return self.until - time.monotonic()
 
 
-def parsed(words: list[str]) -> argparse.Namespace:
-    """The words as `pdserve bench` reads them; the command is what the result says about itself."""
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    return parser.parse_args(words)
-
-
 def check(lane: Lane) -> None:
     """Everything that can be wrong without a GPU: the arms' topologies, their processes, the plans' lengths."""
     ports = itertools.count(lane.first_port)
@@ -168,7 +143,7 @@ def check(lane: Lane) -> None:
         for process in plan.make(top, cores=list(range(16))).processes:
             print(f"   {arm}: {process.shell()}")
     for load in lane.step.loads:
-        args = parsed(lane.words(load))
+        args = suite.parsed(lane.words(load))
         made = workloads.make(args.word, args)
         runner.check_length(made, lane.base["engine"]["max_model_len"])
         print(
@@ -179,60 +154,14 @@ def check(lane: Lane) -> None:
     )
 
 
-def measure(lane: Lane) -> None:
-    """All arms up, then round after round while there is time."""
-    todo = {load.name: parsed(lane.words(load)) for load in lane.step.loads}
-    first = next(iter(todo.values()))
-    names, notes = arms.usable(variants.parse(lane.step.arms), lane.base)
-    began = time.monotonic()
-    with (
-        tempfile.TemporaryDirectory(prefix="pdserve-arms-") as folder,
-        arms.up(names, lane.base, Path(folder), first) as (up, problems),
-    ):
-        say(f"up after {time.monotonic() - began:.0f} s, {lane.left():.0f} s left: {', '.join(up)}")
-        found = {name: one.begin(args, next(iter(up.values()))[0]) for name, args in todo.items()}
-        for result in found.values():
-            result.notes += [
-                *notes,
-                *problems,
-                *arms.remarks(names, lane.base),
-                "All arms were up on one GPU, idle while it was not their turn.",
-            ]
-        took = {load.name: load.seconds * len(up) for load in lane.step.loads}
-        for turn in range(1, max(load.rounds for load in lane.step.loads) + 1):
-            for load in (one_load for one_load in lane.step.loads if turn <= one_load.rounds):
-                if lane.left() < took[load.name] * 1.1:
-                    say(
-                        f"left out: {load.name}, round {turn}: it took {took[load.name]:.0f} s, {lane.left():.0f} s are left"
-                    )
-                    continue
-                start = time.monotonic()
-                ask_all(todo[load.name], up, found[load.name], turn)
-                took[load.name] = time.monotonic() - start
-                results.write(found[load.name], lane.out, load.name)
-                show(found[load.name])
-        signal.alarm(0)  # stopping has its own time
+def measure(lane: Lane) -> str:
+    todo = {load.name: suite.parsed(lane.words(load)) for load in lane.step.loads}
+    return suite.run(lane.step.loads, todo, lane.left(), STOP_SECONDS, say)
 
 
-def ask_all(args: argparse.Namespace, up: dict, result: Result, turn: int) -> None:
-    """One round. Every other one goes the other way, so that no arm is always the first."""
-    for arm in list(up) if turn % 2 else reversed(list(up)):
-        server, raw = up[arm]
-        try:
-            run = one.measure(args, server, result, arm, turn, {"topology": raw})
-        except PdserveError as error:
-            result.notes.append(f"{arm} failed in round {turn} and was left out from then on: {error}")
-            say(result.notes[-1])
-            del up[arm]
-            continue
-        say(
-            f"{args.name} {turn} {arm}: {run.seconds:.1f} s, {len(result.of(arm, turn))} requests, client late by {run.lag_p99_ms:.1f} ms"
-        )
-
-
-def regimes(lane: Lane) -> None:
+def regimes(lane: Lane) -> str:
     words = ["regimes", *lane.step.words.split(), "--arms", lane.step.arms, "--topology", str(lane.topology)]
-    args = parsed(
+    args = suite.parsed(
         [
             *words,
             "--out",
@@ -242,27 +171,19 @@ def regimes(lane: Lane) -> None:
             str(lane.first_port),
             "--quiet",
             "--budget",
-            f"{lane.left():.0f}",
+            f"{lane.left() - STOP_SECONDS:.0f}",
         ]
     )
-    regimes_cli.main(args)
-    signal.alarm(0)
-
-
-def show(result: Result) -> None:
-    """The verdicts so far, on one line each; a kill loses nothing that was said."""
-    group = compare.focus(result)
-    for verdict in compare.verdicts(result, group):
-        if verdict.metric in ("TTFT mean", "output tok/s", "requests within the target"):
-            say("   " + verdict.sentence)
+    try:
+        with suite.limited(lane.left() - STOP_SECONDS / 3):
+            regimes_cli.main(args)
+    except suite.TimeUp:
+        return "time was up"
+    return "to its end"
 
 
 def say(text: str) -> None:
     print(text, flush=True)
-
-
-def ring(number: int, frame: object) -> None:
-    raise TimeUp
 
 
 VLLM = """#!{python}
@@ -306,19 +227,9 @@ def main() -> int:
         check(lane)
         return 0
     vllm_command()
-    signal.signal(signal.SIGALRM, ring)
-    signal.alarm(int(lane.left()))
-    began, ended = time.monotonic(), "all"
-    try:
-        (regimes if args.step == "regimes" else measure)(lane)
-    except TimeUp:
-        ended = "time was up in the middle of a round, which is left out"
-    finally:
-        signal.alarm(0)
-        (args.out / "step.json").write_text(
-            json.dumps({"step": args.step, "seconds": round(time.monotonic() - began, 1), "ended": ended})
-        )
-        say(f"{args.step}: {ended}, {time.monotonic() - began:.0f} s")
+    began = time.monotonic()
+    ended = (regimes if args.step == "regimes" else measure)(lane)
+    say(f"{args.step}: {ended}, {time.monotonic() - began:.0f} s")
     return 0
 
 

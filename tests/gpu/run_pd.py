@@ -50,7 +50,7 @@ def enough(what: str, seconds: float) -> bool:
     return False
 
 
-def words(port: int, role: str, socket: str, model: str) -> list[str]:
+def words(port: int, role: str, socket: str, model: str, step: int) -> list[str]:
     transfer = {
         "kv_connector": "PdserveConnector",
         "kv_connector_module_path": "pdserve.engines.vllm.connector",
@@ -71,15 +71,19 @@ def words(port: int, role: str, socket: str, model: str) -> list[str]:
         "--gpu-memory-utilization",
         "0.3",
     ]
-    command += ["--max-num-seqs", "64", "--max-num-batched-tokens", "8192", "--compilation-config", GRAPHS]
+    command += ["--max-num-seqs", "64", "--max-num-batched-tokens", str(step), "--compilation-config", GRAPHS]
     return [*command, "--kv-transfer-config", json.dumps(transfer)]
 
 
-def serve(gpu: str, port: int, role: str, socket: str, model: str, out: Path) -> subprocess.Popen:
+def serve(gpu: str, port: int, role: str, socket: str, model: str, out: Path, step: int) -> subprocess.Popen:
     log = (out / f"{role}.log").open("w")
     more = {"CUDA_VISIBLE_DEVICES": gpu, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONSAFEPATH": "1"}
-    more |= {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_SERVER_DEV_MODE": "1", "VLLM_PORT": str(21400 + port)}
-    command = words(port, role, socket, model)
+    more |= {
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_PORT": str(13500 + 20 * (port % 1000)),
+    }
+    command = words(port, role, socket, model, step)
     return subprocess.Popen(command, env={**os.environ, **more}, stdout=log, stderr=subprocess.STDOUT)
 
 
@@ -158,12 +162,17 @@ def pd_early(p: list[int], out: int = 8):
     return [sent - start + t for t in times], tokens, first
 
 
+STREAMS, OUT = 8, 1500
+
+
 def gaps(load) -> dict:
-    stop, found = threading.Event(), []
+    """Time between tokens of streams, from the moment when all of them run until the first one ends."""
+    stop, came = threading.Event(), [[] for _ in range(STREAMS)]
 
     def decode(i: int) -> None:
-        times, _ = post(D, {**body(prompt(900 + i, 500), 300), "stream": True}, True)
-        found.extend(b - a for a, b in pairwise(times[1:]))
+        began = time.perf_counter()
+        times, _ = post(D, {**body(prompt(900 + i, 500), OUT), "stream": True}, True)
+        came[i] = [began + t for t in times]
 
     def keep_loading() -> None:
         seed = random.randrange(1 << 30)
@@ -171,22 +180,20 @@ def gaps(load) -> dict:
             seed += 1
             load(prompt(seed, 20000))
 
-    threads, loader = (
-        [threading.Thread(target=decode, args=(i,)) for i in range(8)],
-        threading.Thread(target=keep_loading),
-    )
-    loader.start()
+    threads = [threading.Thread(target=decode, args=(i,)) for i in range(STREAMS)]
+    loader = threading.Thread(target=keep_loading)
     for t in threads:
         t.start()
+    time.sleep(0.5)  # the streams' own prompts are computed by then
+    loader.start()
     for t in threads:
-        t.join()
+        t.join(120)
     stop.set()
-    loader.join()
-    found.sort()
-    return {
-        name: found[int(len(found) * q)] * 1e3
-        for name, q in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("p999", 0.999))
-    }
+    loader.join(30)
+    since, until_ = max(t[20] for t in came), min(t[-1] for t in came)
+    found = sorted(b - a for times in came for a, b in pairwise(t for t in times if since <= t <= until_))
+    quantiles = (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("p999", 0.999))
+    return {"gaps": len(found)} | {name: found[int(len(found) * q)] * 1e3 for name, q in quantiles}
 
 
 def measure() -> None:
@@ -232,26 +239,40 @@ def streams() -> None:
 
 
 def main() -> None:
-    global out_file, until
+    global out_file, until, P, D
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--gpus", default="0,1", help="producer's and consumer's; the same twice measures TTFT only")
+    parser.add_argument(
+        "--step", type=int, default=8192, help="tokens of a prefill step of the producer (default %(default)s)"
+    )
+    parser.add_argument(
+        "--plain-step",
+        type=int,
+        default=8192,
+        help="of the consumer, which is the plain engine, too (default %(default)s)",
+    )
+    parser.add_argument(
+        "--lane", type=int, default=0, help="of several runs side by side on one host, which one: sets ports and names"
+    )
     parser.add_argument("--budget", type=float, default=420, help="seconds for everything (default %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="print the processes, start nothing")
     args = parser.parse_args()
     if args.dry_run:
-        for gpu, port, role in zip(args.gpus.split(","), (P, D), ("kv_producer", "kv_consumer"), strict=True):
-            print(f"GPU {gpu}: {' '.join(words(port, role, '/tmp/pdserve-pd.sock', args.model))}")
+        roles = (("kv_producer", P, args.step), ("kv_consumer", D, args.plain_step))
+        for gpu, (role, port, step) in zip(args.gpus.split(","), roles, strict=True):
+            print(f"GPU {gpu}: {' '.join(words(port, role, '/tmp/pdserve-pd.sock', args.model, step))}")
         print("decode leg early:", dialect.early_handover(60).decode())
         return
+    P, D = P + 10 * args.lane, D + 10 * args.lane
     args.out.mkdir(parents=True, exist_ok=True)
     out_file, until = args.out / "pd.json", time.monotonic() + args.budget
-    cache, socket = daemon("pd", "24GiB", 8090, args.out)
+    cache, socket = daemon(f"pd{args.lane}", "24GiB", 8090 + args.lane, args.out)
     first, second = args.gpus.split(",")
     engines = [
-        serve(first, P, "kv_producer", socket, args.model, args.out),
-        serve(second, D, "kv_consumer", socket, args.model, args.out),
+        serve(first, P, "kv_producer", socket, args.model, args.out, args.step),
+        serve(second, D, "kv_consumer", socket, args.model, args.out, args.plain_step),
     ]
     begun = time.time()
     try:

@@ -1,4 +1,7 @@
-"""GPU kernels against plain indexing written here, bit for bit, on fresh random data and poisoned outputs."""
+"""GPU kernels against plain indexing written here, bit for bit, on fresh random data and poisoned outputs.
+
+PDSERVE_KERNELS=nvcc or nvrtc says who compiles them; the report begins with who did.
+"""
 
 import numpy as np
 import pytest
@@ -86,8 +89,12 @@ def case(layout, block_tokens, heads, head_size, dtype):
 
 
 @pytest.fixture(scope="module")
-def arch():
-    return device_layout.arch_of(0)
+def arch(pytestconfig):
+    name = device_layout.arch_of(0)
+    how = gpu.library(name).how
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"{name}: {how}", flush=True)
+    return name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,7 +1,8 @@
 """Copies chunks from the arena into the engine's blocks, on a thread of its own.
 
 A load may begin before all of its chunks exist: those that a producer is still writing are looked up again and again,
-and copied as they come, until all are here or none has come for `stall_s`. Such a load never holds up another one.
+and copied as they come, until all are here or none has come for `stall_s`. Such a load never holds up another one, and it asks
+for the next chunks while the last ones are still on their way into the blocks.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pdserve import log
 from pdserve.engines.vllm.copier import RPC_S, Copier
 from pdserve.engines.vllm.messages import ChunkExpected, ChunkLoad, LoadJob, LoadResult
 from pdserve.engines.vllm.parts import Parts
@@ -20,8 +22,8 @@ from pdserve.transfer.arena import Arena
 from pdserve.transfer.client import CacheClient
 from pdserve.transfer.staging import Copy, Pages, Part
 
-#: how often chunks that are still to come are asked for, and how many of them at a time
-POLL_S = 0.002
+#: how often chunks that are still to come are asked for (an engine on a GPU needs no core of the host's), and how many at a time
+POLL_S, POLL_GPU_S = 0.002, 0.0005
 WINDOW = 64
 
 
@@ -45,9 +47,12 @@ class Loader(Copier):
 
     def _run(self) -> None:
         arriving: list[_Load] = []
+        poll_s = POLL_GPU_S if self._pages is not None and self._pages.on_device else POLL_S
         while True:
+            # What has just come is rarely alone.
+            pause = 0.0 if any(load.came for load in arriving) else poll_s
             try:
-                item = self._jobs.get(timeout=POLL_S if arriving else None)
+                item = self._jobs.get(timeout=pause if arriving else None)
             except queue.Empty:
                 pass
             else:
@@ -80,8 +85,25 @@ class Loader(Copier):
         return True
 
     def _end(self, load: _Load) -> None:
+        if self._pages is not None:
+            load.land(self._pages, self._client, wait=True)
         load.result.seconds = time.perf_counter() - load.started
         self._done(load.job, load.result, load.unfilled())
+
+
+class _Flight:
+    """Chunks that were found together, on their way into the engine's blocks. `lease` holds them in the arena; None: the
+    scheduler's own does."""
+
+    def __init__(self, chunks: Sequence[ChunkLoad], tiers: Sequence[str], lease: int | None) -> None:
+        self.chunks, self.tiers, self.lease = chunks, tiers, lease
+        self.moving = deque[tuple[int, Pages, Copy]]()
+        self.verified = [0] * len(chunks)  # parts of each that are as they were stored
+        self.corrupt: list[bytes] = []
+
+    def read(self, parts: int) -> int:
+        """How many, from the first on, are in their blocks."""
+        return next((i for i, verified in enumerate(self.verified) if verified < parts), len(self.verified))
 
 
 class _Load:
@@ -91,13 +113,16 @@ class _Load:
         self.job, self._mark = job, mark
         self.result = LoadResult()
         self.started = time.perf_counter()
+        self.came = False  # whether the last look found something
         self._come_at = time.monotonic()  # when the last chunk came
         self._ready = list(job.chunks)
         self._expected = deque(job.expected)
+        self._flights = deque[_Flight]()
+        self._whole = True  # whether all that has landed is in its blocks
 
     @property
     def open(self) -> bool:
-        return bool(self._ready or self._expected)
+        return bool(self._ready or self._expected or self._flights)
 
     def unfilled(self) -> set[int]:
         """Blocks that do not hold what they should."""
@@ -106,13 +131,15 @@ class _Load:
         return {b for chunk in rest for b in chunk.block_ids if b is not None}
 
     def advance(self, pages: Parts, client: CacheClient) -> None:
+        self.came = False
         if self._ready:
             ready, self._ready = self._ready, []
-            arena = self._arena(pages, client)
-            self.result.chunks, self.result.nbytes = self._copy(pages, arena, ready, self.result.corrupt)
-            self._come_at = time.monotonic()
+            arena, flight = self._arena(pages, client), _Flight(ready, [], None)
+            self._flights.append(flight)
+            self._fly(pages, arena, flight)
         elif self._expected:
             self._look(pages, client)
+        self.land(pages, client, wait=not self._expected)
 
     def _arena(self, pages: Parts, client: CacheClient) -> Arena:
         if not client.connected:
@@ -130,44 +157,65 @@ class _Load:
             if time.monotonic() - self._come_at > self.job.stall_s:
                 raise CacheError(f"no chunk has come for {self.job.stall_s:g} s, {len(self._expected)} are missing")
             return
-        read, corrupt = (0, 0), list[bytes]()
-        try:
-            chunks = [_here(c, f) for c, f in zip(wanted, reply.found, strict=False)]
-            read = self._copy(pages, arena, chunks, corrupt)
-        finally:
-            # Only one rank tells what was read: the others read the same chunks' other shards.
-            told = read if pages.tells else (0, 0)
-            client.release(reply.lease, RPC_S, *told, corrupt)
-        for _ in chunks:
+        flight = _Flight([], [f.tier for f in reply.found], reply.lease)
+        self._flights.append(flight)  # from here on it is landed, and its lease given back, whatever happens
+        flight.chunks = [_here(c, f) for c, f in zip(wanted, reply.found, strict=False)]
+        flight.verified = [0] * len(flight.chunks)
+        for _ in flight.chunks:
             self._expected.popleft()
-        self.result.late += [f.tier for f in reply.found]
-        self._come_at = time.monotonic()
+        self.came, self._come_at = True, time.monotonic()
+        self._fly(pages, arena, flight)
 
-    def _copy(self, pages: Parts, arena: Arena, chunks: Sequence[ChunkLoad], corrupt: list[bytes]) -> tuple[int, int]:
-        """Returns (chunks, bytes) that were read and verified; adds those that are not what was stored to `corrupt`."""
-        moving = deque[tuple[int, Pages, Copy]]()
-        good = [0] * len(chunks)  # parts of each that were verified
-        try:
-            for at in range(0, len(chunks), pages.together):
-                some = chunks[at : at + pages.together]
-                for part in pages.parts:
-                    copies = part.load_all(self._mark, [_source(part, arena, chunk) for chunk in some])
-                    moving.extend((at + i, part, copy) for i, copy in enumerate(copies))
-                    if len(copies) < len(some):
-                        raise CacheError("the device refused a chunk")
-                while moving and moving[0][2].done() and not self.result.error:
-                    i, part, copy = moving.popleft()
-                    good[i] += self._matches(chunks[i], part, copy, corrupt)
-                if self.result.error:
-                    break
-        finally:
-            # Whatever happened: blocks are not reported while something may still write into them.
-            for i, part, copy in moving:
-                good[i] += self._matches(chunks[i], part, copy, corrupt)
-            read = next((i for i, parts in enumerate(good) if parts < len(pages.parts)), len(good))
-            self.result.filled += read
+    def _fly(self, pages: Parts, arena: Arena, flight: _Flight) -> None:
+        """Submits all of it, which waits while all buffers are in use."""
+        for at in range(0, len(flight.chunks), pages.together):
+            some = flight.chunks[at : at + pages.together]
+            for part in pages.parts:
+                copies = part.load_all(self._mark, [_source(part, arena, chunk) for chunk in some])
+                flight.moving.extend((at + i, part, copy) for i, copy in enumerate(copies))
+                if len(copies) < len(some):
+                    raise CacheError("the device refused a chunk")
+            self._verify(flight, wait=False)
+            if self.result.error:
+                break
+
+    def land(self, pages: Parts, client: CacheClient, *, wait: bool) -> None:
+        """Takes in what has ended; `wait`: all of it. Blocks are not reported while something may still write into them."""
+        while self._flights:
+            flight = self._flights[0]
+            self._verify(flight, wait=wait)
+            if flight.moving:
+                return
+            self._flights.popleft()
+            self._landed(flight, pages, client)
+
+    def _verify(self, flight: _Flight, *, wait: bool) -> None:
+        while flight.moving and (wait or flight.moving[0][2].done()):
+            i, part, copy = flight.moving.popleft()
+            try:
+                flight.verified[i] += self._matches(flight.chunks[i], part, copy, flight.corrupt)
+            except Exception as e:  # noqa: BLE001 - a device that fails fills nothing; the others are still waited for
+                self.result.error = self.result.error or f"{type(e).__name__}: {e}"
+
+    def _landed(self, flight: _Flight, pages: Parts, client: CacheClient) -> None:
+        read = flight.read(len(pages.parts)) if self._whole else 0
+        self._whole &= read == len(flight.chunks)
+        self.result.filled += read
         shards = sum(part.shard_count for part in pages.parts)
-        return read, sum(shards * chunk.shard_bytes for chunk in chunks[:read])
+        nbytes = sum(shards * chunk.shard_bytes for chunk in flight.chunks[:read])
+        if flight.lease is None:
+            self.result.chunks, self.result.nbytes = read, nbytes
+            self.result.corrupt += flight.corrupt
+            return
+        self.result.late += flight.tiers[:read]
+        # Only one rank tells what was read: the others read the same chunks' other shards.
+        told = (read, nbytes) if pages.tells else (0, 0)
+        if client.daemon_id != self.job.daemon_id:
+            return  # that daemon is gone, and the lease with it
+        try:
+            client.release(flight.lease, RPC_S, *told, flight.corrupt)
+        except CacheError as e:
+            log.get("connector").debug("lease not released, it ends by itself: %s", e)
 
     def _matches(self, chunk: ChunkLoad, part: Pages, copy: Copy, corrupt: list[bytes]) -> bool:
         """Waits for a chunk's shards to be in their blocks, and compares what was read with what was stored."""
