@@ -52,3 +52,8 @@ def log_format() -> str:
     if value not in ("text", "json"):
         raise ConfigError("PDSERVE_LOG_FORMAT", f"{value!r} is no form of log lines", "Use text or json.")
     return value
+
+
+def kernels() -> str:
+    """PDSERVE_KERNELS: the only thing that may compile the GPU's kernels: nvcc, hipcc or nvrtc; torch: nothing (default: what is there)."""
+    return os.environ.get("PDSERVE_KERNELS", "")

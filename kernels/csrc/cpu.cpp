@@ -3,6 +3,7 @@
 // the bytes that were stored, even if the source is being written at the same time.
 #include <cstddef>
 #include <cstring>
+#include <type_traits>
 
 #include "digest.h"
 #include "rounded.h"
@@ -141,6 +142,18 @@ uint64_t scatter_rounded(const unsigned char* from, const uint64_t* to, size_t c
   return pd::finish(sum, count * rows * row);
 }
 
+// work(code), with the payload's code as a type.
+template <typename Work> uint64_t with(int payload, Work work) {
+  switch (payload) {
+    case pd::BF16: return work(std::integral_constant<int, pd::BF16>());
+    case pd::FP16: return work(std::integral_constant<int, pd::FP16>());
+    case pd::FP32: return work(std::integral_constant<int, pd::FP32>());
+    case pd::BF16 | pd::INT8: return work(std::integral_constant<int, pd::BF16 | pd::INT8>());
+    case pd::FP16 | pd::INT8: return work(std::integral_constant<int, pd::FP16 | pd::INT8>());
+    default: return work(std::integral_constant<int, pd::FP32 | pd::INT8>());
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -165,25 +178,11 @@ uint64_t pd_scatter(const unsigned char* from, const uint64_t* to, size_t count,
 
 // The same with a rounded payload: pieces of `rows` rows of `values` values (at most 4096, a multiple of 8); `payload`: its code.
 uint64_t pd_gather_rounded(const uint64_t* from, size_t count, size_t rows, uint32_t values, int payload, unsigned char* to) {
-  switch (payload) {
-    case pd::BF16: return gather_rounded<pd::BF16>(from, count, rows, values, to);
-    case pd::FP16: return gather_rounded<pd::FP16>(from, count, rows, values, to);
-    case pd::FP32: return gather_rounded<pd::FP32>(from, count, rows, values, to);
-    case pd::BF16 | pd::INT8: return gather_rounded<pd::BF16 | pd::INT8>(from, count, rows, values, to);
-    case pd::FP16 | pd::INT8: return gather_rounded<pd::FP16 | pd::INT8>(from, count, rows, values, to);
-    default: return gather_rounded<pd::FP32 | pd::INT8>(from, count, rows, values, to);
-  }
+  return with(payload, [=](auto code) { return gather_rounded<code.value>(from, count, rows, values, to); });
 }
 
 uint64_t pd_scatter_rounded(const unsigned char* from, const uint64_t* to, size_t count, size_t rows, uint32_t values, int payload) {
-  switch (payload) {
-    case pd::BF16: return scatter_rounded<pd::BF16>(from, to, count, rows, values);
-    case pd::FP16: return scatter_rounded<pd::FP16>(from, to, count, rows, values);
-    case pd::FP32: return scatter_rounded<pd::FP32>(from, to, count, rows, values);
-    case pd::BF16 | pd::INT8: return scatter_rounded<pd::BF16 | pd::INT8>(from, to, count, rows, values);
-    case pd::FP16 | pd::INT8: return scatter_rounded<pd::FP16 | pd::INT8>(from, to, count, rows, values);
-    default: return scatter_rounded<pd::FP32 | pd::INT8>(from, to, count, rows, values);
-  }
+  return with(payload, [=](auto code) { return scatter_rounded<code.value>(from, to, count, rows, values); });
 }
 
 uint64_t pd_digest(const unsigned char* from, size_t bytes) { return pd::finish(pass<DIGEST_ONLY>(from, nullptr, bytes, 0), bytes); }

@@ -52,4 +52,6 @@ def judge_gpu(found: GpuPath) -> Finding:
     if not found.arch.startswith("gfx"):
         tools = "g++, and either nvcc (CUDA toolkit; CUDA_HOME says where) or NVRTC (pip install nvidia-cuda-nvrtc)"
     fix = f"Install {tools}; what they make is kept in {env.home() / 'build'}."
+    if env.kernels():
+        fix = f"Unset PDSERVE_KERNELS, or: {fix[0].lower()}{fix[1:]}"
     return warn(NAME, f"{found.arch}: no compiled kernels", means, fix)

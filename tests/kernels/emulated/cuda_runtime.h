@@ -10,7 +10,7 @@
 
 #define __host__
 #define __device__
-#define __global__ inline
+#define __global__
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(n)

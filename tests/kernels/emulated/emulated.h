@@ -1,6 +1,8 @@
 // All kernels by name, to be run on ordinary threads; see cuda_runtime.h beside this file.
 #pragma once
-#include "blocks.cuh"
+#include <cuda_runtime.h>
+
+#include "job.h"
 
 using namespace pd;
 
@@ -9,5 +11,4 @@ struct Named {
   const char* names[2];
   Kernel kernels[2];
 };
-#define PD_NAMED(name, V, P) {{"pd_gather_" #name, "pd_scatter_" #name}, {pd_gather_##name, pd_scatter_##name}},
-constexpr Named KERNELS[KINDS] = {PD_KERNELS(PD_NAMED)};
+extern const Named KERNELS[KINDS];  // main.cpp has them: compiling them takes seconds

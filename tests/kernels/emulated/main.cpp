@@ -1,6 +1,11 @@
 // The GPU kernels of kernels/csrc/blocks.cuh on ordinary threads; see cuda_runtime.h beside this file.
 #include "emulated.h"
 
+#include "blocks.cuh"
+
+#define PD_NAMED(name, V, P) {{"pd_gather_" #name, "pd_scatter_" #name}, {pd_gather_##name, pd_scatter_##name}},
+const Named KERNELS[KINDS] = {PD_KERNELS(PD_NAMED)};
+
 // numbers: strides of block, head, token, part; sizes: layers, heads, parts, part_bytes, block_tokens, payload.
 extern "C" void emulate(int gather, int wide, unsigned grid_x, unsigned grid_y, unsigned threads, const uint64_t* bases, const int64_t* numbers,
                         const uint32_t* sizes, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, unsigned char* chunk,

@@ -84,12 +84,15 @@ def test_handshake() -> None:
     is_told(engine.judge_handshake({**answer, "connector_error": "lacks f"}), "fail", "lacks f", "supported")
 
 
-def test_kernels() -> None:
+def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PDSERVE_KERNELS", raising=False)
     is_told(kernel.judge_cpu("native", "", "/usr/bin/g++"), "ok", "g++")
     is_told(kernel.judge_cpu("numpy", "no compiler", ""), "warn", "no compiler", "apt-get install g++")
     is_told(kernel.judge_gpu(kernel.GpuPath("sm_90", "compiled with NVRTC 13.0")), "ok", "sm_90: compiled with NVRTC")
     is_told(kernel.judge_gpu(kernel.GpuPath("sm_90", "", "no nvcc found")), "warn", "no nvcc found", "CUDA_HOME", "nvidia-cuda-nvrtc")
-    is_told(kernel.judge_gpu(kernel.GpuPath("gfx942", "", "no hipcc found")), "warn", "hipcc (ROCm)")
+    is_told(kernel.judge_gpu(kernel.GpuPath("gfx942", "", "no hipcc found")), "warn", "Install hipcc (ROCm)")
+    monkeypatch.setenv("PDSERVE_KERNELS", "torch")
+    is_told(kernel.judge_gpu(kernel.GpuPath("sm_90", "", "PDSERVE_KERNELS=torch")), "warn", "Unset PDSERVE_KERNELS")
 
 
 def test_shared_memory_and_leftovers() -> None:
