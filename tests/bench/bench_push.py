@@ -130,7 +130,7 @@ def mooncake(net: netns.Net, nbytes: int, chunk: int, times: int) -> list[float]
         return found
     finally:
         there.kill()
-        there.wait()
+        there.wait(30)
 
 
 def measure(bench: Bench, repetitions: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 """Transports beside the plainest way to do the same, over a veth link between two network namespaces of its own.
 
     .venv/bin/python -P tests/bench/bench_transports.py [--rounds N] [--json FILE] [--only tcp,ucx,nixl,mooncake,calls]
+        [--streams 1,2,4] [--pin apart|together] [--realtime] [--steer]
 
 What the baselines are:
 
@@ -11,8 +12,16 @@ What the baselines are:
   ... of a file its source is cold (a file in memory), its sink is not
   raw UCX, NIXL tag or WRITE loops, four under way, cold memory as ours
 
-CPU seconds are of both ends, but for Mooncake (the sender alone). Without the right to make namespaces, loopback serves and the
-first line says so.
+CPU seconds are of both ends, but for Mooncake (the sender alone). "resent" is how many of a million segments the sender's kernel
+sent twice. Nothing is lost on this link, so that is packets that overtook others: a veth link hands a packet on by the core that
+sent it, and a sender is at times woken on another core than the one where its peer's acknowledgements make the kernel send on.
+Without the right to make namespaces, loopback serves and the first line says so.
+
+Where things run decides much on a small machine, so it can be told, for all contenders alike:
+
+  --pin         each end on a core of its own, or both on one
+  --realtime    both ends before all other work of the machine: what a busy machine says is then near to what an idle one does
+  --steer       each direction's packets on one core whichever sent them, as a network card's queue does: nothing overtakes
 """
 
 from __future__ import annotations
@@ -36,12 +45,19 @@ A, B = "pdbench-a", "pdbench-b"
 PORT = 22150
 
 
-class Link:
-    """Two hosts: `a` and `b` prefix a command so that it runs there."""
+def ran(*words: str) -> str:
+    """What a command says, whether it succeeds or not."""
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=30).stdout
 
-    def __init__(self) -> None:
-        self.a: list[str] = []
-        self.b: list[str] = []
+
+class Link:
+    """Two hosts: `a` and `b` prefix a command so that it runs there, and where and how it is to."""
+
+    def __init__(self, pin: str = "", realtime: bool = False, steer: bool = False) -> None:
+        first = ["chrt", "-f", "10"] if realtime else []
+        cores = {"": ("", ""), "apart": ("0", "1"), "together": ("0", "0")}[pin]
+        self.a, self.b = ([*first, *(["taskset", "-c", core] if core else [])] for core in cores)
+        self._steer = steer
         self.address_a = self.address_b = "127.0.0.1"
         self.words = "loopback: two network namespaces need root and iproute2"
 
@@ -67,7 +83,14 @@ class Link:
                 self.down()
                 return
         self._wait_until_up()
-        self.a, self.b = ["ip", "netns", "exec", A], ["ip", "netns", "exec", B]
+        if self._steer:
+            for name, device, cores in ((A, "pdbench0", "2"), (B, "pdbench1", "1")):
+                mounted = (
+                    "mount -t sysfs sysfs /sys 2>/dev/null"  # this namespace's devices, and seen by this command alone
+                )
+                path = f"/sys/class/net/{device}/queues/rx-0/rps_cpus"
+                ran("ip", "netns", "exec", name, "sh", "-c", f"{mounted}; echo {cores} > {path}")
+        self.a, self.b = ["ip", "netns", "exec", A, *self.a], ["ip", "netns", "exec", B, *self.b]
         self.address_a, self.address_b = "10.231.7.1", "10.231.7.2"
         self.words = "veth between two network namespaces"
 
@@ -76,14 +99,22 @@ class Link:
         until = time.monotonic() + 10
         for name, device in ((A, "pdbench0"), (B, "pdbench1")):
             show = ["ip", "-n", name, "-o", "link", "show", device]
-            while "LOWER_UP" not in (said := subprocess.run(show, capture_output=True, text=True, check=False).stdout):
+            while "LOWER_UP" not in (said := ran(*show)):
                 if time.monotonic() > until:
                     raise SystemExit(f"{device} did not come up within 10 s: {said.strip()}")
                 time.sleep(0.05)
 
+    def segments(self) -> tuple[int, int]:
+        """(sent, sent again) by host a so far."""
+        names, values = (
+            line.split() for line in ran(*self.a, "cat", "/proc/net/snmp").splitlines() if line.startswith("Tcp:")
+        )
+        said = dict(zip(names, values, strict=True))
+        return int(said["OutSegs"]), int(said["RetransSegs"])
+
     def down(self) -> None:
         for name in (A, B):
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+            ran("ip", "netns", "del", name)
 
 
 def pair(link: Link, receiver: list[str], sender: Any) -> list[dict[str, Any]]:
@@ -107,11 +138,16 @@ def pair(link: Link, receiver: list[str], sender: Any) -> list[dict[str, Any]]:
         return found
     finally:
         there.stdin.close()
-        try:
-            there.wait(5)
-        except subprocess.TimeoutExpired:
-            there.kill()
-            there.wait()
+        ended(there, 5)
+
+
+def ended(process: subprocess.Popen[Any], patience_s: float = 0.0) -> None:
+    """It is given so long to end by itself."""
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(30)
 
 
 def first_json(lines: Any) -> dict[str, Any]:
@@ -143,8 +179,7 @@ def iperf(link: Link, streams: int, *more: str) -> list[dict[str, Any]]:
             raise SystemExit(f"iperf3 failed: {report.get('error', done.stderr)}")
         end = report["end"]
     finally:
-        server.kill()
-        server.wait()
+        ended(server)
     gbs = end["sum_received"]["bits_per_second"] / 8e9
     used = end["cpu_utilization_percent"]
     return [{"gbs": gbs, "cpu_per_gb": (used["host_total"] + used["remote_total"]) / 100 / gbs}]
@@ -177,11 +212,11 @@ def mooncake(link: Link) -> list[dict[str, Any]]:
     return pair(link, ["mooncake_serve", link.address_b], sender)
 
 
-def contenders(link: Link, only: set[str], options: str) -> dict[str, Any]:
+def contenders(link: Link, only: set[str], options: str, streams: list[int]) -> dict[str, Any]:
     """Name -> one run. Those that are compared stand next to each other, so that they see the same machine."""
     found: dict[str, Any] = {}
     if "tcp" in only:
-        for n in (1, 2, 4):
+        for n in streams:
             fixed = f"?streams={n}&adapt=0{options}"
             found[f"iperf3 x{n}"] = lambda n=n: iperf(link, n)
             if n == 1:
@@ -210,28 +245,43 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--options", default="", help="of the URL, for all of ours: &segment=4MiB")
     parser.add_argument("--only", default="tcp,calls,ucx,nixl,mooncake")
+    parser.add_argument("--streams", default="1,2,4")
+    parser.add_argument("--pin", choices=("apart", "together"), default="")
+    parser.add_argument("--realtime", action="store_true")
+    parser.add_argument("--steer", action="store_true")
     args = parser.parse_args()
-    link = Link()
+    if args.realtime and args.pin == "together":
+        parser.error("with --realtime each end would keep the other from the core that they share")
+    streams = [int(n) for n in args.streams.split(",")]
+    link = Link(args.pin, args.realtime, args.steer)
     link.up()
     print(f"{link.words}; medians of {args.rounds} runs in turn; load average {os.getloadavg()[0]:.1f}", flush=True)
     results: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     try:
         for _ in range(args.rounds):
-            for name, run in contenders(link, set(args.only.split(",")), args.options).items():
-                for line in run():
-                    if "gbs" in line:
-                        size = f"{line['size'] // MIB} MiB" if "size" in line else "stream"
-                        results[name][size].append(line["gbs"])
-                        results[name][f"cpu {size}"].append(line["cpu_per_gb"])
-                    else:
-                        results[name]["calls p50 us"].append(line["calls_us"])
-                        results[name]["calls p99 us"].append(line["calls_p99_us"])
+            for name, run in contenders(link, set(args.only.split(",")), args.options, streams).items():
+                note(results[name], link, run)
     finally:
         link.down()
     middle = {name: {key: statistics.median(values) for key, values in row.items()} for name, row in results.items()}
     show(middle)
     if args.json:
         args.json.write_text(json.dumps({"link": link.words, "load": os.getloadavg(), "results": middle}, indent=1))
+
+
+def note(row: dict[str, list[float]], link: Link, run: Any) -> None:
+    """One run of one contender."""
+    sent, again = link.segments()
+    for line in run():
+        if "gbs" in line:
+            size = f"{line['size'] // MIB} MiB" if "size" in line else "stream"
+            row[size].append(line["gbs"])
+            row[f"cpu {size}"].append(line["cpu_per_gb"])
+        else:
+            row["calls p50 us"].append(line["calls_us"])
+            row["calls p99 us"].append(line["calls_p99_us"])
+    sent_now, again_now = link.segments()
+    row["resent"].append(1e6 * (again_now - again) / max(1, sent_now - sent))
 
 
 def show(middle: dict[str, dict[str, float]]) -> None:

@@ -91,7 +91,7 @@ def etcd(tmp_path_factory):
         yield f"127.0.0.1:{ports[0]}"
     finally:
         server.kill()
-        server.wait()
+        server.wait(30)
 
 
 def test_members_of_etcd_come_and_go(etcd):
