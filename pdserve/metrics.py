@@ -414,7 +414,7 @@ CACHE = {
     ),
     "cache_op_seconds": Metric(
         Histogram,
-        "Time to answer one request inside the daemon",
+        "Time to answer one request inside the daemon; a long one counts once for each of its parts",
         ("op",),
         OP_BUCKETS,
         unit="seconds",

@@ -54,8 +54,9 @@ def leftovers(subject: Subject) -> Iterator[Finding]:
 
 def judge_leftovers(files: dict[str, int], in_use: Iterable[str]) -> Finding:
     used = set(in_use)
-    # A journal is not mapped; it belongs to the arena beside it.
-    left = {p: size for p, size in files.items() if p not in used and p.replace(".journal", ".arena") not in used}
+    # A journal, or the one that is to take its place, belongs to the arena beside it.
+    arena_of = {p: p.removesuffix(".new").replace(".journal", ".arena") for p in files}
+    left = {p: size for p, size in files.items() if p not in used and arena_of[p] not in used}
     if not left:
         return ok(LEFTOVERS, "none in /dev/shm" if not files else f"none; {len(files)} files in use")
     names = ", ".join(sorted(Path(p).name for p in left))

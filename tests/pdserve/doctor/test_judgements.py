@@ -101,6 +101,7 @@ def test_shared_memory_and_leftovers() -> None:
     is_told(memory.judge_shared_memory(GIB, 2 * GIB, GIB), "ok", "this deployment's")
     is_told(memory.judge_shared_memory(GIB, 2 * GIB, 0), "fail", "cache.size", "remount,size=3g", "--shm-size")
     files = {"/dev/shm/pdserve-a.arena": GIB, "/dev/shm/pdserve-a.journal": 1, "/dev/shm/pdserve-b.arena": GIB}
+    files["/dev/shm/pdserve-a.journal.new"] = 1
     found = memory.judge_leftovers(files, ["/dev/shm/pdserve-a.arena"])
     is_told(found, "warn", "1.0 GiB: pdserve-b.arena", "pdserve stop", "rm /dev/shm/pdserve-b.arena")
     assert "pdserve-a" not in found.found
