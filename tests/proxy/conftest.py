@@ -42,6 +42,12 @@ def until() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def listening() -> Callable[..., contextlib.AbstractAsyncContextManager[str]]:
+    """`async with listening(serve, writers) as url`: see _listening."""
+    return _listening
+
+
+@pytest.fixture
 def hold() -> Callable[[FakeEngine], asyncio.Event]:
     """hold(engine): from now on its requests wait for the event that this returns."""
 
@@ -160,6 +166,17 @@ async def _until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - what is waited for has no event to set
             await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def _listening(serve: Callable[..., Any], writers: list[asyncio.StreamWriter]) -> AsyncIterator[str]:
+    """A server whose connections `serve` answers by hand; at the end it closes `writers`, those that are open."""
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server.close()
+    for writer in writers:
+        writer.close()
+    await server.wait_closed()
 
 
 @contextlib.asynccontextmanager

@@ -52,15 +52,10 @@ class Daemon:
 
 
 @pytest.fixture
-async def daemon() -> AsyncIterator[Daemon]:
+async def daemon(listening: Any) -> AsyncIterator[Daemon]:
     made = Daemon()
-    server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
-    made.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    yield made
-    server.close()
-    for writer in made.listening:
-        writer.close()
-    await server.wait_closed()
+    async with listening(made.serve, made.listening) as made.url:
+        yield made
 
 
 @pytest.fixture(autouse=True)

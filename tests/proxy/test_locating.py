@@ -32,7 +32,7 @@ HERE = Dummy("d-0", host="127.0.0.1")
 
 
 @pytest.fixture
-async def daemon(until: Any) -> AsyncIterator[Any]:
+async def daemon(until: Any, listening: Any) -> AsyncIterator[Any]:
     """Answers GET /cache/events with what `say` puts on the open connection; `asked` are the lives and numbers."""
     state = SimpleNamespace(asked=[], url="", writers=[], status=b"200 OK")
 
@@ -53,13 +53,8 @@ async def daemon(until: Any) -> AsyncIterator[Any]:
         await until(lambda: len(state.asked) > count)
 
     state.say, state.cut = say, cut
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    state.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    yield state
-    server.close()
-    for writer in state.writers:
-        writer.close()
-    await server.wait_closed()
+    async with listening(serve, state.writers) as state.url:
+        yield state
 
 
 @pytest.fixture
