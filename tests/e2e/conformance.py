@@ -1,5 +1,6 @@
 """Asks plain vLLM and pdserve the same, row by row, and writes what came out: docs/conformance.md.
 
+    pdserve launch tests/e2e/conformance.yaml --detach
     python tests/e2e/conformance.py --proxy http://127.0.0.1:8010 --plain http://127.0.0.1:8310 [--out docs/conformance.md]
 
 Equal means: the same status, and the same JSON or the same events, but for what must differ (ids, times, which tokens
