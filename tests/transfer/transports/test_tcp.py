@@ -1,7 +1,11 @@
 """tcp:// keeps the rules of all transports, with and without TLS."""
 
 import asyncio
+import contextlib
+import fcntl
 import gc
+import socket
+import struct
 import weakref
 
 import numpy as np
@@ -9,7 +13,7 @@ import pytest
 import uvloop
 from net_subject import SECRET, NetSubject
 
-from pdserve.transfer.transports import conformance
+from pdserve.transfer.transports import conformance, streams
 from pdserve.transfer.transports.base import Local, PeerRefused
 from pdserve.transfer.transports.conformance import cancelling, pushing
 from pdserve.transfer.transports.conformance.ends import RecordingService, end, paired, pieces, raised, soon
@@ -119,6 +123,23 @@ def test_two_transports_of_one_daemon_share_an_arena(security):
                 await transport.close()
 
     conformance.run(test, tcp())
+
+
+def test_the_kernel_is_not_given_more_than_it_can_send_soon():
+    """What it holds unsent is sent by whichever core an acknowledgement comes in on, and packets overtake each other."""
+    bytes_not_sent = 0x894B  # SIOCOUTQNSD
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = socket.create_connection(server.getsockname())
+        two, _ = server.accept()
+    with one, two:
+        streams.prepare(one)
+        one.setblocking(False)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)  # room for much more
+        with contextlib.suppress(BlockingIOError):
+            while True:  # until it takes no more; nobody reads
+                one.send(bytes(64 << 10))
+        unsent = struct.unpack("i", fcntl.ioctl(one, bytes_not_sent, bytes(4)))[0]
+    assert 0 < unsent < 1 << 20
 
 
 def test_a_closed_connection_keeps_no_buffers():
