@@ -204,7 +204,7 @@ class Daemon:
                     if grant.status in (wire.FULL, wire.TOO_LARGE):
                         self.gone.removed(item.key, "dram", "full", time.time())
                 self.gone.making_room_for = ""
-                self.tiering.relieve()
+                self.tiering.writing.relieve()
             case wire.Commit():
                 before = self.store.written
                 reply = wire.Ok(message.id, self.store.commit(message.items, client))
@@ -256,7 +256,7 @@ class Daemon:
             self.metrics["cache_loaded_tokens_total"].labels(chunk.source).inc(chunk.tokens)
             self.flows.loaded(self.instance_of(client), chunk.source, chunk.payload_bytes)
             chunk.source = "dram"
-        self.tiering.used(loaded)
+        self.tiering.writing.used(loaded)
         if message.corrupt:
             self.metrics["cache_digest_failures_total"].labels("dram").inc(len(message.corrupt))
             self.log.error("digest mismatch in dram, dropped: %s", " ".join(k.hex()[:16] for k in message.corrupt))

@@ -1,9 +1,8 @@
-"""DRAM and what lies below it: chunks are written down after their commit and brought up when somebody asks for them.
+"""DRAM and what lies below it: chunks are brought up when somebody asks for them; how they get there is in writing.py.
 
 The store belongs to the daemon's loop, so everything here runs there, too, except the tiers' own calls, which run on a
-few threads for each tier and come back through `post`. Both ways are bounded, in number, bytes and time. A write that
-does not fit into its queue is dropped; a read that fails, comes late or brings wrong bytes is a miss. No engine waits
-for either longer than it has agreed to.
+few threads for each tier and come back through `post`. Both ways are bounded, in number, bytes and time. A read that
+fails, comes late or brings wrong bytes is a miss. No engine waits for it longer than it has agreed to.
 """
 
 from __future__ import annotations
@@ -18,21 +17,20 @@ import numpy as np
 from pdserve import kernels, log
 from pdserve.transfer import faults
 from pdserve.transfer.allocator import align
-from pdserve.transfer.lower import WRITE_POLICIES, InPlace, Lower, Rules, Write
+from pdserve.transfer.lower import WRITE_POLICIES, InPlace, Lower, Rules
 from pdserve.transfer.remote import Remote
 from pdserve.transfer.resident import Chunk
 from pdserve.transfer.store import Store
 from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, Tier, TierError
 from pdserve.transfer.wipe import Choose, Outcome, Wipe
+from pdserve.transfer.writing import Writing
 
 #: a key that could not be brought up is not tried again for so long
 AGAIN_S = 1.0
 #: a chunk that would take longer than this to arrive, by what the tier did lately, is not promised to anybody
 PROMISE_S = 5.0
-#: shares of the arena that may be on their way up, or kept from eviction because they are on their way down
-UP_SHARE, DOWN_SHARE = 4, 8
-#: `on-evict`: begins to write and evict ahead above the first share of the arena, stops at the second
-HIGH, LOW = 0.90, 0.80
+#: share of the arena that may be on its way up
+UP_SHARE = 4
 _LOG_EVERY_S = 10.0
 
 
@@ -81,14 +79,14 @@ class Tiering:
         self._recovery: Lower | None = None
         self.wipe = Wipe(self.lowers, self.post, self._failed)
         self.remote = Remote(self.store, self.lowers, self.metrics, self.post, self._failed)
-        self.store.on_committed.append(self._committed)
+        self.writing = Writing(self.store, self.lowers, self.metrics, self.post, self._failed, self.shards)
 
     def add(self, tier: Tier, rules: Rules) -> None:
         """Tiers are asked in the order in which they are added."""
         if rules.write not in WRITE_POLICIES:
             raise ValueError(f"unknown write policy {rules.write!r}; known: {', '.join(WRITE_POLICIES)}")
         lower = Lower(tier, rules)
-        lower.write = lambda writes: self._write_on_thread(lower, writes)
+        lower.write = lambda writes: self.writing.on_thread(lower, writes)
         self.lowers.append(lower)
 
     # ---- up ----
@@ -262,101 +260,6 @@ class Tiering:
             self.metrics["cache_tier_bytes_total"].labels(lower.name, "up").inc(size)
             self.metrics["cache_tier_tokens_total"].labels(lower.name, "up").inc(load.record.tokens)
 
-    # ---- down ----
-
-    def _committed(self, chunk: Chunk) -> None:
-        for lower in self.lowers:
-            if lower.rules.write == "write-through":
-                self._offer(lower, chunk)
-
-    def used(self, chunks: list[Chunk]) -> None:
-        """A client has loaded these from DRAM."""
-        for lower in self.lowers:
-            if lower.rules.write == "selective":
-                for chunk in chunks:
-                    if chunk.committed and not chunk.dead:
-                        self._offer(lower, chunk)
-            touch = getattr(lower.tier, "touch", None)
-            if touch is not None:
-                touch([c.key for c in reversed(chunks)])  # the root last: it must not go before its children
-
-    def relieve(self) -> None:
-        """`on-evict`: above the high mark, what would go next is written down and evicted ahead of need."""
-        lowers = [lower for lower in self.lowers if lower.rules.write == "on-evict"]
-        capacity = self.store.allocator.capacity
-        if not lowers or self.store.allocator.used <= HIGH * capacity:
-            return
-        # A chunk that is being written is held, so the next victim is another one.
-        while (victim := self.store.victim()) is not None and not victim.leases:
-            if not any([self._offer(lower, victim) for lower in lowers]):
-                break
-            if not victim.leases:  # all of them have it already
-                self._evict_ahead(victim)
-                if self.store.allocator.used <= LOW * capacity:
-                    break
-
-    def _evict_ahead(self, chunk: Chunk) -> None:
-        if not chunk.dead and not chunk.leases and self.store.allocator.used > LOW * self.store.allocator.capacity:
-            self.store.drop([chunk.key], "capacity")
-
-    def _offer(self, lower: Lower, chunk: Chunk) -> bool:
-        """Queues the chunk for the tier; False when it was dropped instead."""
-        if lower.name in chunk.below:
-            return True
-        if lower.indexed and lower.tier.contains([chunk.key])[0] is not None:
-            chunk.below.add(lower.name)
-            return True
-        size = chunk.size
-        limit = self.store.allocator.capacity // DOWN_SHARE
-        if self._closing or lower.down >= lower.rules.max_queued or (lower.down and lower.down_bytes + size > limit):
-            self.metrics["cache_tier_dropped_writes_total"].labels(lower.name).inc()
-            return False
-        self.store.hold(chunk)
-        chunk.below.add(lower.name)
-        lower.down += 1
-        lower.down_bytes += size
-        lower.call_down(Write(chunk, chunk.record(), self.shards(chunk), chunk.uses))
-        return True
-
-    def _write_on_thread(self, lower: Lower, writes: list[Write]) -> None:
-        started = time.monotonic()
-        outcomes, why = [(write, "error") for write in writes], ""
-        try:
-            chunks = [(w.record, w.shards) for w in writes]
-            if len(chunks) > 1:
-                stored = lower.tier.put_many(chunks, started + lower.rules.put_s)  # type: ignore[attr-defined]
-            else:
-                stored = [lower.tier.put(*chunks[0], started + lower.rules.put_s)]
-            outcomes = [(w, "" if there else "refused") for w, there in zip(writes, stored, strict=True)]
-        except TierError as e:
-            why = str(e)
-        except Exception as e:  # noqa: BLE001 - as in _read_on_thread
-            why = f"{type(e).__name__}: {e}"
-        seconds = (time.monotonic() - started) / len(writes)
-
-        self.post(lambda: self._writes_done(lower, outcomes, why, seconds))
-
-    def _writes_done(self, lower: Lower, outcomes: list[tuple[Write, str]], why: str, seconds: float) -> None:
-        written: list[Chunk] = []
-        took = self.metrics["cache_tier_seconds"].labels(lower.name, "put")
-        for write, outcome in outcomes:
-            chunk = write.chunk
-            lower.down -= 1
-            lower.down_bytes -= chunk.size
-            self.store.unhold(chunk)
-            took.observe(seconds)
-            if outcome:
-                chunk.below.discard(lower.name)
-                self._failed(lower.name, "put", outcome, why)
-                continue
-            written.append(chunk)
-            if lower.rules.write == "on-evict" and chunk.uses == write.uses:
-                self._evict_ahead(chunk)
-        if written:  # a counter's own cost is a good part of a chunk's
-            self.metrics["cache_tier_chunks_total"].labels(lower.name, "down").inc(len(written))
-            self.metrics["cache_tier_bytes_total"].labels(lower.name, "down").inc(sum(c.payload_bytes for c in written))
-            self.metrics["cache_tier_tokens_total"].labels(lower.name, "down").inc(sum(c.tokens for c in written))
-
     # ---- forgetting, looking, ending ----
 
     def delete(self, keys: list[bytes], choose: Choose | None = None) -> Outcome:
@@ -396,7 +299,7 @@ class Tiering:
             recovery, self._recovery = self._recovery, None
             recovery.close(now + 1.0)
             self._log.info("every chunk that was left in the arena is verified")
-        self.relieve()
+        self.writing.relieve()
 
     def stats(self) -> dict[str, dict[str, Any]]:
         return {
@@ -415,7 +318,7 @@ class Tiering:
 
     def close(self, drain_s: float) -> None:
         """Ends the threads; what is queued to be written gets `drain_s` seconds. The loop need not run any more."""
-        self._closing = True
+        self._closing = self.writing.closing = True
         deadline = time.monotonic() + drain_s
         for lower in [*self.lowers, *([self._recovery] if self._recovery else [])]:
             lower.close(deadline)

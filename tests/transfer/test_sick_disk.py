@@ -89,7 +89,7 @@ def test_writes_that_fail_hurt_nobody_and_are_shown(daemon, monkeypatch, number,
         monkeypatch.undo()
         daemon.tiering.lowers[0].tier._retry_at = 0.0  # as if a few seconds had passed
         daemon.tiering.lowers[0].rules = Rules("selective")
-        daemon.tiering.used([daemon.store.peek(key(0))])  # offered again, with its next use
+        daemon.tiering.writing.used([daemon.store.peek(key(0))])  # offered again, with its next use
         await at_rest(daemon)
         status, metrics = shown(daemon)
         assert (status["state"], metrics['tier_up{tier="disk"}'], status["chunks"]) == ("ok", 1, 1)

@@ -285,10 +285,10 @@ def test_writes_that_fail_are_counted_and_offered_again_when_the_chunk_is_used(w
     w.settle()
     assert w.tier.stats()["chunks"] == 0
     w.tier.faults.fail_next = 1
-    w.tiering.used([w.store.peek(key(1))])
+    w.tiering.writing.used([w.store.peek(key(1))])
     w.settle()
     assert w.value("cache_tier_failures_total", "memory", "put", "error") == 1
-    w.tiering.used([w.store.peek(key(1))])
+    w.tiering.writing.used([w.store.peek(key(1))])
     w.settle()
     assert w.tier.stats()["chunks"] == 1
     assert w.tier.touched == [key(1)] * 2
@@ -298,14 +298,14 @@ def test_on_evict_writes_the_coldest_ahead_of_need_and_nothing_before(world):
     w = world(write="on-evict")
     for i in range(1, 5):
         w.put(10 * i, shards=2)
-    w.tiering.relieve()
+    w.tiering.writing.relieve()
     w.settle()
     assert w.tier.stats()["chunks"] == 0
     for i in range(5, 11):
         w.put(10 * i, shards=2)  # 10 x 4 pages: full
-        w.tiering.relieve()
+        w.tiering.writing.relieve()
     w.settle()
-    w.tiering.relieve()
+    w.tiering.writing.relieve()
     w.settle()
     assert w.store.stats()["used_bytes"] <= 36 * PAGE
     assert w.tier.contains([key(10)])[0] is not None
