@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from pdserve import kernels, metrics
+from pdserve.transfer import writing
 from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.eviction import LeafFirstLru
 from pdserve.transfer.lower import MOST_TOGETHER, Rules
@@ -310,6 +311,25 @@ def test_on_evict_writes_the_coldest_ahead_of_need_and_nothing_before(world):
     assert w.store.stats()["used_bytes"] <= 36 * PAGE
     assert w.tier.contains([key(10)])[0] is not None
     assert w.lookup(10) == ([], 1)
+
+
+def test_ahead_of_need_only_so_many_are_evicted_in_a_turn(world, monkeypatch):
+    monkeypatch.setattr(writing, "A_TURN", 2)
+    w = world(write="on-evict")
+    for i in range(1, 11):
+        w.put(10 * i, shards=2)
+    for chunk in w.store.chunks():
+        chunk.below.add("memory")  # written when they were here before
+    left = []
+    for _ in range(3):
+        w.tiering.writing.relieve()
+        left.append(w.store.stats()["chunks"])
+    assert left == [8, 8, 8]  # 0.8 of the arena: enough
+    w.put(110, shards=2)
+    w.put(120, shards=2)
+    monkeypatch.setattr(writing, "A_TURN", 1)
+    w.tiering.writing.relieve()
+    assert w.store.stats()["chunks"] == 9
 
 
 def test_a_tier_that_is_slow_is_not_promised_but_tried_one_at_a_time(world):
