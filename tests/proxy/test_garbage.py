@@ -119,9 +119,12 @@ async def test_failures_leave_nothing_for_the_collector(
                 await r.complete(stream=stream, max_tokens=4, temperature=0)
                 for engine in engines:
                     engine.faults.clear()
+                for instance in r.fleet.instances:
+                    instance.went_well()  # none is left out for having failed too often
         await r.settled()
         assert circles() == Counter()
-        assert r.value("pdserve_leg_failures_total", instance=engines[0].name, leg=leg, reason="broken")
+        broken = [r.value("pdserve_leg_failures_total", instance=e.name, leg=leg, reason="broken") for e in engines]
+        assert sum(broken) >= len(BROKEN)
 
 
 async def test_an_early_leg_that_fails_leaves_nothing_for_the_collector(rig: Any, uncollected: None, unlogged: None) -> None:
