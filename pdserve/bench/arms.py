@@ -124,8 +124,10 @@ def up(names: list[str], base: Raw, folder: Path, args: argparse.Namespace) -> I
             started, problems = _started(begun)
             yield started, problems
         finally:
-            stops = [pool.submit(_stopped, held[name], begun[name]) for name in names]
-            wait(stops)
+            for name, future in begun.items():
+                if not future.done():  # given up while it was coming up: what waits for it then sees it fail
+                    targets.stop(variants.name_of(name, base))
+            wait([pool.submit(_stopped, held[name], begun[name]) for name in names])
 
 
 def _started(begun: dict[str, Future[tuple[Server, Raw]]]) -> tuple[Up, list[str]]:

@@ -60,7 +60,7 @@ def make(arm: str, base: Raw, port: PortMaker, service_port: int = 0) -> Raw:
     if problem := why_not(arm, base):
         raise ConfigError("--arms", problem)
     raw = copy.deepcopy(base)
-    raw["name"] = f"{_stem(base)}-{arm.replace('+', '-')}"
+    raw["name"] = name_of(arm, base)
     machines = engines(raw)
     for machine in machines:
         machine["port"] = port()
@@ -79,10 +79,10 @@ def make(arm: str, base: Raw, port: PortMaker, service_port: int = 0) -> Raw:
     return raw
 
 
-def _stem(base: Raw) -> str:
+def name_of(arm: str, base: Raw) -> str:
     """Arms are called after their topology where that is made for measuring, so that two of those can run side by side."""
     name = str(base.get("name") or "")
-    return name if name.startswith("bench-") else "bench"
+    return f"{name if name.startswith('bench-') else 'bench'}-{arm.replace('+', '-')}"
 
 
 def _cache(arm: str, raw: Raw, port: PortMaker) -> None:

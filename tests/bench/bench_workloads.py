@@ -1,23 +1,31 @@
-"""The recorded benchmark runs on the CPU, each with its own command; for a machine that does nothing else.
+"""The recorded benchmark runs on the CPU: every workload in arms, in 25 minutes of a machine that does nothing else.
 
     python tests/bench/bench_workloads.py --out docs/measurements/DATE-bench [--only STEP ...] [--dry-run]
 
-Two cores, the demo model in bf16. The engines' own cache is made small (12k tokens), so that a few documents are memory pressure.
-LMCache takes part where it is installed (`make bench-quick ARGS=--with-lmcache` installs it beside the environment). Raw records,
-CSV and report.html lie in DIR; steps.json says how each step ended. Times are for a quiet machine.
+Two cores, the demo model in bf16, prompts of 300 to 1500 tokens: what carries over are the ratios between arms of one run. The
+engines' own cache is made small (5k tokens), so that a few documents are memory pressure. All arms of a step are up at once, on
+the same core, and are asked in turns. LMCache takes part where it is installed (`make bench-quick ARGS=--with-lmcache` installs it beside
+the environment). Each step has a budget, writes as it goes, and can be repeated by itself; --lock FILE waits for a lock around each.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
+import random
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from pdserve.bench import suite
+from pdserve.bench.suite import Load
 
 ENGINE = """
 engine:
@@ -26,7 +34,7 @@ engine:
   max_model_len: 4096
   max_num_seqs: 8
   kv_cache_space_gib: 1
-  extra_args: ["--num-gpu-blocks-override", "96"]
+  extra_args: ["--num-gpu-blocks-override", "40"]
   env: {VLLM_SERVER_DEV_MODE: "1"}
 """
 TOPOLOGIES = {
@@ -35,73 +43,163 @@ TOPOLOGIES = {
     "two": f"name: bench-two\nmodel: demo\n{ENGINE}\nprefill: [{{port: 8110, cpus: '0'}}]\ndecode: [{{port: 8210, cpus: '1'}}]\n"
     "cache: {size: 2GiB, admin_port: 8090}\nproxy: {port: 8010}\n",
 }
-LONG = "--num-documents 8 --document-length 2500 --output-len 16 --repeat-count 2 --max-inflight-requests 1"
+PAIR = ("gpu-cache", "cache")
+AGENTS = "trace-replay --trace-directory {traces} --scale 0.02 --max-context 1600 --time-scale 0.05 --max-delay 2 --max-output 12"
+LOADS = (
+    Load("long-doc-qa", "long-doc-qa --num-documents 4 --document-length 1500 --output-len 8 --repeat-count 1 --repeat-mode tile "
+         "--max-inflight-requests 1", 20),
+    Load("random", "random --num-prompts 6 --random-input-len 1000 --random-output-len 16 --max-concurrency 2", 14),
+    Load("all-hit", "all-hit --num-prompts 2 --num-requests 10 --prompt-len 1500 --output-len 16 --max-inflight-requests 2", 14),
+    Load("multi-round-qa", "multi-round-qa --num-users 4 --num-rounds 5 --qps 0.4 --shared-system-prompt 200 "
+         "--user-history-prompt 1200 --answer-len 8 --synthetic-answers --time 22 --duration 22 --warmup 10 --slo-ttft 1", 26, arms=PAIR),
+    Load("trace-replay", f"{AGENTS} --users 4 --duration 16 --warmup 3 --slo-ttft 1", 20, arms=PAIR),
+    Load("cache-rate", "cache-rate --rates 0,50,100 --num-requests 2 --prompt-len 1500 --num-prefixes 4 --output-len 4", 20, arms=PAIR),
+    Load("chat-docs", "chat-docs --num-documents 4 --document-length 1500 --num-users 6 --num-rounds 2 --output-len 8 "
+         "--max-inflight-requests 2", 16, arms=PAIR),
+    Load("rag", "rag --num-requests 8 --num-templates 2 --template-len 600 --num-chunks 20 --chunk-len 150 --chunks-per-request 3 "
+         "--output-len 8 --keep-order", 14, arms=PAIR),
+    Load("doc-analysis", "doc-analysis --num-documents 10 --document-length 400 --output-len 8", 10, arms=PAIR),
+    Load("sharegpt", "sharegpt --dataset-path {out}/conversations.json --num-conversations 6 --max-rounds 3 --output-len 8", 10, arms=PAIR),
+    Load("working-set", "working-set --working-sets 3000,7500 --document-length 1500 --num-requests 3 --output-len 4", 22, arms=PAIR),
+)  # fmt: skip
+INTERFERENCE = Load(
+    "pd-interference",
+    "pd-interference --streams 2 --stream-prompt-len 60 --stream-output-len 100 --prefill-len 1500 --num-prefills 3 --prefill-rate 0.4",
+    30,
+)
+CHECKED = "--num-documents 4 --document-length 1500 --output-len 8 --repeat-count 2 --max-inflight-requests 1"
 
 
 @dataclass(frozen=True)
 class Step:
-    """`words` are those after `pdserve`; `{one}` and `{two}` stand for topologies, `{out}` for the folder of results."""
+    """`seconds` with starting and stopping. Either loads on one set of arms, or lines that follow `pdserve`."""
 
     name: str
-    minutes: int
-    words: str
-    after: tuple[str, ...] = ()
+    seconds: int
+    topology: str
+    arms: str = ""
+    loads: tuple[Load, ...] = ()
+    lines: tuple[str, ...] = ()
 
 
 STEPS = (
-    Step("long-doc-qa", 15, f"bench long-doc-qa {LONG} --arms gpu-cache,cache,lmcache --topology {{one}} --repetitions 3 --out {{out}}"),
-    Step("random", 8, "bench random --num-prompts 12 --random-input-len 1500 --random-output-len 32 --max-concurrency 2 "
-         "--arms gpu-cache,cache,lmcache --topology {one} --repetitions 3 --out {out}"),
-    Step("all-hit", 8, "bench all-hit --num-prompts 2 --num-requests 24 --prompt-len 2500 --output-len 32 --max-inflight-requests 2 "
-         "--arms gpu-cache,cache,lmcache --topology {one} --repetitions 3 --out {out}"),
-    Step("multi-round-qa", 16, "bench multi-round-qa --num-users 6 --num-rounds 4 --qps 0.4 --shared-system-prompt 200 "
-         "--user-history-prompt 1500 --answer-len 16 --time 40 --slo-ttft 2 --arms gpu-cache,cache,lmcache --topology {one} "
-         "--repetitions 3 --out {out}"),
-    Step("trace-replay", 16, "bench trace-replay --trace-directory {traces} --scale 0.02 --time-scale 0.05 --max-delay 2 --max-output 16 "
-         "--duration 90 --warmup 10 --users 4 --slo-ttft 3 --arms gpu-cache,cache,lmcache --topology {one} --repetitions 3 --out {out}"),
-    Step("trace-ramp", 10, "bench trace-replay --trace-directory {traces} --scale 0.02 --time-scale 0.05 --max-delay 2 --max-output 16 "
-         "--duration 120 --start-users 1 --max-users 12 --slo-ttft 3 --assessment-period 12 --arms gpu-cache,cache --topology {one} "
-         "--repetitions 2 --out {out} --name trace-ramp"),
-    Step("pd-interference", 10, "bench pd-interference --streams 3 --stream-prompt-len 60 --stream-output-len 200 --prefill-len 2500 "
-         "--num-prefills 3 --prefill-rate 0.2 --arms gpu-cache,pd --topology {two} --repetitions 3 --out {out}"),
-    Step("working-set", 15, "bench working-set --working-sets 5000,10000,20000,30000 --document-length 2500 --num-requests 6 "
-         "--output-len 8 --arms gpu-cache,cache --topology {one} --repetitions 3 --out {out}"),
-    Step("cache-rate", 13, "bench cache-rate --num-requests 5 --prompt-len 2500 --num-prefixes 6 --output-len 8 --arms gpu-cache,cache "
-         "--topology {one} --repetitions 3 --out {out}"),
-    Step("regimes", 18, "bench regimes --topology {one} --arms gpu-cache,cache-always,cache --working-sets 5000,20000 --lengths 300,2500 "
-         "--reuse 0,90 --users 1 --requests 5 --repetitions 3 --out {out}"),
-    Step("size", 8, "launch {one} --detach", (
+    Step("workloads", 720, "one", "gpu-cache,cache,lmcache", LOADS),
+    Step("pd-interference", 270, "two", "gpu-cache,pd", (INTERFERENCE,)),
+    Step("regimes", 330, "one", lines=(
+        "bench regimes --topology {one} --arms gpu-cache,cache-always,cache --working-sets 2000,6000 --lengths 300,1500 --reuse 0,90 "
+        "--users 1 --requests 3 --output-len 2 --repetitions 3 --settle 0.3 --keep-up --budget 300 --out {out}",
+    )),
+    Step("size", 150, "one", lines=(
+        "launch {one} --detach",
         "size --measure bench-one --model demo --save {out}/speeds.json",
+        f"bench long-doc-qa bench-one {CHECKED} --repetitions 2 --max-client-overhead 0 --out {{out}} --name size-run",
+        "size --model demo --speeds {out}/speeds.json --workload long-doc-qa --workload-args {checked} --users 1 --sizes 2 "
+        "--check {out}/size-run.json --json",
         "stop bench-one",
-        f"bench long-doc-qa {LONG} --arms cache --topology {{one}} --repetitions 2 --out {{out}} --name size-run",
-        "size --model demo --speeds {out}/speeds.json --workload long-doc-qa --workload-args {long} --users 1 --sizes 2 "
-        "--check {out}/size-run.json --arm cache --json",
     )),
 )  # fmt: skip
+STOP_SECONDS = 30.0
+SAID = "the cache keeps what a model has read so that it need not read it again when somebody asks about it later"
 
 
-def commands(step: Step, out: Path, traces: Path) -> list[list[str]]:
-    facts = {name: str(out / "topologies" / f"{name}.yaml") for name in TOPOLOGIES}
-    facts |= {"out": str(out), "traces": str(traces), "long": shlex.quote(json.dumps(LONG.split()))}
-    return [shlex.split(words.format(**facts)) for words in (step.words, *step.after)]
+def write_inputs(out: Path) -> None:
+    """Topologies, and conversations of the kind that people share: many, mostly short, some long."""
+    (out / "topologies").mkdir(parents=True, exist_ok=True)
+    for name, text in TOPOLOGIES.items():
+        (out / "topologies" / f"{name}.yaml").write_text(text)
+    rng = random.Random(7)
+    words = SAID.split()
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choice(words) for _ in range(int(low * (high / low) ** rng.random())))
+
+    rows = [
+        {
+            "id": str(n),
+            "conversations": [{"from": who, "value": text(20, 500)} for _ in range(3) for who in ("human", "gpt")],
+        }
+        for n in range(12)
+    ]
+    (out / "conversations.json").write_text(json.dumps(rows))
 
 
-def run(step: Step, out: Path, traces: Path) -> dict[str, object]:
-    began, codes = time.monotonic(), []
-    for words in commands(step, out, traces):
-        print(f"## {step.name}: pdserve {shlex.join(words)}", flush=True)
-        save = (out / "size-check.json").open("w") if "--check" in words else None
+def facts(out: Path, traces: Path) -> dict[str, str]:
+    found = {name: str(out / "topologies" / f"{name}.yaml") for name in TOPOLOGIES}
+    return found | {"out": str(out), "traces": str(traces), "checked": shlex.quote(json.dumps(CHECKED.split()))}
+
+
+def words_of(step: Step, load: Load, known: dict[str, str]) -> list[str]:
+    """A load as `pdserve bench` takes it, with what is the same for all."""
+    common = f"--arms {step.arms} --topology {known[step.topology]} --out {known['out']} --name {load.name} --quiet --settle 0.5"
+    return [*load.words.format(**known).split(), *common.split(), "--max-client-overhead", "0"]
+
+
+def lines_of(step: Step, known: dict[str, str]) -> list[list[str]]:
+    return [shlex.split(line.format(**known)) for line in step.lines]
+
+
+def run_lines(step: Step, known: dict[str, str], until: float) -> str:
+    """One after another; what stops a deployment runs also when something before it failed."""
+    ended = "to its end"
+    for words in lines_of(step, known):
+        if ended != "to its end" and words[0] != "stop":
+            continue
+        say(f"pdserve {shlex.join(words)}")
+        save = (Path(known["out"]) / "size-check.json").open("w") if "--check" in words else None
         try:
-            env = {**os.environ, "PYTHONSAFEPATH": "1"}
-            codes.append(
-                subprocess.run(
-                    [sys.executable, "-P", "-m", "pdserve", *words], env=env, stdout=save, check=False
-                ).returncode
-            )
+            command = [sys.executable, "-P", "-m", "pdserve", *words]
+            limit = max(30.0, until - time.monotonic())
+            # regimes answers 1 where the adaptive arm is behind: that is a result, not a failure
+            if subprocess.run(command, stdout=save, check=False, timeout=limit).returncode > (
+                words[1:2] == ["regimes"]
+            ):
+                ended = f"`pdserve {words[0]}` failed"
+        except subprocess.TimeoutExpired:
+            ended = f"`pdserve {words[0]}` took too long"
         finally:
             if save is not None:
                 save.close()
-    return {"step": step.name, "exit": codes, "seconds": round(time.monotonic() - began, 1)}
+    return ended
+
+
+def run(step: Step, known: dict[str, str]) -> dict[str, object]:
+    began = time.monotonic()
+    say(f"## {step.name}, at most {step.seconds} s")
+    if step.loads:
+        todo = {load.name: suite.parsed(words_of(step, load, known)) for load in step.loads}
+        ended = suite.run(step.loads, todo, step.seconds, STOP_SECONDS, say)
+    else:
+        ended = run_lines(step, known, began + step.seconds)
+    took = round(time.monotonic() - began, 1)
+    say(f"## {step.name}: {ended}, {took:.0f} s")
+    return {"step": step.name, "ended": ended, "seconds": took, "load_average": os.getloadavg()}
+
+
+@contextlib.contextmanager
+def locked(file: Path | None) -> Iterator[None]:
+    """Engines of two measurements would measure each other."""
+    if file is None:
+        yield
+        return
+    with file.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def dry_run(chosen: list[Step], known: dict[str, str]) -> None:
+    for step in chosen:
+        for load in step.loads:
+            suite.parsed(words_of(step, load, known))
+            say(
+                f"{step.name}: {load.rounds} x pdserve bench {load.words.format(**known)} ({', '.join(load.arms) or step.arms})"
+            )
+        for words in lines_of(step, known):
+            say(f"{step.name}: pdserve {shlex.join(words)}")
+    say(f"about {sum(step.seconds for step in chosen) / 60:.0f} minutes in all")
 
 
 def main() -> int:
@@ -111,23 +209,23 @@ def main() -> int:
         "--traces", type=Path, default=Path("../shared/traces"), help="kv-cache-tester's (default %(default)s)"
     )
     parser.add_argument("--only", nargs="+", choices=[s.name for s in STEPS], help="these steps only")
+    parser.add_argument("--lock", type=Path, help="wait for this lock around each step")
     parser.add_argument("--dry-run", action="store_true", help="print commands and minutes, start nothing")
     args = parser.parse_args()
-    (args.out / "topologies").mkdir(parents=True, exist_ok=True)
-    for name, text in TOPOLOGIES.items():
-        (args.out / "topologies" / f"{name}.yaml").write_text(text)
+    os.environ["PYTHONSAFEPATH"] = "1"
+    write_inputs(args.out)
+    known = facts(args.out, args.traces)
     chosen = [s for s in STEPS if not args.only or s.name in args.only]
     if args.dry_run:
-        for step in chosen:
-            for words in commands(step, args.out, args.traces):
-                print(f"{step.name} ({step.minutes} min): pdserve {shlex.join(words)}")
-        print(f"about {sum(s.minutes for s in chosen)} minutes in all")
+        dry_run(chosen, known)
         return 0
-    done = []
+    file = args.out / "steps.json"
+    done: list[dict[str, object]] = json.loads(file.read_text()) if file.exists() else []
     for step in chosen:
-        done.append(run(step, args.out, args.traces))
-        (args.out / "steps.json").write_text(json.dumps(done, indent=1))
-    return 0 if all(not any(d["exit"]) for d in done) else 1  # type: ignore[arg-type]
+        with locked(args.lock):
+            done = [d for d in done if d["step"] != step.name] + [run(step, known)]
+        file.write_text(json.dumps(done, indent=1))
+    return 0 if all(d["ended"] == "to its end" or "left out" in str(d["ended"]) for d in done) else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""Several workloads against the same arms, all of them up: round after round while there is time, every round written as it ends.
+
+Starting an engine takes as long as a turn or longer, so what is measured together is started once. A round asks every arm;
+each workload goes round once before the first goes round again, so that a short day still shows something of everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdserve.bench import arms, cli, compare, one, results, variants
+from pdserve.bench.results import Result
+from pdserve.errors import PdserveError
+
+SHOWN = ("TTFT mean", "output tok/s", "requests within the target")
+HOW = "All arms were up, idle while it was not their turn."
+
+
+@dataclass(frozen=True)
+class Load:
+    """One workload as `pdserve bench` takes it. `seconds`: what one turn of one arm takes at most, for the first round's plan.
+    `arms`: only these of those that are up."""
+
+    name: str
+    words: str
+    seconds: float
+    rounds: int = 3
+    arms: tuple[str, ...] = ()
+
+
+class TimeUp(KeyboardInterrupt):
+    """The time is spent in the middle of a turn; a KeyboardInterrupt, so that no event loop keeps it to itself."""
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[Callable[[], None]]:
+    """Raises TimeUp in the main thread after so long, unless what is yielded was called before; and when asked to end (SIGTERM)."""
+
+    def ring(number: int, frame: object) -> None:
+        raise TimeUp
+
+    def off() -> None:
+        signal.alarm(0)
+
+    before = {number: signal.signal(number, ring) for number in (signal.SIGALRM, signal.SIGTERM)}
+    signal.alarm(max(1, int(seconds)))
+    try:
+        yield off
+    finally:
+        off()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def parsed(words: Sequence[str]) -> argparse.Namespace:
+    """The words as `pdserve bench` reads them."""
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def run(
+    loads: Sequence[Load],
+    todo: dict[str, argparse.Namespace],
+    seconds: float,
+    stop_seconds: float,
+    say: Callable[[str], None],
+) -> str:
+    """`todo`: each load's words, parsed; all name the same arms, topology and folder. How it ended, in words."""
+    until = time.monotonic() + seconds - stop_seconds
+    first = todo[loads[0].name]
+    base = arms.read_base(first.topology)
+    names, notes = arms.usable(variants.parse(first.arms), base)
+    notes = [*notes, *arms.remarks(names, base), HOW]
+    try:
+        with (
+            limited(seconds - stop_seconds) as off,
+            tempfile.TemporaryDirectory(prefix="pdserve-suite-") as folder,
+            arms.up(names, base, Path(folder), first) as (up, problems),
+        ):
+            say(f"up with {until - time.monotonic():.0f} s left: {', '.join(up)}")
+            _Rounds(loads, todo, up, [*notes, *problems], say).go(until)
+            off()  # stopping has a time of its own
+    except TimeUp:
+        return "time was up in the middle of a round, which is left out"
+    return "to its end"
+
+
+class _Rounds:
+    def __init__(
+        self,
+        loads: Sequence[Load],
+        todo: dict[str, argparse.Namespace],
+        up: arms.Up,
+        notes: list[str],
+        say: Callable[[str], None],
+    ) -> None:
+        self._loads, self._todo, self._up, self._say = loads, todo, up, say
+        self._found = {name: one.begin(args, next(iter(up.values()))[0]) for name, args in todo.items()}
+        for result in self._found.values():
+            result.notes += notes
+        self._took = {load.name: load.seconds * len(self._arms(load)) for load in loads}
+
+    def go(self, until: float) -> None:
+        for turn in range(1, max(load.rounds for load in self._loads) + 1):
+            for load in (one_load for one_load in self._loads if turn <= one_load.rounds):
+                left, took = until - time.monotonic(), self._took[load.name]
+                if left < 1.1 * took:
+                    self._say(f"left out: {load.name}, round {turn}: it would take {took:.0f} s, {left:.0f} s are left")
+                    continue
+                began = time.monotonic()
+                self._round(load, turn)
+                self._took[load.name] = time.monotonic() - began
+                results.write(self._found[load.name], self._todo[load.name].out, load.name)
+                self._show(self._found[load.name])
+
+    def _arms(self, load: Load) -> list[str]:
+        return [name for name in self._up if not load.arms or name in load.arms]
+
+    def _round(self, load: Load, turn: int) -> None:
+        """Every other one goes the other way, so that no arm is always the first."""
+        result = self._found[load.name]
+        names = self._arms(load)
+        for arm in names if turn % 2 else names[::-1]:
+            server, raw = self._up[arm]
+            try:
+                run = one.measure(self._todo[load.name], server, result, arm, turn, {"topology": raw})
+            except PdserveError as error:
+                result.notes.append(f"{arm} failed in round {turn} and was left out from then on: {error}")
+                self._say(result.notes[-1])
+                del self._up[arm]
+                continue
+            late = f"client late by {run.lag_p99_ms:.1f} ms"
+            self._say(f"{load.name} {turn} {arm}: {run.seconds:.1f} s, {len(result.of(arm, turn))} requests, {late}")
+
+    def _show(self, result: Result) -> None:
+        """The verdicts so far; whatever ends this early loses nothing that was said."""
+        for verdict in compare.verdicts(result, compare.focus(result)):
+            if verdict.metric in SHOWN:
+                self._say("   " + verdict.sentence)
