@@ -22,7 +22,17 @@ cache: {{size: 64MiB}}
 
 
 def words(load: Load, base: Path, out: Path) -> list[str]:
-    common = ["--arms", "gpu-cache,cache", "--topology", str(base), "--settle", "0", "--max-client-overhead", "0", "--quiet"]
+    common = [
+        "--arms",
+        "gpu-cache,cache",
+        "--topology",
+        str(base),
+        "--settle",
+        "0",
+        "--max-client-overhead",
+        "0",
+        "--quiet",
+    ]
     return [*load.words.split(), *common, "--scale", "0.01", "--out", str(out), "--name", load.name]
 
 
@@ -48,7 +58,12 @@ def test_rounds_of_several_workloads_over_arms_that_are_up(base: Path, tmp_path:
     ended = suite.run(loads, todo, 600, 60, said.append)
     assert ended == "to its end"
     few, single = (results.read(tmp_path / "out" / f"{name}.json") for name in ("few", "one-arm"))
-    assert [(run.arm, run.repetition) for run in few.runs] == [("gpu-cache", 1), ("cache", 1), ("cache", 2), ("gpu-cache", 2)]
+    assert [(run.arm, run.repetition) for run in few.runs] == [
+        ("gpu-cache", 1),
+        ("cache", 1),
+        ("cache", 2),
+        ("gpu-cache", 2),
+    ]
     assert {len(few.of(run.arm, run.repetition)) for run in few.runs} == {4}
     assert [(run.arm, run.repetition) for run in single.runs] == [("cache", 1)]
     assert suite.HOW in few.notes
