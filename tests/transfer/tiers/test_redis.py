@@ -79,10 +79,10 @@ def test_conformance(rule, subject):
 @pytest.mark.parametrize(
     "rule",
     [
-        conformance.bytes_in_are_bytes_out,
-        conformance.half_a_chunk_is_never_seen,
-        conformance.a_silent_backend_costs_the_deadline_and_no_more,
-        conformance.closing_ends_threads_and_files,
+        conformance.storing.bytes_in_are_bytes_out,
+        conformance.failing.half_a_chunk_is_never_seen,
+        conformance.failing.a_silent_backend_costs_the_deadline_and_no_more,
+        conformance.ending.closing_ends_threads_and_files,
     ],
     ids=conformance.name_of,
 )
@@ -127,7 +127,7 @@ def test_a_wrong_password_is_named_and_not_shown(redis_server):
 
 
 def test_nobody_there():
-    assert "refused" in conformance.nobody_there_is_an_error(RedisTier(RedisOptions(port=1, timeout=20.0)))
+    assert "refused" in conformance.failing.nobody_there_is_an_error(RedisTier(RedisOptions(port=1, timeout=20.0)))
 
 
 def test_everything_has_a_time_to_live_and_the_record_ends_first(subject, tier):

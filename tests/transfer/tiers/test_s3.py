@@ -116,9 +116,9 @@ def test_conformance(rule, subject):
 @pytest.mark.parametrize(
     "rule",
     [
-        conformance.bytes_in_are_bytes_out,
-        conformance.of_two_writers_of_a_key_one_is_whole,
-        conformance.a_corrupt_chunk_can_be_replaced,
+        conformance.storing.bytes_in_are_bytes_out,
+        conformance.storing.of_two_writers_of_a_key_one_is_whole,
+        conformance.failing.a_corrupt_chunk_can_be_replaced,
     ],
     ids=conformance.name_of,
 )
@@ -185,7 +185,7 @@ def test_no_bucket_is_an_error_and_no_miss(s3_server):
 
 
 def test_nobody_there():
-    state = conformance.nobody_there_is_an_error(S3Tier(options_for("http://127.0.0.1:1", timeout=0.5)))
+    state = conformance.failing.nobody_there_is_an_error(S3Tier(options_for("http://127.0.0.1:1", timeout=0.5)))
     assert "127.0.0.1:1" in state
 
 
