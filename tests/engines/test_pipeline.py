@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator  
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput  # noqa: E402
 
 from pdserve.chunk import INT8, KeyChain, root_key  # noqa: E402
-from pdserve.engines.vllm import layout, stages  # noqa: E402
+from pdserve.engines.vllm import copier, layout, loading, saving, stages  # noqa: E402
 from pdserve.engines.vllm.scheduler_side import SchedulerSide  # noqa: E402
 from pdserve.engines.vllm.worker_side import WorkerSide  # noqa: E402
 from pdserve.transfer.client import CacheClient  # noqa: E402
@@ -190,6 +190,13 @@ def daemon(tmp_path_factory):
     yield running
     running.stop()
     Path(f"/dev/shm/pdserve-{running.name}.arena").unlink(missing_ok=True)
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch):
+    """A daemon that gets no processor for a while is slow and not gone."""
+    for module in (copier, loading, saving):
+        monkeypatch.setattr(module, "RPC_S", PATIENCE_S)
 
 
 @pytest.fixture

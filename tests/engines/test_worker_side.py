@@ -14,7 +14,7 @@ from pdserve.transfer.client import CacheClient
 from pdserve.transfer.staging_host import HostPages
 
 pytest.importorskip("vllm", reason="the connector's messages derive from vLLM's classes")
-from pdserve.engines.vllm import worker_side
+from pdserve.engines.vllm import copier, loading, saving, worker_side
 from pdserve.engines.vllm.messages import ChunkExpected, ChunkLoad, ChunkSave, LoadJob, SaveJob, StepPlan
 from pdserve.engines.vllm.worker_side import WorkerSide
 
@@ -76,13 +76,20 @@ def key(i):
 
 
 def job(client, rid, keys, blocks):
-    reply = client.lookup(keys, 5)
+    reply = client.lookup(keys, 60)
     assert len(reply.found) == len(keys)
     chunks = [
         ChunkLoad(k, f.offset, f.tokens, f.shard_bytes, f.stride, f.digests, b)
         for k, f, b in zip(keys, reply.found, blocks, strict=True)
     ]
     return LoadJob(rid, client.daemon_id, chunks), reply.lease
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch):
+    """A daemon that gets no processor for a while is slow and not gone."""
+    for module in (copier, loading, saving):
+        monkeypatch.setattr(module, "RPC_S", 60.0)
 
 
 @pytest.fixture
@@ -116,7 +123,7 @@ def test_blocks_saved_by_one_engine_are_loaded_by_another_bit_for_bit(cache_daem
     others = [i for i in range(BLOCKS) if i not in (0, 5, 9)]
     assert (b.kv[:, others] == before[:, others]).all()
     assert b.side.report().loaded["q"].nbytes == 3 * LAYERS * BLOCK_BYTES
-    client.release(lease, 5)
+    client.release(lease, 60)
     client.close()
 
 
@@ -255,7 +262,7 @@ def test_a_mismatch_with_more_chunks_on_their_way_fails_all_of_them_and_gives_ev
     client.close()
     b.wait(lambda: cache_daemon.status()["leases"] == 0)
     reader = CacheClient(cache_daemon.socket, "reader")
-    assert not reader.lookup([key(1)], 5).found  # told, and never given to anybody again
+    assert not reader.lookup([key(1)], 60).found  # told, and never given to anybody again
     reader.close()
 
 
@@ -350,8 +357,8 @@ def test_saves_of_a_preempted_request_that_have_not_begun_never_read_its_blocks(
     while saved < 2:
         saved += e.wait(e.side.report).saved["r"]
     client = CacheClient(cache_daemon.socket, "scheduler")
-    assert client.lookup([key(1)], 5).found == []
-    assert client.lookup([key(2)], 5).found == []
+    assert client.lookup([key(1)], 60).found == []
+    assert client.lookup([key(2)], 60).found == []
     e.wait(lambda: cache_daemon.status()["reservations"] == 0)
     client.close()
 
@@ -405,7 +412,7 @@ def test_one_rank_s_load_ends_whatever_the_other_rank_does(cache_daemon, engines
     quick.save("s", (key(2), b"", [5]))
     quick.side.start_loads(StepPlan(awaiting={"s"}))
     assert quick.wait(lambda: quick.side.finished()[0]) == {"s"}  # its blocks go, though the chunk is not whole
-    assert client.lookup([key(2)], 5).found == []
+    assert client.lookup([key(2)], 60).found == []
     assert lags.side.finished() == (set(), set(), set())
     client.close()
 
@@ -417,17 +424,17 @@ def test_a_full_arena_refuses_and_the_engine_goes_on(cache_daemon, engines, capl
     e = engines()
     size = client.arena.size // 3 // 4096 * 4096
     items = [wire.ReserveItem(key(100 + i), b"", 0, 1, size, 256) for i in range(3)]
-    grants = client.reserve("other", items, 5)
+    grants = client.reserve("other", items, 60)
     assert [g.status for g in grants] == [wire.GRANTED] * 3
     left = client.arena.size - 3 * size
     blocks = [b % BLOCKS for b in range(left // (LAYERS * BLOCK_BYTES) + 1)]  # a chunk that is larger than what is left
     with caplog.at_level("WARNING"):
         e.save("r", (key(1), b"", blocks))
         assert e.wait(e.side.report).saved == {"r": 1}
-    client.abort([g.reservation for g in grants], 5)
+    client.abort([g.reservation for g in grants], 60)
     e.save("r", (key(1), b"", blocks))
     e.wait(e.side.report)
-    reply = client.lookup([key(1)], 5)
+    reply = client.lookup([key(1)], 60)
     assert len(reply.found) == 1  # there is room now
-    client.release(reply.lease, 5)
+    client.release(reply.lease, 60)
     client.close()
