@@ -25,8 +25,8 @@ class Point:
 
 
 def points(sets: Sequence[int], lengths: Sequence[int], reuses: Sequence[int], users: Sequence[int]) -> list[Point]:
-    """Every combination that makes sense: a working set holds one prompt at least."""
-    found = [Point(max(s, n), n, r, u) for s, n, r, u in itertools.product(sets, lengths, reuses, users)]
+    """Every combination that makes sense: a working set holds one prompt at least, and nothing more where nothing is reused."""
+    found = [Point(max(s, n) if r else n, n, r, u) for s, n, r, u in itertools.product(sets, lengths, reuses, users)]
     return list(dict.fromkeys(found))
 
 

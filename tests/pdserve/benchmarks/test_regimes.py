@@ -12,7 +12,7 @@ from pdserve.bench.size import work
 
 def test_points_are_all_combinations_that_make_sense() -> None:
     found = grid.points([500, 8000], [1000, 3000], [0, 90], [1])
-    assert len(found) == 8
+    assert len(found) == 6, "four with reuse; without, the working set says nothing"
     assert min(p.working_set for p in found) == 1000, "a working set holds one prompt at least"
     assert len(set(found)) == len(found)
 
