@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 #: threads that store while answers are generated: on one multiprocessor, with a part of the link
-GENTLE_THREADS = 1024
+GENTLE_THREADS = 512
 
 
 def stride_of(shard_bytes: int) -> int:

@@ -322,10 +322,10 @@ def throughput(run: Run) -> None:
         )
 
 
-STORING, LOADING = "store:direct:1024", "load:dma:32"  # as the engine does while it generates
+STORING, LOADING = "store:direct:512", "load:dma:32"  # as the engine does while it generates
 DISTURBED = (
     STORING, LOADING, f"{STORING}+{LOADING}", "load:dma:8", "load:dma:16", "load:dma:132", "load:direct:1024",
-    "store:direct:512", "store:dma:32",
+    "store:direct:1024", "store:dma:32",
 )  # fmt: skip
 
 
