@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))  # benchmarks use the same helper
 
-from reruns import pytest_runtest_setup, pytest_terminal_summary  # noqa: F401 - hooks
+from reruns import pytest_runtest_setup, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 - hooks
 from running_cache import RunningCache
 
 from pdserve.transfer import client

@@ -39,18 +39,39 @@ def test_well():
 """
 
 
+INTERRUPTED = """
+import pytest
+from pathlib import Path
+
+@pytest.fixture(scope="session")
+def engine():
+    yield []
+    Path("stopped").touch()
+
+def test_some(engine):
+    engine.append(1)
+    if len(engine) > 1:
+        raise KeyboardInterrupt
+    assert False
+"""
+
+
 def words() -> list[str]:
     """As the Makefile has them."""
     (line,) = re.findall(r"^\t@\$\(BIN\)/pytest (.*--reruns.*?)(?: \|\|.*)?$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     return shlex.split(line.replace("$(RERUNS)", "1"))
 
 
-def test_a_failed_test_is_tried_once_more_and_told_of(tmp_path: Path) -> None:
-    (tmp_path / "test_some.py").write_text(TESTS)
+def run(tmp_path: Path, tests: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "test_some.py").write_text(tests)
     command = [sys.executable, "-P", "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
     command += ["-p", "reruns", "-p", "no:cacheprovider", str(tmp_path), *words()]
     environment = {"PYTHONPATH": str(ROOT / "tests" / "support"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment, cwd=tmp_path)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment, cwd=tmp_path)
+
+
+def test_a_failed_test_is_tried_once_more_and_told_of(tmp_path: Path) -> None:
+    done = run(tmp_path, TESTS)
     text = done.stdout
     assert done.returncode == 1, text + done.stderr
     assert "2 failed, 2 passed, 3 rerun in" in text.splitlines()[-1], text
@@ -61,3 +82,9 @@ def test_a_failed_test_is_tried_once_more_and_told_of(tmp_path: Path) -> None:
     assert "Timeout (>1.0s)" in text
     assert "AssertionError: never" in text
     assert "AssertionError: the module's fixture" not in text
+
+
+def test_interrupted_in_a_second_try_nothing_is_left_running(tmp_path: Path) -> None:
+    done = run(tmp_path, INTERRUPTED)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert (tmp_path / "stopped").exists(), "the session's fixture was not ended"

@@ -6,6 +6,7 @@ A plugin that tests/conftest.py takes over; without `--reruns` it does nothing.
 from __future__ import annotations
 
 import pytest
+import pytest_rerunfailures
 import pytest_timeout
 
 
@@ -16,6 +17,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         settings = pytest_timeout._get_item_settings(item)
         if settings.timeout and not settings.func_only:
             item.ihook.pytest_timeout_set_timer(item=item, settings=settings)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Interrupted in a second try: what was held back for it (the ends of modules' and the session's fixtures) happens now."""
+    session._setupstate.stack.update(pytest_rerunfailures.suspended_finalizers)
+    pytest_rerunfailures.suspended_finalizers.clear()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
