@@ -38,10 +38,10 @@ engine:
   env: {VLLM_SERVER_DEV_MODE: "1"}
 """
 TOPOLOGIES = {
-    "one": f"name: bench-one\nmodel: demo\n{ENGINE}\nboth: [{{port: 8300, cpus: '0'}}]\n"
-    "cache: {size: 2GiB, admin_port: 8090}\nproxy: {port: 8010}\n",
-    "two": f"name: bench-two\nmodel: demo\n{ENGINE}\nprefill: [{{port: 8110, cpus: '0'}}]\ndecode: [{{port: 8210, cpus: '1'}}]\n"
-    "cache: {size: 2GiB, admin_port: 8090}\nproxy: {port: 8010}\n",
+    "one": f"name: bench-one\nmodel: demo\n{ENGINE}\nboth: [{{port: 23530, cpus: '0'}}]\n"
+    "cache: {size: 2GiB, admin_port: 23590}\nproxy: {port: 23510}\n",
+    "two": f"name: bench-two\nmodel: demo\n{ENGINE}\nprefill: [{{port: 23511, cpus: '0'}}]\ndecode: [{{port: 23521, cpus: '1'}}]\n"
+    "cache: {size: 2GiB, admin_port: 23590}\nproxy: {port: 23510}\n",
 }
 PAIR = ("gpu-cache", "cache")
 AGENTS = "trace-replay --trace-directory {traces} --scale 0.02 --max-context 1600 --time-scale 0.05 --max-delay 2 --max-output 12"

@@ -13,7 +13,7 @@ import itertools
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -207,7 +207,11 @@ def vllm_command() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=STEPS, help="; ".join(f"{name}: {step.about}" for name, step in STEPS.items()))
+    parser.add_argument(
+        "step",
+        choices=STEPS,
+        help="; ".join(f"{name}: {step.about}" for name, step in STEPS.items()).replace("%", "%%"),
+    )
     parser.add_argument("--model", type=Path, required=True, help="a folder with config.json and tokenizer files")
     parser.add_argument(
         "--traces", type=Path, default=Path("traces"), help="kv-cache-tester's traces (default %(default)s)"
@@ -217,11 +221,14 @@ def main() -> int:
     parser.add_argument(
         "--budget", type=float, default=540, help="seconds, starting and stopping included (default %(default)s)"
     )
+    parser.add_argument("--arms", default="", help="instead of the step's own: two arms leave time for more rounds")
     parser.add_argument("--dry-run", action="store_true", help="check and print, start nothing")
     args = parser.parse_args()
+    step = STEPS[args.step]
+    step = replace(step, arms=args.arms or step.arms)
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ |= {"PDSERVE_RUN_DIR": f"/tmp/pdserve-g{args.gpu}", "PYTHONSAFEPATH": "1", "VLLM_NO_USAGE_STATS": "1"}
-    lane = Lane(args, STEPS[args.step])
+    lane = Lane(args, step)
     if args.dry_run:
         say(f"## {args.step} on GPU {args.gpu}, {args.budget:.0f} s: {lane.step.about}")
         check(lane)
