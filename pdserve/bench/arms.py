@@ -187,6 +187,8 @@ def deployment(
             with _ONE_AT_A_TIME:
                 server = runner.ask(top.proxy.url, args.model)
                 warm(server, len(top.instances))
+            if fault := others.fault(arm, env.run_root() / top.name / "logs"):
+                raise PdserveError(fault)
             yield server, raw
         finally:
             targets.stop(top.name)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from importlib import metadata
@@ -54,7 +56,21 @@ def environment(arm: str) -> dict[str, str]:
     if arm != "lmcache":
         return {}
     paths = os.pathsep.join(filter(None, (str(lmcache_folder()), os.environ.get("PYTHONPATH"))))
-    return {"PYTHONPATH": paths, "PYTHONHASHSEED": "0", "LMCACHE_TRACK_USAGE": "false"}
+    # LMCache's own sockets lie beside vLLM's and have longer names, too long for the folder of a run.
+    place = {"VLLM_RPC_BASE_PATH": tempfile.gettempdir()}
+    return {"PYTHONPATH": paths, "PYTHONHASHSEED": "0", "LMCACHE_TRACK_USAGE": "false", **place}
+
+
+def fault(arm: str, logs: Path) -> str:
+    """Why the arm is not what it is called, by its engines' logs; empty where it is. LMCache that cannot start leaves plain vLLM."""
+    if arm != "lmcache":
+        return ""
+    for log in sorted(logs.glob("*.log")):
+        _, found, rest = log.read_text(errors="replace").partition("Failed to initialize LMCache")
+        if found:
+            why = next((line for line in rest.splitlines() if re.search(r"\b\w*(Error|Exception): ", line)), "see there")
+            return f"LMCache did not start, its engine is plain vLLM ({log}): {why.strip()}"
+    return ""
 
 
 def has_server(arm: str, raw: dict[str, Any]) -> bool:

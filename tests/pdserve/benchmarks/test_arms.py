@@ -107,6 +107,20 @@ cache: {{size: 64MiB}}
 """
 
 
+def test_an_arm_that_is_plain_vllm_under_another_name_is_a_fault(tmp_path: Path) -> None:
+    log = tmp_path / "both-0.log"
+    log.write_text("(EngineCore pid=7) LMCache INFO: LMCache initialized for role KVConnectorRole.WORKER\n")
+    assert others.fault("lmcache", tmp_path) == ""
+    log.write_text(
+        "(EngineCore pid=7) LMCache ERROR: Failed to initialize LMCacheManager components: Traceback (most recent call last):\n"
+        "(EngineCore pid=7)     raise ZMQError(errno)\n"
+        "(EngineCore pid=7) zmq.error.ZMQError: File name too long (addr='ipc:///a/b')\n"
+    )
+    assert "ZMQError: File name too long" in others.fault("lmcache", tmp_path)
+    assert str(log) in others.fault("lmcache", tmp_path)
+    assert others.fault("cache", tmp_path) == ""
+
+
 def test_arms_take_turns_and_are_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tmp_path / "model"
     model.mkdir()
