@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -281,6 +283,38 @@ def test_a_load_given_up_is_not_over_while_its_chunks_are_on_their_way(cache_dae
     assert (received, unfilled) == ({"q"}, {9})
     client.close()
     b.wait(lambda: cache_daemon.status()["leases"] == 0)
+
+
+def test_the_time_that_copying_takes_is_none_that_the_next_chunk_has_not_come(cache_daemon, engines, monkeypatch):
+    a, b = engines(), engines(writer="v")
+    a.save("r", (key(1), b"", [3]))
+    a.wait(a.side.report)
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    load, _ = job(client, "q", [key(1)], [[4]])
+    load = replace(load, expected=[ChunkExpected(key(2), 256, [6])], stall_s=50)
+    now, looked, lookup, copy = [0.0], threading.Event(), CacheClient.lookup, b.pages.load
+
+    def slow(*args):
+        now[0] += 100
+        return copy(*args)
+
+    def seen(self, keys, *args):
+        reply = lookup(self, keys, *args)
+        if keys == [key(2)] and not reply.found:
+            looked.set()
+        return reply
+
+    b.pages.load = slow
+    monkeypatch.setattr(CacheClient, "lookup", seen)
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr(loading, "time", clock)
+    b.side.start_loads(StepPlan(loads=[load]))
+    assert looked.wait(60)
+    a.save("s", (key(2), key(1), [7]))
+    _, received, unfilled = b.wait(lambda: (got := b.side.finished())[1] and got)
+    assert (received, unfilled) == ({"q"}, set())
+    assert (b.kv[:, [4, 6]] == a.kv[:, [3, 7]]).all()
+    client.close()
 
 
 def test_chunks_that_do_not_come_fail_by_their_blocks_and_what_came_stays_good(cache_daemon, engines):

@@ -95,10 +95,11 @@ class _Flight:
     """Chunks that were found together, on their way into the engine's blocks. `lease` holds them in the arena; None: the
     scheduler's own does."""
 
-    def __init__(self, chunks: Sequence[ChunkLoad], tiers: Sequence[str], lease: int | None) -> None:
-        self.chunks, self.tiers, self.lease = chunks, tiers, lease
+    def __init__(self, tiers: Sequence[str], lease: int | None) -> None:
+        self.tiers, self.lease = tiers, lease
+        self.chunks: Sequence[ChunkLoad] = ()
+        self.verified: list[int] = []  # parts of each chunk that are as they were stored
         self.moving = deque[tuple[int, Pages, Copy]]()
-        self.verified = [0] * len(chunks)  # parts of each that are as they were stored
         self.corrupt: list[bytes] = []
 
     def read(self, parts: int) -> int:
@@ -134,9 +135,9 @@ class _Load:
         self.came = False
         if self._ready:
             ready, self._ready = self._ready, []
-            arena, flight = self._arena(pages, client), _Flight(ready, [], None)
+            arena, flight = self._arena(pages, client), _Flight([], None)
             self._flights.append(flight)
-            self._fly(pages, arena, flight)
+            self._fly(pages, arena, flight, ready)
         elif self._expected:
             self._look(pages, client)
         self.land(pages, client, wait=not self._expected)
@@ -157,19 +158,19 @@ class _Load:
             if time.monotonic() - self._come_at > self.job.stall_s:
                 raise CacheError(f"no chunk has come for {self.job.stall_s:g} s, {len(self._expected)} are missing")
             return
-        flight = _Flight([], [f.tier for f in reply.found], reply.lease)
+        flight = _Flight([f.tier for f in reply.found], reply.lease)
         self._flights.append(flight)  # from here on it is landed, and its lease given back, whatever happens
-        flight.chunks = [_here(c, f) for c, f in zip(wanted, reply.found, strict=False)]
-        flight.verified = [0] * len(flight.chunks)
-        for _ in flight.chunks:
+        chunks = [_here(c, f) for c, f in zip(wanted, reply.found, strict=False)]
+        for _ in chunks:
             self._expected.popleft()
-        self.came, self._come_at = True, time.monotonic()
-        self._fly(pages, arena, flight)
+        self.came = True
+        self._fly(pages, arena, flight, chunks)
 
-    def _fly(self, pages: Parts, arena: Arena, flight: _Flight) -> None:
-        """Submits all of it, which waits while all buffers are in use."""
-        for at in range(0, len(flight.chunks), pages.together):
-            some = flight.chunks[at : at + pages.together]
+    def _fly(self, pages: Parts, arena: Arena, flight: _Flight, chunks: Sequence[ChunkLoad]) -> None:
+        """Submits all of them, which waits while all buffers are in use."""
+        flight.chunks, flight.verified = chunks, [0] * len(chunks)
+        for at in range(0, len(chunks), pages.together):
+            some = chunks[at : at + pages.together]
             for part in pages.parts:
                 copies = part.load_all(self._mark, [_source(part, arena, chunk) for chunk in some])
                 flight.moving.extend((at + i, part, copy) for i, copy in enumerate(copies))
@@ -178,6 +179,7 @@ class _Load:
             self._verify(flight, wait=False)
             if self.result.error:
                 break
+        self._come_at = time.monotonic()  # the next ones have their time from here on, however long copying took
 
     def land(self, pages: Parts, client: CacheClient, *, wait: bool) -> None:
         """Takes in what has ended; `wait`: all of it. Blocks are not reported while something may still write into them."""
