@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs an engine's environment")
 pytest.importorskip("vllm", reason="needs an engine's environment")
 from running_cache import RunningCache  # noqa: E402
+from scheduler_output import step  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator  # noqa: E402
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput  # noqa: E402
 
@@ -35,23 +36,6 @@ def request(rid, tokens):
         num_tokens=len(tokens), kv_transfer_params=None, lora_request=None, cache_salt=None, mm_features=[],
         status=types.SimpleNamespace(name="FINISHED_ABORTED"),
     )  # fmt: skip
-
-
-def step(scheduled, new=(), cached=(), preempted=()):
-    """new: (request id, tokens computed before); cached: (request id, new block ids, tokens computed before)."""
-    running = types.SimpleNamespace(
-        req_ids=[c[0] for c in cached],
-        new_block_ids=[c[1] for c in cached],
-        num_computed_tokens=[c[2] for c in cached],
-        resumed_req_ids=set(),
-    )
-    return types.SimpleNamespace(
-        preempted_req_ids=set(preempted),
-        num_scheduled_tokens=scheduled,
-        total_num_scheduled_tokens=sum(scheduled.values()),
-        scheduled_new_reqs=[types.SimpleNamespace(req_id=r, num_computed_tokens=n) for r, n in new],
-        scheduled_cached_reqs=running,
-    )
 
 
 def names(start, end):

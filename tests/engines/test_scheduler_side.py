@@ -5,6 +5,7 @@ import types
 
 import pytest
 from prometheus_client import CollectorRegistry
+from scheduler_output import step
 
 from pdserve import metrics
 from pdserve.chunk import ChunkLayout
@@ -74,23 +75,6 @@ def request(rid, tokens, **extra):
         "status": Status("FINISHED_LENGTH_CAPPED"),
     }
     return types.SimpleNamespace(**{**fields, **extra})
-
-
-def step(scheduled, new=(), cached=(), preempted=(), resumed=()):
-    """new: (request id, tokens computed before); cached: (request id, new block ids, tokens computed before)."""
-    running = types.SimpleNamespace(
-        req_ids=[c[0] for c in cached],
-        new_block_ids=[c[1] for c in cached],
-        num_computed_tokens=[c[2] for c in cached],
-        resumed_req_ids=set(resumed),
-    )
-    return types.SimpleNamespace(
-        preempted_req_ids=set(preempted),
-        num_scheduled_tokens=scheduled,
-        total_num_scheduled_tokens=sum(scheduled.values()),
-        scheduled_new_reqs=[types.SimpleNamespace(req_id=r, num_computed_tokens=n) for r, n in new],
-        scheduled_cached_reqs=running,
-    )
 
 
 def output(report=None, received=()):
@@ -395,11 +379,15 @@ def test_mode_never_loads_only_what_is_handed_over(world):
     assert side.matched(request("c", range(19), kv_transfer_params=PROMISE), 0) == (19, True)
 
 
+def computing_is_faster(side):
+    for n in (8, 16, 19):
+        side._breakeven.computing.add(n, n * 1e-6)
+        side._breakeven.loading.add(n, 1.0)
+
+
 def test_a_hit_that_would_take_longer_than_computing_is_computed_and_counted(world):
     compute_all(world, "a", range(19))
-    for n in (8, 16, 19):
-        world.side._breakeven.computing.add(n, n * 1e-6)
-        world.side._breakeven.loading.add(n, 1.0)
+    computing_is_faster(world.side)
     r = request("b", range(19))
     assert world.side.matched(r, 0) == (0, False)
     assert world.store.stats()["leases"] == 0
@@ -433,9 +421,7 @@ def test_no_blocks_were_free_and_the_second_lookup_is_answered(world):
 
 def test_what_was_found_and_not_loaded_is_told_after_its_lease_has_gone_back(world):
     compute_all(world, "a", range(19))
-    for n in (8, 16, 19):
-        world.side._breakeven.computing.add(n, n * 1e-6)
-        world.side._breakeven.loading.add(n, 1.0)
+    computing_is_faster(world.side)
     r = request("b", range(19))
     assert world.side.matched(r, 0) == (0, False)
     assert world.side._requests["b"].left == (0, 3)

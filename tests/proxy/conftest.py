@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
+import logging
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -224,3 +226,20 @@ async def serving(app: Any, settings: Settings) -> AsyncIterator[tuple[str, uvic
             yield url, server
         finally:
             await server.shutdown(sockets=[bound])
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """What is in a circle stays: it counts, and can be seen."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture
+def unlogged() -> Iterator[None]:
+    """pytest keeps log records, and what they hold."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)

@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import types
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,15 +16,6 @@ from pdserve.proxy.split import Exchange
 from pdserve.proxy.upstream import Upstream, _Connection
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def uncollected() -> Iterator[None]:
-    """What is in a circle stays, and can be seen."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def left(*kinds: type) -> list[Any]:
@@ -72,14 +61,6 @@ async def test_an_engine_connection_leaves_nothing_for_the_collector(rig: Any, u
         del answer
         await engine.close()
         await until(lambda: len(left(_Connection)) < kept)
-
-
-@pytest.fixture
-def unlogged() -> Iterator[None]:
-    """pytest keeps log records, and with them the failures that they tell of."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def circles() -> Counter[str]:

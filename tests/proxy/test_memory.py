@@ -6,12 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import gc
 import itertools
 import json
-import logging
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -42,23 +39,6 @@ def native() -> int:
     """Bytes that malloc has given out: what is above 512 bytes in Python, and all that C libraries hold."""
     told = _LIBC.mallinfo2()
     return int(told.uordblks + told.hblkhd)
-
-
-@pytest.fixture
-def uncollected() -> Iterator[None]:
-    """Circles stay, and count."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-@pytest.fixture
-def unlogged() -> Iterator[None]:
-    """pytest keeps log records."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 async def ask(proxy: Upstream, kind: str) -> None:

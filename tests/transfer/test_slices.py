@@ -23,7 +23,7 @@ same = before == (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0))
 found = []
 thread = threading.Thread(target=lambda: found.append(of(threading.get_native_id())))
 thread.start()
-thread.join()
+thread.join(60)
 print(took, same, of(os.getpid()), found[0])
 """
 
