@@ -1,10 +1,11 @@
 """Real vLLM at parallel sizes 2 and 1 over one cache: python -P tests/parallel/check.py [--soak SECONDS] [--out JSON]
 
-Two engines of the demo model padded to 4 KV heads, on the CPU in float32, tensor parallel size 2 on port 24101, 1 on 24102. For each way (2
-to 1, 1 to 2, 2 to 2): a prompt is computed and stored by the one and loaded by the other, as a prefill and a decode leg; greedy
-tokens must be those that the other computes by itself, and its whole chunks, stored once more after the cache was emptied, must
-have the digests that the first one's had. Then both are put under load: requests with shared prefixes, clients that leave,
-caches that are emptied; each answer has a deadline, and nothing may be left behind. Takes 5 minutes with 150 s of load, needs 12 GiB.
+Two engines of the demo model padded to 4 KV heads, on the CPU in float32, tensor parallel size 2 on the first port, 1 on the
+second. For each way (2 to 1, 1 to 2, 2 to 2): a prompt is computed and stored by the one and loaded by the other, as a prefill
+and a decode leg; greedy tokens must be those that the other computes by itself, and its whole chunks, stored once more after
+the cache was emptied, must have the digests that the first one's had. Then both are put under load: requests with shared
+prefixes, clients that leave, caches that are emptied; each answer has a deadline, and nothing may be left behind. Takes 5
+minutes with 150 s of load, needs 12 GiB.
 With --gpus MODEL the same on two GPUs, or three where they are; with --pp, too, a pipeline of two stages instead of two tensor
 parallel workers. (vLLM's engine on the CPU does not survive a pipeline.) --dry-run shows what would be started, and needs no GPU.
 """
@@ -34,7 +35,7 @@ from pdserve.openai_client import Client, total
 from pdserve.transfer.client import CacheClient
 
 TOPOLOGY = """
-name: check-parallel
+name: check-parallel-PORT
 model: demo-tp
 engine:
   device: cpu
@@ -44,24 +45,22 @@ engine:
   kv_cache_space_gib: 1
   env: {VLLM_SERVER_DEV_MODE: "1"}
 both:
-  - {port: 24101, cpus: "0|1", tensor_parallel_size: 2}
-  - {port: 24102, cpus: "0"}
-cache: {size: 512MiB, admin_port: 24190, load: always, layer_groups: GROUPS}
-proxy: {port: 24110}
+  - {port: PORT01, cpus: "0|1", tensor_parallel_size: 2}
+  - {port: PORT02, cpus: "0"}
+cache: {size: 512MiB, admin_port: PORT90, load: always, layer_groups: GROUPS}
+proxy: {port: PORT10}
 """
 GPU = """
-name: check-parallel
+name: check-parallel-PORT
 model: MODEL
-engine: {dtype: DTYPE, max_model_len: 2048, gpu_memory_utilization: 0.3, env: {VLLM_SERVER_DEV_MODE: "1"}}
+engine: {dtype: DTYPE, max_model_len: 2048, gpu_memory_utilization: SHARE, env: {VLLM_SERVER_DEV_MODE: "1"}, extra_args: ARGS}
 both:
-  - {port: 24101, gpus: [0, 1], PARALLEL: 2}
-  - {port: 24102, gpus: [ALONE]}
-cache: {size: 4GiB, admin_port: 24190, load: always, layer_groups: GROUPS}
-proxy: {port: 24110}
+  - {port: PORT01, gpus: [0, 1], PARALLEL: 2}
+  - {port: PORT02, gpus: [ALONE]}
+cache: {size: 4GiB, admin_port: PORT90, load: always, layer_groups: GROUPS}
+proxy: {port: PORT10}
 """
-MODEL = ""
-TWO, ONE, ADMIN = "http://127.0.0.1:24101", "http://127.0.0.1:24102", "http://127.0.0.1:24190"
-WAYS = (("2 to 1", TWO, ONE), ("1 to 2", ONE, TWO), ("2 to 2", TWO, TWO))
+MODEL = TWO = ONE = ADMIN = ""
 DEADLINE = 90.0
 ASK = {"do_remote_decode": True, "do_remote_prefill": False}
 
@@ -69,7 +68,8 @@ ASK = {"do_remote_decode": True, "do_remote_prefill": False}
 def topology_text(args: argparse.Namespace) -> str:
     parallel = "pipeline_parallel_size" if args.pp else "tensor_parallel_size"
     words = {"MODEL": args.gpus or "", "DTYPE": args.dtype, "PARALLEL": parallel, "ALONE": "2" if gpus() > 2 else "0"}
-    words["GROUPS"] = str(args.layer_groups or "~")
+    words |= {"GROUPS": str(args.layer_groups or "~"), "PORT": str(args.port // 100), "SHARE": str(args.memory)}
+    words["ARGS"] = f"['--num-gpu-blocks-override', '{args.blocks}']" if args.blocks else "[]"
     text = GPU if args.gpus else TOPOLOGY
     for word, value in words.items():
         text = text.replace(word, value)
@@ -104,6 +104,11 @@ def retrieved(url: str) -> int:
     """Tokens that this engine has loaded, by its own count."""
     with Client(url) as engine:
         return int(total(engine.metrics(), "vllm:prompt_tokens_by_source_total", source="external_kv_transfer"))
+
+
+def preempted(url: str) -> int:
+    with Client(url) as engine:
+        return int(total(engine.metrics(), "vllm:num_preemptions_total"))
 
 
 def ids(rng: random.Random, n: int) -> list[int]:
@@ -200,7 +205,7 @@ def soak(seconds: float, rng: random.Random) -> dict:
             if own.random() < 0.1:
                 counts["resets"] += httpx.post(url + "/reset_prefix_cache", timeout=30, trust_env=False).status_code == 200
 
-    earlier = retrieved(TWO), retrieved(ONE)
+    earlier = retrieved(TWO), retrieved(ONE), preempted(TWO), preempted(ONE)
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         for future in [pool.submit(client, n) for n in range(6)]:
             future.result()
@@ -210,12 +215,13 @@ def soak(seconds: float, rng: random.Random) -> dict:
         time.sleep(0.2)
     counts["seconds"] = round(seconds)
     counts["loaded by 2 / 1"] = [retrieved(TWO) - earlier[0], retrieved(ONE) - earlier[1]]
+    counts["preempted in 2 / 1"] = [preempted(TWO) - earlier[2], preempted(ONE) - earlier[3]]
     print(f"load: {counts}", flush=True)
     return counts
 
 
 def main() -> int:
-    global MODEL
+    global MODEL, TWO, ONE, ADMIN
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--soak", type=float, default=150, help="seconds of load; 0: none (default %(default)s)")
     parser.add_argument("--only-soak", action="store_true", help="leave the comparisons out")
@@ -223,11 +229,15 @@ def main() -> int:
     parser.add_argument("--pp", action="store_true", help="a pipeline instead of tensor parallel workers; with --gpus")
     parser.add_argument("--layer-groups", type=int, help="cache.layer_groups (default: as many as are needed)")
     parser.add_argument("--dtype", default="float32", help="on GPUs (default %(default)s, in which tokens must be equal)")
+    parser.add_argument("--blocks", type=int, help="on GPUs: so few KV blocks of 16 tokens that requests are preempted; 128 at least")
+    parser.add_argument("--memory", type=float, default=0.3, help="share of a GPU's memory for each engine (default %(default)s)")
+    parser.add_argument("--port", type=int, default=24100, help="the first of a hundred ports (default %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="show the commands, and start nothing")
     parser.add_argument("--out", type=Path, help="a file for the results")
     args = parser.parse_args()
     if args.pp and not args.gpus:
         parser.error("--pp needs --gpus MODEL: vLLM's engine on the CPU does not survive a pipeline")
+    TWO, ONE, ADMIN = (f"http://127.0.0.1:{args.port + n}" for n in (1, 2, 90))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped then, too
     rng = random.Random()
     with tempfile.TemporaryDirectory() as folder:
@@ -245,7 +255,7 @@ def main() -> int:
         print(f"layout: {layout}", flush=True)
         client = CacheClient(env.run_root() / top.name / "cache.sock", "check")
         client.connect()
-        for name, first, second in () if args.only_soak else WAYS:
+        for name, first, second in () if args.only_soak else (("2 to 1", TWO, ONE), ("1 to 2", ONE, TWO), ("2 to 2", TWO, TWO)):
             results[name] = one_way(name, first, second, client, start, rng)
         client.close()
         if args.soak:
