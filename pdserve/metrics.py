@@ -181,6 +181,15 @@ PROXY = {
         act="Any: a consumer died or broke off in mid-answer; its log and `leg_failures_total` say why. none: a "
         "client saw the end of its stream.",
     ),
+    "first_tokens_total": Metric(
+        Counter,
+        "Streams that began with their producer's own first token (--early-token), by what the consumer said to it: confirmed, "
+        "differed (asked anew behind it), unanswered (it died, or the client left), ended (the answer was that token)",
+        ("became",),
+        unit="streams",
+        act="differed: expected with sampling, once each for what chance decides; with temperature 0 only between tokens as good "
+        "as each other. Many: producers and consumers may not serve the same weights.",
+    ),
     "instance_up": Metric(
         Gauge,
         "1 while the instance answers its health probe",
@@ -428,8 +437,9 @@ ENGINE = {
         Counter,
         "Hits in the cache by what was done (load, compute) and why: faster, slower (predicted from what both took of "
         "late), unmeasured (loaded until both are known), probe (loaded to see whether it still is slower), always "
-        "(as configured), short, handover (a producer computed it for this request), failed; and requests of which it is not "
-        "known whether they hit: never (as configured), unavailable (the daemon did not answer in time)",
+        "(as configured), short (so few that they are computed without asking), handover (a producer computed it for this "
+        "request), failed; and requests of which it is not known whether they hit: never (as "
+        "configured), unavailable (the daemon did not answer in time)",
         ("decision", "reason"),
         unit="decisions",
         act="Many `slower`: loading does not pay at these lengths; look at `engine_load_bytes_per_second`. Any `failed`: "

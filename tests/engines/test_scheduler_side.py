@@ -488,3 +488,17 @@ def test_a_step_says_whether_it_computes_anything(world):
     compute_all(world, "a", range(19))
     assert world.side.plan(step({})).idle
     assert not world.side.plan(step({"a": 1}, cached=[("a", None, 19)])).idle
+
+
+def test_the_daemon_is_not_asked_about_fewer_tokens_than_a_load_is_worth(world, monkeypatch):
+    asked = []
+    lookup = world.client.lookup
+    monkeypatch.setattr(world.client, "lookup", lambda keys, *a: asked.append(len(keys)) or lookup(keys, *a))
+    world.side._finder._least = 6
+    r = request("a", range(21))
+    assert world.side.matched(r, 16) == (0, False)  # five are left
+    world.side.allocated(r, list(range(6)), 0)
+    assert asked == []
+    assert world.side.stats.take().data["decisions"] == {"short": 1}
+    assert world.side.matched(request("b", range(22)), 16) == (0, False)
+    assert asked == [1]

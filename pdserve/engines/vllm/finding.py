@@ -87,6 +87,11 @@ class Finder:
         waits = [w for w in (tracked.handover, tracked.fetch) if w is not None and not w.over]
         if any(time.monotonic() - w.polled_at < POLL_S for w in waits):
             return None
+        if not promised and tracked.request.num_tokens - local < self._least:
+            # The engine has all but a few tokens: they are computed whatever the daemon says, so it is not asked.
+            self.release(tracked)
+            tracked.fetch, tracked.choice = None, Choice(False, "short")
+            return 0
         hit = tracked.hit
         if hit is None or time.monotonic() - hit.at > FRESH_S or hit.first_chunk != local // self.chunk_tokens:
             hit = self._lookup(tracked, local, promised)

@@ -14,6 +14,7 @@ from pdserve.chunk import ChunkLayout, KeyChain, root_key
 from pdserve.engines.vllm.breakeven import BreakEven, Choice
 from pdserve.engines.vllm.facts import LegFacts, Nobody, Teller
 from pdserve.engines.vllm.finding import Finder, Mode
+from pdserve.engines.vllm.first import told
 from pdserve.engines.vllm.messages import ChunkExpected, ChunkLoad, LoadJob, LoadResult, StepPlan, WorkerReport
 from pdserve.engines.vllm.stats import EngineStats
 from pdserve.engines.vllm.storing import Storing
@@ -36,7 +37,10 @@ class SchedulerSide:
         mode: Mode = "adaptive",
         patience: float = 1.0,
         teller: Teller | Nobody | None = None,
+        max_model_len: int = 0,
+        plain_chats: bool = False,
     ) -> None:
+        self._max_model_len, self._plain_chats = max_model_len, plain_chats
         self._client, self._layout, self._fingerprint = client, layout, fingerprint
         self._workers, self._instance = workers, instance
         self._requests: dict[str, Tracked] = {}
@@ -192,11 +196,15 @@ class SchedulerSide:
             if tracked is None:
                 continue
             if new_blocks is not None:
-                fresh = list(new_blocks[0])
-                tracked.block_ids = fresh if request_id in cached.resumed_req_ids else tracked.block_ids + fresh
-            plan.decodes |= computed >= tracked.request.num_prompt_tokens
-            self._time_prefill(tracked)
-            self._advance(plan, request_id, computed, output)
+                if request_id in cached.resumed_req_ids:
+                    tracked.block_ids = []
+                tracked.block_ids.extend(new_blocks[0])
+            if computed >= tracked.request.num_prompt_tokens:
+                plan.decodes = True
+                if tracked.computing_since:
+                    self._time_prefill(tracked)
+            if computed + output.num_scheduled_tokens.get(request_id, 0) >= self._storing.due(tracked):
+                self._advance(plan, request_id, computed, output)
         return plan
 
     def _advance(self, plan: StepPlan, request_id: str, computed: int, output: Any) -> None:
@@ -272,6 +280,7 @@ class SchedulerSide:
             "pdserve.cached_tokens": tracked.cached_tokens if tracked is not None else 0,
             **({"pdserve.generation": self._finder.generation} if self._finder.generation else {}),
             "pdserve.facts": self._facts.handed(tracked) if tracked is not None else None,
+            **told(request, self._max_model_len, self._plain_chats),
             # Routers written for other connectors look at these.
             "remote_engine_id": self._instance,
             "remote_block_ids": [],

@@ -34,6 +34,11 @@ class Storing:
         tail = tracked.chain.tail(tracked.request.prompt_token_ids)
         self.recent.forget(keys if tail is None else [*keys, tail])
 
+    def due(self, tracked: Tracked) -> int:
+        """Before it has so many tokens, nothing of the request is to be stored: asked of each request in each step."""
+        full: int = (tracked.next_chunk + 1) * self.chunk_tokens
+        return full if tracked.tail_done else min(full, tracked.request.num_prompt_tokens)
+
     def job(self, tracked: Tracked, computed: int, scheduled: int) -> SaveJob | None:
         """What is complete once this step, of `scheduled` tokens behind `computed` ones, has run."""
         # Only tokens that are final: drafted ones may be rejected, and a token sampled in a step that is still running has no id yet.
