@@ -26,13 +26,17 @@ HOW = "All arms were up, idle while it was not their turn."
 @dataclass(frozen=True)
 class Load:
     """One workload as `pdserve bench` takes it. `seconds`: what one turn of one arm takes at most, for the first round's plan.
-    `arms`: only these of those that are up."""
+    `arms`: only these of those that are up. `since`: the first round that it takes part in; what may be left out comes late."""
 
     name: str
     words: str
     seconds: float
     rounds: int = 3
     arms: tuple[str, ...] = ()
+    since: int = 1
+
+    def takes_part(self, turn: int) -> bool:
+        return self.since <= turn < self.since + self.rounds
 
 
 class TimeUp(KeyboardInterrupt):
@@ -109,8 +113,8 @@ class _Rounds:
         self._took = {load.name: load.seconds * len(self._arms(load)) for load in loads}
 
     def go(self, until: float) -> None:
-        for turn in range(1, max(load.rounds for load in self._loads) + 1):
-            for load in (one_load for one_load in self._loads if turn <= one_load.rounds):
+        for turn in range(1, max(load.since + load.rounds for load in self._loads)):
+            for load in (one_load for one_load in self._loads if one_load.takes_part(turn)):
                 left, took = until - time.monotonic(), self._took[load.name]
                 if left < 1.1 * took:
                     self._say(f"left out: {load.name}, round {turn}: it would take {took:.0f} s, {left:.0f} s are left")

@@ -35,7 +35,7 @@ engine:
   max_num_seqs: 64
   max_num_batched_tokens: 8192
   gpu_memory_utilization: 0.1
-  start_timeout: 240
+  start_timeout: 180
   env: {{VLLM_USE_FLASHINFER_SAMPLER: "0", HF_HUB_OFFLINE: "1", OMP_NUM_THREADS: "4"}}
   extra_args: ["--load-format", "dummy", "--kv-cache-memory-bytes", "{kv_bytes}", "--compilation-config", '{graphs}']
 both: [{{port: 1, gpus: [{gpu}]}}]
@@ -63,23 +63,29 @@ class Step:
 TURNS_20K = (
     "multi-round-qa --num-users 10 --num-rounds 10 --qps 1 --user-history-prompt 20000 --synthetic-answers --time 60"
 )
-AGENTS = "trace-replay --trace-directory {traces} --scale 0.3 --max-context 16000 --time-scale 0.1 --max-delay 3 --max-output 100"
-RANDOM = Load("random", "random --num-prompts 40 --random-input-len 8000 --random-output-len 128", 20)
+AGENTS = (
+    "trace-replay --trace-directory {traces} --scale 0.3 --max-context 16000 --time-scale 0.3 --max-delay 10 --max-output 100 --slo-ttft 1"
+)
+RANDOM = "random --num-prompts 40 --random-input-len 8000 --random-output-len 128"
+ALL_HIT = "all-hit --num-requests 60 --output-len 64"
 STEPS = {
     "agents": Step("gpu-cache,cache,lmcache", (
-        Load("agents", f"{AGENTS} --duration 40 --start-users 6 --max-users 40 --slo-ttft 1 --assessment-period 3", 44),
-    ), about="recorded agents' conversations, users added while the first token comes within 1 s; far more KV than the GPU holds"),
-    "turns": Step("gpu-cache,cache,lmcache", (
-        Load("turns", f"{TURNS_20K} --duration 40 --warmup 10 --slo-ttft 1", 44),
-    ), about="ten users in conversation about 20k tokens each; the GPU holds three of them"),
+        Load("agents", f"{AGENTS} --users 32 --duration 30 --warmup 10", 36),
+        Load("agents-8", f"{AGENTS} --users 8 --duration 20 --warmup 5", 22, rounds=1, since=3, arms=("gpu-cache", "cache")),
+    ), kv_gib=16, cache_gib=56, about="recorded agents' conversations: 32 users' KV is three times what the GPU holds; 8 users' fits"),
+    "turns": Step("gpu-cache,cache", (
+        Load("turns", f"{TURNS_20K} --duration 30 --warmup 10 --slo-ttft 1", 34),
+        Load("random", RANDOM, 16, rounds=6),
+        Load("all-hit", ALL_HIT, 13, rounds=6),
+    ), kv_gib=16, cache_gib=48, about="ten users in conversation about 20k tokens each, the GPU holds five; and nothing to gain"),
     "documents": Step("gpu-cache,cache,lmcache,offloading", (
         Load("documents", "long-doc-qa --num-documents 8 --document-length 20000 --output-len 100", 26),
-        Load("random", RANDOM.words, 20, rounds=2),
+        Load("random", RANDOM, 20, rounds=2),
     ), cache_gib=28, about="8 documents of 20k, asked again at random, against all that keep KV on the host; and nothing to reuse"),
     "no-loss": Step("gpu-cache,cache", (
-        Load("random", RANDOM.words, 20, rounds=9),
-        Load("all-hit", "all-hit --num-requests 60 --output-len 64", 16, rounds=9),
-        Load("calm", f"{AGENTS} --duration 20 --users 4 --slo-ttft 1", 22, rounds=3),
+        Load("random", RANDOM, 16, rounds=9),
+        Load("all-hit", ALL_HIT, 13, rounds=9),
+        Load("calm", f"{AGENTS} --users 8 --duration 20", 22, rounds=3),
     ), kv_gib=36, about="where a cache below the GPU's can only be in the way: nothing reused, and everything in the GPU's own cache"),
     "rates": Step("gpu-cache,cache", (
         Load("rates", "cache-rate --num-requests 12 --prompt-len 20000 --num-prefixes 8", 45, rounds=4),

@@ -52,12 +52,13 @@ def test_rounds_of_several_workloads_over_arms_that_are_up(base: Path, tmp_path:
     loads = (
         Load("few", "random --num-prompts 4", 0.0, rounds=2),
         Load("one-arm", "random --num-prompts 3", 0.0, rounds=1, arms=("cache",)),
+        Load("late", "random --num-prompts 1", 0.0, rounds=1, since=2, arms=("cache",)),
         Load("too-long", "random --num-prompts 2", 10**6),
     )
     todo = {load.name: suite.parsed(words(load, base, tmp_path / "out")) for load in loads}
     ended = suite.run(loads, todo, 600, 60, said.append)
     assert ended == "to its end"
-    few, single = (results.read(tmp_path / "out" / f"{name}.json") for name in ("few", "one-arm"))
+    few, single, late = (results.read(tmp_path / "out" / f"{name}.json") for name in ("few", "one-arm", "late"))
     assert [(run.arm, run.repetition) for run in few.runs] == [
         ("gpu-cache", 1),
         ("cache", 1),
@@ -66,6 +67,7 @@ def test_rounds_of_several_workloads_over_arms_that_are_up(base: Path, tmp_path:
     ]
     assert {len(few.of(run.arm, run.repetition)) for run in few.runs} == {4}
     assert [(run.arm, run.repetition) for run in single.runs] == [("cache", 1)]
+    assert [(run.arm, run.repetition) for run in late.runs] == [("cache", 2)]
     assert suite.HOW in few.notes
     assert not (tmp_path / "out" / "too-long.json").exists()
     assert sum(line.startswith("left out: too-long") for line in said) == 3
