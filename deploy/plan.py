@@ -281,6 +281,7 @@ def _proxy(
         words += [flag, f"{value:g}" if isinstance(value, float) else str(value)] if value is not None else []
     words += ["--pd-adaptive"] if proxy.pd_adaptive else []
     words += ["--early-decode"] if proxy.early_decode else []
+    words += ["--early-token"] if proxy.early_token else []
     if proxy.prefill_timeout is not None:
         words += ["--prefill-timeout", f"{proxy.prefill_timeout:g}"]
     return Process(

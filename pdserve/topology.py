@@ -131,6 +131,7 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
     pd_min_tokens: Annotated[int, Meta(ge=0)] = 0  # prompts with fewer uncached tokens are not split; 0: all are
     pd_adaptive: bool = False  # consumers prefill what they were measured to answer sooner
     early_decode: bool = False  # send the decode leg while the prefill still runs
+    early_token: bool = False  # the producer's own first token is the client's
     slo_ttft: Seconds | None = None  # target for the first token; None: nobody waits or is refused for it
     slo_itl: Seconds | None = None  # target for the time between tokens
     slo_classes: dict[str, SloTargets] = {}  # classes of requests with targets of their own

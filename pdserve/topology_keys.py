@@ -211,6 +211,11 @@ KEYS: dict[str, Key] = {
         "keeps room in the consumer's KV cache meanwhile.",
         "true",
     ),
+    "proxy.early_token": Key(
+        "Gives clients the producer's own first token as soon as the prefill is done; the consumer goes on behind it. For streams "
+        "of plain text; best with `early_decode`. See [proxy](proxy.md).",
+        "true",
+    ),
     "proxy.slo_ttft": Key(
         "Target in seconds for the first token. Set: requests queue, and are refused (429) when it cannot be met.",
         "2.5",

@@ -74,7 +74,7 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
     fleet.on_new_life = routing.forget
     locating = Locating(routing, settings.caches, settings.admin_token, made)
     began = Began(settings.caches, settings.admin_token)
-    splitter = Splitter(fleet, dialect, routing, settings.deadlines, settings.early_decode, began)
+    splitter = Splitter(fleet, dialect, routing, settings.deadlines, settings.early_decode, began, settings.early_token)
     admission = Admission(settings.classes, settings.max_waiting, counted=made["slo_total"])
     known = keys.read(settings.api_keys, settings.api_keys_env)
     _check_classes(known, settings.classes)

@@ -53,4 +53,5 @@ class EarlyLeg:
         await asyncio.wait([self._task])
         if self._answer.done() and not self._answer.cancelled():
             self._answer.exception()  # seen: an early leg that failed is made good by an ordinary one
-        del self._answer  # a failure in it holds the frames it went through, which hold this leg: a circle
+        # A failure in it, or the cancelling, holds the frames it went through, which hold this leg: a circle.
+        del self._answer, self._task

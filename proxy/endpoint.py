@@ -55,7 +55,8 @@ class Endpoint:
         try:
             await self._live(exchange, call)
         finally:
-            client.on_first = None  # it holds the exchange, which holds the client: a circle that only the collector would find
+            # They hold the exchange, which holds the client: circles that only the collector would find.
+            client.on_first = client.on_gap = None
             self._running.dec()
             self._count(exchange)
             self._doors.history.end(exchange)
@@ -160,7 +161,11 @@ class Endpoint:
                 observe(gap)
                 leave.gap(gap)
 
-            exchange.client.on_gap = judged
+            def second(gap: float) -> None:  # the handover's, which says nothing of the pace of a consumer
+                observe(gap)
+                exchange.client.on_gap = judged
+
+            exchange.client.on_gap = judged if exchange.first is None else second
 
     def _pin(self, exchange: Exchange) -> None:
         self._doors.pinning.begin(self._path, exchange.request_id, exchange.headers, exchange.marked)

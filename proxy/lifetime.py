@@ -7,6 +7,8 @@
                                               CONTINUING --end--> DONE
     With --early-decode the consumer's leg is open in PREFILLING already; it is no state of its own: if the prefill fails it
     is dropped, if it fails itself it is made good in DECODING.
+    With --early-token the producer's own first token makes a stream of it: DECODING is left before the consumer has spoken, and
+    its first word is waited for as long as in DECODING.
     any live state --error--> FAILED          any live state --gone--> ABORTED   (the client left)
 
 A request is in exactly one state, reaches exactly one terminal state, and never leaves it. Each live state has a bound

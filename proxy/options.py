@@ -36,6 +36,7 @@ class Settings:
     api_keys_env: str = ""
     admin_token: str = ""
     early_decode: bool = False
+    early_token: bool = False
     slo_ttft: float = 0.0
     slo_itl: float = 0.0
     slo_classes: tuple[str, ...] = ()
@@ -88,6 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pd-adaptive", action="store_true", help=text)
     text = "send the decode leg while the prefill still runs: it waits on its consumer for the chunks, as they come"
     parser.add_argument("--early-decode", action="store_true", help=text)
+    text = "hand the producer's own first token on at once, where that gives the same answer; the consumer goes on behind it"
+    parser.add_argument("--early-token", action="store_true", help=text)
     text = "processes that share the port; SIGHUP replaces them without dropping a stream (default %(default)s)"
     parser.add_argument("--workers", type=int, default=1, metavar="N", help=text)
     parser.add_argument("--max-body-mib", type=int, default=64, help="largest request body (default %(default)s)")
@@ -142,6 +145,7 @@ def settings(args: argparse.Namespace) -> Settings:
         pd_max_queue=args.pd_max_queue,
         pd_adaptive=args.pd_adaptive,
         early_decode=args.early_decode,
+        early_token=args.early_token,
         deadlines=Deadlines(**seconds),
         max_head=args.max_head_kib * 1024,
         max_connections=args.max_connections,

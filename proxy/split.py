@@ -5,6 +5,8 @@
       prefill leg on a producer   200 -> its handover goes to the decode leg                        route "pd"
                                   4xx -> the client's mistake: returned as it is, not tried again
                                   5xx, no connection, broken off, late -> another producer, then route "local"
+      the first token             with --early-token: the producer's own, given to the client at once where takeover.py can join
+                                  the consumer's answer behind it; a consumer that would have begun otherwise is asked anew
       decode leg on a consumer    no connection, or broken off before the first byte -> another consumer
                                   (an answer that is not JSON counts as broken off)
                                   4xx -> returned as it is; 5xx -> another consumer, whose answer is returned as it is
@@ -23,11 +25,12 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pdserve.engines.base import Dialect
+from pdserve.engines.base import Dialect, First
 from pdserve.errors import RequestError, UpstreamError
 from pdserve.proxy import openai, relay
 from pdserve.proxy.admission import Pass
 from pdserve.proxy.began import Began
+from pdserve.proxy.behind import Differs
 from pdserve.proxy.budget import Budget
 from pdserve.proxy.early import EarlyLeg
 from pdserve.proxy.fleet import Fleet
@@ -37,7 +40,7 @@ from pdserve.proxy.lifetime import Deadlines, Event, State
 from pdserve.proxy.policies.base import Facts
 from pdserve.proxy.relay import Client
 from pdserve.proxy.routing import Routing
-from pdserve.proxy.takeover import Plan, Takeover
+from pdserve.proxy.takeover import OfChoices, Plan, Takeover
 from pdserve.proxy.takeover import takeover as made_takeover
 from pdserve.proxy.trail import Trail, headers
 from pdserve.proxy.upstream import Answer, LegFailure
@@ -71,6 +74,8 @@ class Exchange:
     uncached: tuple[float, float] | None = None  # tokens to compute, then: with a producer, and without; as in worth.Decision
     prompt_tokens: int | None = None  # as the producer counted them
     marked: bytes = b""  # the client's body, if there are cache_control markers in it
+    may_begin: bool = False  # the producer's own first token may begin the stream
+    first: First | None = None  # that token
     # For its record (history.py).
     trail: Trail = field(default_factory=Trail)
     model: str = ""
@@ -81,7 +86,8 @@ class Exchange:
     def tell_route(self, why: str = "") -> None:
         """Sets the answer's x-pdserve headers to what was done so far."""
         self.reason = why
-        said = (("route", self.route), ("prefill", self.prefill), ("decode", self.decode), ("reason", why), *headers(self.trail.handed))
+        said = [("route", self.route), ("prefill", self.prefill), ("decode", self.decode), ("reason", why), *headers(self.trail.handed)]
+        said += [("first-token", self.prefill)] if self.first is not None else []
         kept = [header for header in self.client.extra if not header[0].startswith(b"x-pdserve-")]
         self.client.extra = kept + [(b"x-pdserve-" + key.encode(), value.encode()) for key, value in said if value]
 
@@ -103,9 +109,11 @@ class Splitter:
         deadlines: Deadlines,
         early: bool = False,
         began: Began | None = None,
+        early_token: bool = False,
     ) -> None:
         self._fleet, self._dialect, self._deadlines, self._metrics = fleet, dialect, deadlines, fleet.metrics
         self._routing, self._budget, self._early = routing, Budget(), early
+        self._early_token = early_token
         self._known: dict[tuple[str, str], Any] = {}
         self._began = Began((), "") if began is None else began
 
@@ -123,7 +131,10 @@ class Splitter:
         why = self._why_local(exchange, alone)
         self._labelled("split_decisions_total", why or "pd").inc()
         keep = ask.stream and len(self._fleet.consumers()) > 1
-        takeover = made_takeover(self._dialect, exchange.endpoint, ask.body, keep)
+        exchange.may_begin = self._early_token and not why and ask.stream and self._may_begin(exchange.endpoint, ask)
+        takeover = made_takeover(self._dialect, exchange.endpoint, ask.body, keep or exchange.may_begin)
+        if not keep:
+            takeover.lives = 0  # nobody is there to go on
         handover, consumer, leg = None, None, None
         if not why:
             exchange.client.lifetime.on(Event.SPLIT)
@@ -144,6 +155,10 @@ class Splitter:
             takeover.cached = self._dialect.cached_tokens(handover)
         body = self._dialect.decode_body(exchange.endpoint, ask.body, handover, takeover.ask_ids)
         takeover.sent, takeover.prompt = body, exchange.prompt_tokens
+        if exchange.first is not None and exchange.first.over:
+            if leg is not None:
+                await leg.drop()
+            return await self._say_all(exchange, takeover)
         # The producer's reply tells of route "pd"; of several prompts the first event does not tell which they are.
         told = bool(why) and alone != "several-prompts"
         if told:
@@ -153,6 +168,28 @@ class Splitter:
         finally:
             if told:
                 self._began.forget(exchange.request_id)
+            if exchange.first is not None and isinstance(takeover, OfChoices):
+                self._labelled("first_tokens_total", takeover.outcome).inc()
+
+    def _may_begin(self, endpoint: str, ask: openai.Ask) -> bool:
+        return endpoint in openai.CHOICES and self._dialect.may_begin(endpoint, ask.body)
+
+    def _begin(self, exchange: Exchange, takeover: Takeover | None) -> None:
+        """Gives the client the producer's own first token. Nothing is waited for: no leg is left alone here."""
+        assert isinstance(takeover, OfChoices)
+        assert exchange.first is not None
+        exchange.trail.handed_on()
+        exchange.client.start(200, [(b"content-type", openai.EVENTS + b"; charset=utf-8")])
+        self._measure(exchange)
+        exchange.client.events(takeover.begin(exchange.first), exchange.first.over)
+
+    async def _say_all(self, exchange: Exchange, takeover: Takeover) -> None:
+        """The answer ends with its first token."""
+        exchange.tell_route()
+        self._begin(exchange, takeover)
+        self._labelled("first_tokens_total", "ended").inc()
+        exchange.client.lifetime.on(Event.END)
+        await exchange.client.ready()
 
     def _plan_consumer(self, exchange: Exchange) -> Instance | None:
         """Who is to decode, where that must be known before the prefill; else it is chosen after it, by newer facts."""
@@ -205,9 +242,10 @@ class Splitter:
             exchange.trail.leg("prefill", instance.name)
             # On another host than the consumer the chunks are sent there while they are computed.
             place = consumer.place if consumer is not None and consumer.place != instance.place else ""
-            body = self._dialect.prefill_body(exchange.endpoint, ask.body, place)
+            ids = exchange.may_begin and ask.body.get("return_token_ids") is True
+            body = self._dialect.prefill_body(exchange.endpoint, ask.body, place, ids)
             try:
-                handover = await self._prefill_on(instance, exchange, body, deadline)
+                handover, reply = await self._prefill_on(instance, exchange, body, deadline)
             except LegFailure as failure:
                 exchange.trail.lost(str(failure))
                 self._fleet.failed(instance, "prefill", failure, exchange.request_id)
@@ -218,10 +256,15 @@ class Splitter:
                 continue
             exchange.prefill = instance.name
             exchange.trail.done()
+            if exchange.may_begin and handover is not None:
+                exchange.first = self._dialect.first(exchange.endpoint, ask.body, reply, handover)
             return handover, ""
         return None, "prefill-failed"
 
-    async def _prefill_on(self, instance: Instance, exchange: Exchange, body: bytes, deadline: float) -> bytes | None:
+    async def _prefill_on(
+        self, instance: Instance, exchange: Exchange, body: bytes, deadline: float
+    ) -> tuple[bytes | None, bytes]:
+        """The handover, and the reply that it came with."""
         began = time.perf_counter()
         try:
             with instance.serving():
@@ -249,7 +292,7 @@ class Splitter:
         exchange.trail.handed = self._dialect.handed(handover) if handover is not None else None
         exchange.prompt_tokens = self._dialect.prompt_tokens(reply)
         self._routing.learn(exchange.facts, instance, cached, exchange.prompt_tokens)
-        return handover
+        return handover, reply
 
     # The decode leg.
 
@@ -274,6 +317,8 @@ class Splitter:
             tried.append(instance)
             exchange.decode = instance.name
             exchange.tell_route(why)
+            if exchange.first is not None and not exchange.client.started:
+                self._begin(exchange, takeover)
             exchange.trail.leg("decode", instance.name)
             early, leg = leg, None
             try:
@@ -281,6 +326,11 @@ class Splitter:
                     return await self._decode_on(instance, exchange, path, body, takeover, early)
                 with instance.serving():
                     return await self._decode_on(instance, exchange, path, body, takeover)
+            except Differs:
+                exchange.trail.done()
+                assert isinstance(takeover, OfChoices)
+                anew = takeover.differs()
+                path, body, tried, planned = anew.path or exchange.path, anew.body, [], instance
             except LegFailure as failure:
                 exchange.trail.lost(str(failure))
                 self._fleet.failed(instance, "decode", failure, exchange.request_id)
@@ -341,7 +391,8 @@ class Splitter:
         early: EarlyLeg | None = None,
     ) -> None:
         client = exchange.client
-        wait = self._deadlines.resume if client.started else self._deadlines.answer
+        begun = takeover is not None and takeover.begun
+        wait = self._deadlines.resume if client.started and not begun else self._deadlines.answer
         until = asyncio.get_running_loop().time() + wait
         opened = early.taken() if early is not None else self._open(instance, exchange, body, until, path)
         async with opened as answer:

@@ -12,6 +12,9 @@
 Which requests are plain text is the dialect's to say (engines/vllm/resume.py lists why one is not). What is repeated is
 checked against what was given: an engine that answers differently is not passed on.
 
+A stream may also begin with the producer's own first token (begin): the consumer's answer, which began before it could know
+of that token, goes on behind it (behind.py), and where it would begin otherwise it is asked anew, as for plain text.
+
 Where chance is involved, what was generated must not be generated again, as it would become something else. With stop
 strings that is more than the client has: an engine keeps back the characters in which one may have begun. Their tokens
 are known, so an engine is asked what they say ("questions"), and stop strings are looked for here from then on.
@@ -25,9 +28,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from pdserve.engines.base import Dialect
+from pdserve.engines.base import Dialect, First
 from pdserve.engines.body import Body
 from pdserve.proxy import onward, openai
+from pdserve.proxy.behind import Behind
 from pdserve.proxy.given import Given, Mark
 from pdserve.proxy.kept import Kept
 from pdserve.proxy.onward import Onward
@@ -71,6 +75,11 @@ class Takeover:
         self._seam: Seam | None = None
 
     @property
+    def begun(self) -> bool:
+        """The client has the producer's first token, and the consumer has said nothing of its own yet."""
+        return isinstance(self._seam, Behind) and not self._seam.joined
+
+    @property
     def over(self) -> bool:
         """The client has all of the answer, whatever the engine still says."""
         return self._seam is not None and self._seam.over
@@ -82,7 +91,8 @@ class Takeover:
                 self.error, data = data[at:], data[:at]
             if self._seam is not None:
                 data = self._seam.feed(data)
-            self._kept.add(data)
+            if self.lives:
+                self._kept.add(data)
             if self._hide:
                 data = self._dialect.hide_ids(data)
         return data if self.cached is None else self._dialect.tell_cached(data, self.cached)
@@ -121,9 +131,41 @@ class OfChoices(Takeover):
         self.ask_ids = keep and dialect.resumable(endpoint, body)
         self._hide = self.ask_ids and body.get("return_token_ids") is not True
         self._asked: tuple[Mark, ...] = ()
+        self.first: First | None = None
+        self._behind: Behind | None = None
+        self._differed = False
+
+    def begin(self, first: First) -> bytes:
+        """The producer's first token begins the stream: events for the client."""
+        self.first = first
+        self.given.add(first.events)
+        self.given.fold()
+        self._seam = self._behind = Behind(self.given, first.token)
+        data = self._dialect.hide_ids(first.events) if self._hide else first.events
+        return data if self.cached is None else self._dialect.tell_cached(data, self.cached)
+
+    @property
+    def outcome(self) -> str:
+        """Of the first token that was handed on."""
+        if self.first is None or self.first.over:
+            return "ended"
+        return "differed" if self._differed else "confirmed" if self._behind and self._behind.joined else "unanswered"
+
+    def differs(self) -> Plan:
+        """The consumer would have begun otherwise: what it is asked instead, behind the token that the client has."""
+        assert self.first is not None
+        self._differed, self.error = True, b""
+        words, kept, _ = self._dialect.stop_strings(self._body)
+        stops = Stops(words, kept, 0, self.first.shown if kept else "", self.first.hidden) if words else None
+        plan = self._from(Mark(1, len(self.first.shown)), 0, stops)
+        self._seam = plan.seam
+        return plan
 
     def _plan(self) -> Plan | None:
         given = self.given
+        if self.first is not None and len(given.ids) < 2 and not given.finished:
+            self._behind = Behind(given, self.first.token)
+            return Plan("repeat", None, self.sent, self._behind)
         if given.nothing(ids=not self._hide):
             given.restart()
             return Plan("repeat", None, self.sent, Replay(given))

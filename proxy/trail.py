@@ -23,12 +23,13 @@ Span = dict[str, Any]
 class Leg:
     """One engine asked for one part. `failure` says why it did not work out."""
 
-    __slots__ = ("began", "ended", "failure", "instance", "kind")
+    __slots__ = ("began", "ended", "failure", "handed_on", "instance", "kind")
 
     def __init__(self, kind: str, instance: str) -> None:
         self.kind, self.instance, self.began = kind, instance, time.perf_counter()
         self.ended = 0.0
         self.failure = ""
+        self.handed_on = False  # a prefill leg whose own first token was the client's
 
 
 class Trail:
@@ -62,6 +63,11 @@ class Trail:
             if self.traced is not None:
                 self.traced.leg_ended(self.legs[-1].ended)
 
+    def handed_on(self) -> None:
+        """The first token is that of the leg that has just ended."""
+        if self.legs:
+            self.legs[-1].handed_on = True
+
     @property
     def recoveries(self) -> int:
         return sum(1 for leg in self.legs if leg.failure)
@@ -85,18 +91,23 @@ def spans(arrived: float, times: Times, legs: Sequence[Leg], now: float) -> list
     for (state, began), (_, ended) in zip(times, [*times[1:], (None, now)], strict=True):
         if state is State.QUEUED:
             found.append(_span("queue", "proxy", arrived, began, ended, ""))
-    first = first_token(times)
+    first, behind = first_token(times), ""
     for leg in legs:
         ended = leg.ended or min(now, times[-1][1] if times[-1][0] in _OVER else now)
         if leg.failure:
             found.append(_span("retry", leg.instance, arrived, leg.began, ended, f"{leg.kind} leg: {leg.failure}"))
+            behind = "" if leg.kind == "decode" else behind
         elif leg.kind == "prefill":
             found.append(_span("prefill", leg.instance, arrived, leg.began, ended, ""))
+            if leg.handed_on and first:
+                found.append(_span("first_token", leg.instance, arrived, ended, first, "computed with the prompt"))
+                behind = f"went on behind the first token of {leg.instance}"
         elif first and first >= leg.began:
             found.append(_span("first_token", leg.instance, arrived, leg.began, first, ""))
             found.append(_span("decode", leg.instance, arrived, first, ended, ""))
         elif first:  # it went on with a stream that another engine had begun
-            found.append(_span("decode", leg.instance, arrived, leg.began, ended, "went on after another engine died"))
+            why = behind or "went on after another engine died"
+            found.append(_span("decode", leg.instance, arrived, leg.began, ended, why))
         else:
             found.append(_span("decode", leg.instance, arrived, leg.began, ended, "the answer came in one piece"))
     return sorted(found, key=lambda span: float(span["start_ms"]))

@@ -14,6 +14,22 @@ if TYPE_CHECKING:
     from pdserve.topology import Instance
 
 
+class First(Protocol):
+    """A first token: what of its text is shown at once and what is kept back, and the events for the client, ids included,
+    which are the whole answer where it is `over`."""
+
+    @property
+    def token(self) -> int: ...
+    @property
+    def shown(self) -> str: ...
+    @property
+    def hidden(self) -> str: ...
+    @property
+    def events(self) -> bytes: ...
+    @property
+    def over(self) -> bool: ...
+
+
 class Dialect(Protocol):
     """How a request is split into a prefill leg and a decode leg. Pure: bytes in, bytes out, no I/O, no state.
 
@@ -31,10 +47,10 @@ class Dialect(Protocol):
     def why_local(self, endpoint: str, body: Body) -> str | None:
         """A reason why this request cannot be split (a word for logs and headers), or None if it can."""
 
-    def prefill_body(self, endpoint: str, body: Body, push_to: str = "") -> bytes:
+    def prefill_body(self, endpoint: str, body: Body, push_to: str = "", ids: bool = False) -> bytes:
         """The client's body changed so that the engine computes the prompt, hands its KV over and produces one token.
         Nothing the client asked of the *answer* may make this leg fail. `push_to` names the host that the KV is for, where
-        it is another one."""
+        it is another one; `ids` asks for the token ids of the prompt."""
 
     def read_handover(self, reply: bytes) -> bytes | None:
         """The JSON that the decode leg must carry, byte for byte as the prefill reply has it; None if there is none.
@@ -50,6 +66,12 @@ class Dialect(Protocol):
     def handed(self, handover: bytes) -> dict[str, Any] | None:
         """Where the producer's prompt came from, if the handover says: {"cached": {tier: tokens}, "load_ms": milliseconds or
         None, "saved_ms": the same}."""
+
+    def may_begin(self, endpoint: str, body: Body) -> bool:
+        """The stream of this request can be begun by the producer's own first token, whatever that will be."""
+
+    def first(self, endpoint: str, body: Body, reply: bytes, handover: bytes) -> First | None:
+        """The beginning of such a stream, from the reply to its prefill leg; None: the consumer has to begin it."""
 
     def prompt_tokens(self, reply: bytes) -> int | None:
         """How long the prompt of this answer was, if its usage says so."""

@@ -119,6 +119,24 @@ async def test_an_early_leg_that_fails_leaves_nothing_for_the_collector(rig: Any
         assert circles() == Counter()
 
 
+@pytest.mark.parametrize("luck", [0, 7])
+async def test_a_first_token_of_the_producers_leaves_nothing_for_the_collector(
+    rig: Any, luck: int, uncollected: None, unlogged: None
+) -> None:
+    async with rig(probe_every=30, consumers=2, early_decode=True, early_token=True, slo_itl=5.0) as r:
+        for consumer in r.consumers:
+            consumer.luck = luck
+        r.p.delay = 0.05  # an early leg has its connection by then
+        await r.complete(max_tokens=3, stream=True)
+        circles()
+        for kind in ("", "cut", "garbage", "status", "early"):
+            r.d.faults.append(Fault(kind, after=1) if kind else None)
+            await r.complete(stream=True, max_tokens=4)
+            await r.complete(stream=True, max_tokens=4, stop=" w")
+        await r.settled()
+        assert circles() == Counter()
+
+
 async def test_a_body_that_is_refused_leaves_nothing_for_the_collector(rig: Any, uncollected: None) -> None:
     async with rig(probe_every=30, max_body=1000) as r:
         circles()

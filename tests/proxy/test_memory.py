@@ -51,10 +51,11 @@ async def ask(proxy: Upstream, kind: str) -> None:
 
 
 @pytest.mark.skipif(not HAS, reason="the C library has no mallinfo2 (glibc 2.33 has)")
-@pytest.mark.parametrize("kind", ["whole", "streamed", "leaves"])
+@pytest.mark.parametrize("kind", ["whole", "streamed", "early", "leaves"])
 async def test_requests_leave_no_memory_behind(rig: Any, kind: str, uncollected: None, unlogged: None) -> None:
     """What each request leaves is in every round; what is grown once, or by the clock (the dashboard's samples), is not."""
-    async with rig(probe_every=30, engine={"keep": 0}) as r:
+    early = {"early_decode": True, "early_token": True} if kind == "early" else {}
+    async with rig(probe_every=30, engine={"keep": 0}, **early) as r:
         r.app.state.history._capacity = 50
         proxy = Upstream("proxy", r.url)
 

@@ -140,6 +140,7 @@ async def run(
         "engine": {"gap": 0.002, "hands_over": True},
         "slo_ttft": 5.0 if "slo" in limits else 0.0,
         "early_decode": "early" in limits,
+        "early_token": "early" in limits,
     }
     async with rig(producers=2, consumers=2, **given) as r:
         for engine, made in zip(r.producers + r.consumers, faults, strict=True):

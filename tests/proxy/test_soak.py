@@ -23,7 +23,7 @@ async def test_whatever_goes_wrong_every_request_ends_once_and_in_order(
     """Engines fail in every way at random, clients leave at random; the rest get a well-formed answer each."""
     chance = random.Random(seed)
     deadlines = quick(prefill=0.5, answer=1, event=0.5, resume=0.5)
-    async with rig(producers=2, consumers=2, engine={"gap": 0.001}, deadlines=deadlines, early_decode=early) as r:
+    async with rig(producers=2, consumers=2, engine={"gap": 0.001}, deadlines=deadlines, early_decode=early, early_token=early) as r:
         for engine in r.producers + r.consumers:
             picks = [chance.choice(KINDS) if chance.random() < 0.3 else "" for _ in range(400)]
             made = (Fault(k, status=chance.choice([500, 503, 429, 400]), after=chance.randint(0, 3)) for k in picks)

@@ -75,7 +75,7 @@ class Job:
         self.stop: list[str] = [stop] if isinstance(stop, str) else stop
         self.stop_shown = body.get("include_stop_str_in_output") is True
         self.least = int(body.get("min_tokens") or 0)
-        self.places = [_place(prompt) for prompt in self.prompts]
+        self.places = [_place(prompt, engine.luck) for prompt in self.prompts]
         self.generated = 0
 
     def _check(self, body: dict[str, Any]) -> None:
@@ -153,13 +153,21 @@ class Job:
             )
             if self.tool:
                 content["message"] = {"role": "assistant", "tool_calls": self._delta(Step(text, 0), True)["tool_calls"]}
-            choices.append({"index": c, **content, "logprobs": None, "finish_reason": steps[-1].finish})
-        return {**self._frame(choices, False), "usage": self.usage(), "kv_transfer_params": self._handover()}
+            ids: dict[str, Any] = {"token_ids": [step.token for step in steps] if self.ids_asked else None}
+            if not self.chat:
+                ids["prompt_token_ids"] = self.prompt_ids(c // self.n) if self.ids_asked else None
+            end = {"finish_reason": steps[-1].finish, "stop_reason": steps[-1].stop_reason}
+            choices.append({"index": c, **content, "logprobs": None, **end, **ids})
+        prompt = {"prompt_token_ids": self.prompt_ids(0) if self.ids_asked else None} if self.chat else {}
+        return {**self._frame(choices, False), "usage": self.usage(), **prompt, "kv_transfer_params": self._handover()}
 
     def _handover(self) -> dict[str, Any] | None:
         if not (self.params.get("do_remote_decode") and self.engine.hands_over):
             return None
+        seed, place = self.places[0]
+        first = {"token": _GENERATED + seed * _SPAN + place, "room": self.engine.max_model_len - self.prompt_tokens, "chat": True}
         return {
+            **({"pdserve.first": first} if self.engine.tells_first else {}),
             "do_remote_prefill": True, "do_remote_decode": False, "pdserve.transfer_id": f"t-{self.id}",
             "pdserve.num_tokens": self.prompt_tokens, "pdserve.source": self.engine.name,
             "pdserve.cached_tokens": self.engine.cached_tokens, "pdserve.facts": self.engine.facts, "remote_block_ids": [[1, 2]],
@@ -200,11 +208,11 @@ def _event(frame: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(frame, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _place(prompt: list[str]) -> tuple[int, int]:
-    """Which answer follows this prompt, and where in it."""
+def _place(prompt: list[str], luck: int) -> tuple[int, int]:
+    """Which answer follows this prompt, and where in it. `luck` is another one's for each engine, where chance is at work."""
     if prompt and prompt[-1].isdigit() and (code := int(prompt[-1]) - _GENERATED) >= 0:
         return code // _SPAN, code % _SPAN + 1
-    return zlib.crc32(" ".join(prompt).encode()) % 1000, 0
+    return (zlib.crc32(" ".join(prompt).encode()) + luck) % 1000, 0
 
 
 def _tool(body: dict[str, Any]) -> str:

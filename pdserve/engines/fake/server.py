@@ -92,8 +92,10 @@ class FakeEngine:
     others: int = 0  # requests that it says it has beside those it has
     miscounts: int = 0  # tokens of a chat that it tells too many
     shift: int = 0  # makes it answer differently from its equals
+    luck: int = 0  # makes it begin another answer than its equals, as chance does; gone on from a token, all say the same
     created: int = 1  # the time that its answers carry
     hands_over: bool = True
+    tells_first: bool = True  # its handover says which the first token is
     facts: dict[str, Any] | None = None  # where the prompt came from, as facts.py's handed() has it
     cached_tokens: int = 0  # what a producer says that it had cached
     healthy: bool = True

@@ -74,7 +74,8 @@ class PdserveConnector(KVConnectorBase_V1):
                 raise ConfigError("kv_connector_extra_config.pdserve.patience", f"{patience!r} is no factor", fix)
             self._scheduler = SchedulerSide(
                 client, self._layout, fingerprint, workers=workers, instance=instance, mode=mode, patience=float(patience),
-                teller=Teller(socket, instance),
+                teller=Teller(socket, instance), max_model_len=vllm_config.model_config.max_model_len,
+                plain_chats=not vllm_config.structured_outputs_config.reasoning_parser,
             )  # fmt: skip
             self._connect(client)
             self._log.info("%s: role %s, model %s, layout %s", instance, transfer.kv_role, fingerprint, self._layout)

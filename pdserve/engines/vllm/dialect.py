@@ -15,6 +15,7 @@ import msgspec
 
 from pdserve.engines.body import Body
 from pdserve.engines.vllm import apis
+from pdserve.engines.vllm.first import first, may_begin
 from pdserve.engines.vllm.plain import completion as as_completion
 from pdserve.engines.vllm.plain import questions as plain_questions
 from pdserve.engines.vllm.plain import tokens
@@ -34,8 +35,8 @@ from pdserve.engines.vllm.resume import (
 
 __all__ = [
     "RESUME_PATH", "as_completion", "cached_tokens", "counts_apart", "decode_body", "detokenize", "detokenized",
-    "early_handover", "greedy", "handed", "held_back", "hide_ids", "plain_questions", "prefill_body", "prompt_tokens",
-    "read_handover", "repeatable", "resumable", "resume_body", "stop_strings", "tell_cached", "tokens", "why_local",
+    "early_handover", "first", "greedy", "handed", "held_back", "hide_ids", "may_begin", "plain_questions", "prefill_body",
+    "prompt_tokens", "read_handover", "repeatable", "resumable", "resume_body", "stop_strings", "tell_cached", "tokens", "why_local",
 ]  # fmt: skip
 
 CHAT: Final = "/v1/chat/completions"
@@ -120,11 +121,12 @@ def early_handover(seconds: float) -> bytes:
     return _EARLY % seconds
 
 
-def prefill_body(endpoint: str, body: Body, push_to: str = "") -> bytes:
+def prefill_body(endpoint: str, body: Body, push_to: str = "", ids: bool = False) -> bytes:
     ask = b'%b,"pdserve.push_to":%b}' % (ASK_HANDOVER[:-1], msgspec.json.encode(push_to)) if push_to else ASK_HANDOVER
     if endpoint in _OTHERS:
         return apis.prefill_body(endpoint, body, {PARAMS: ask})
     changes = {"stream": b"false", PARAMS: ask}
+    changes |= {"return_token_ids": b"true"} if ids else {}
     limits = ("max_completion_tokens", "max_tokens") if endpoint == CHAT else ("max_tokens",)
     given = [name for name in limits if body.get(name) is not None]
     changes |= dict.fromkeys(given or ["max_tokens"], b"1")
@@ -133,7 +135,7 @@ def prefill_body(endpoint: str, body: Body, push_to: str = "") -> bytes:
     # "none" leaves the tools in the prompt (unless vLLM was told otherwise) and needs no tool parser to succeed.
     if (choice := body.get("tool_choice")) == "required" or isinstance(choice, dict):
         changes["tool_choice"] = b'"none"'
-    return body.edited(changes, remove=_ANSWER_ONLY)
+    return body.edited(changes, remove=_ANSWER_ONLY - changes.keys())
 
 
 def read_handover(reply: bytes) -> bytes | None:

@@ -72,6 +72,11 @@ def resumable(endpoint: str, body: Body) -> bool:
     return not prompt.startswith(b"[") or prompt[1:].lstrip()[:1] not in (b'"', b"[")
 
 
+def is_harmless(name: str, value: object) -> bool:
+    """The field may have any value, or has one that is as good as none, and no other that merely compares equal to it."""
+    return name not in _HARMLESS or any(type(value) is type(known) and value == known for known in _HARMLESS[name])
+
+
 def greedy(body: Body) -> bool:
     temperature = body.get("temperature")
     return isinstance(temperature, int | float) and not isinstance(temperature, bool) and temperature == 0

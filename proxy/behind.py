@@ -1,0 +1,108 @@
+"""A consumer's answer to a whole request, joined behind a first token that is the producer's and that the client has.
+
+Both engines compute that token. Nearly always it is the same, and then the consumer's stream goes on as it came, without
+being read any further: its bytes are passed on, with the first events' id and time. Where it is another one (chance,
+or two tokens as good as each other), the client has been told one of them: `Differs`, and the consumer is asked for what
+follows that one. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pdserve.proxy.given import Given, events, pieces_of
+from pdserve.proxy.seam import Diverged, encoded
+
+_PROMPT_IDS = re.compile(rb'"prompt_token_ids":(\[[0-9,]*\])')
+_HEAD = ("id", "created")
+
+
+class Differs(Exception):
+    """The consumer would begin the answer with another token."""
+
+
+class Behind:
+    """The seam. `given` is the first token, of the client's stream all that there is."""
+
+    over = False
+
+    def __init__(self, given: Given, token: int) -> None:
+        self._given, self._token, self._text = given, token, given.text
+        self._knows_prompt = bool(given.prompt_ids)
+        self._seen = False  # the consumer's first token, and it is the same
+        self._swaps: list[tuple[bytes, bytes]] | None = None
+
+    @property
+    def joined(self) -> bool:
+        """From here on the consumer's events are the client's."""
+        return self._seen and not self._text
+
+    def feed(self, data: bytes) -> bytes:
+        if self.joined:
+            return self._renamed(data)
+        *pieces, rest = data.replace(b"\r\n", b"\n").split(b"\n\n")
+        out = []
+        for n, piece in enumerate(pieces):
+            if self.joined:
+                return b"".join(out) + self._renamed(b"\n\n".join((*pieces[n:], rest)))
+            out.append(self._first(piece))
+        return b"".join(out)
+
+    def _first(self, piece: bytes) -> bytes:
+        """What is left of an event from the beginning of the consumer's answer."""
+        if found := _PROMPT_IDS.search(piece):
+            self._given.prompt_ids = self._given.prompt_ids or found[1]
+            if self._knows_prompt:
+                piece = piece[: found.start(1)] + b"null" + piece[found.end(1) :]
+        event = next(events(piece), None)
+        if event is None or not event["choices"]:
+            raise Diverged("it ended before its first token")
+        if self._swaps is None:
+            self._swaps = [(_member(event, name), _member(self._given.head, name)) for name in _HEAD]
+            self._swaps = [(theirs, ours) for theirs, ours in self._swaps if theirs != ours]
+        choice = event["choices"][0]
+        left = self._token_taken(choice)
+        left = self._text_taken(choice) or left
+        if not left and choice.get("finish_reason") is None:
+            return b""
+        return encoded(event | self._given.head)
+
+    def _token_taken(self, choice: dict[str, Any]) -> bool:
+        """Takes the first token out; whether others are left."""
+        ids = choice.get("token_ids") or []
+        if ids and not self._seen:
+            if ids[0] != self._token:
+                raise Differs
+            self._seen = True
+            choice["token_ids"] = ids = ids[1:]
+        return bool(ids)
+
+    def _text_taken(self, choice: dict[str, Any]) -> bool:
+        """Takes out what the client has; whether something is left."""
+        delta, left = choice.get("delta"), False
+        if delta is not None:
+            delta.pop("role", None)
+        for path, piece in list(pieces_of(choice)):
+            if path == ("token_ids",) or not piece:
+                continue
+            if path not in (("text",), ("delta", "content")):
+                raise Diverged("it answers in another form than plain text")
+            n = min(len(piece), len(self._text))
+            if piece[:n] != self._text[:n]:
+                raise Diverged("the same token reads differently")
+            self._text = self._text[n:]
+            (delta if delta is not None else choice)[path[-1]] = piece[n:]
+            left = left or n < len(piece)
+        return left
+
+    def _renamed(self, data: bytes) -> bytes:
+        """Keys cannot be mistaken: in JSON text a quote that belongs to a value is escaped."""
+        for theirs, ours in self._swaps or ():
+            data = data.replace(theirs, ours)
+        return data
+
+
+def _member(event: dict[str, Any], name: str) -> bytes:
+    """As engines write it; where one writes it otherwise, it stays."""
+    return encoded({name: event.get(name)})[len(b"data: {") : -len(b"}\n\n")] + b","
