@@ -9,6 +9,7 @@ in which pdserve takes part.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -115,6 +116,30 @@ def table(head: str, lines: list[str]) -> list[str]:
     return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}", *lines, ""] if lines else []
 
 
+def bullets(name: str, sentences: list[str]) -> list[str]:
+    return [*(f"- {name}: {sentence}" for sentence in sentences), ""] if sentences else []
+
+
+def regimes(name: str, result: Result) -> list[str]:
+    """A sweep's points, each with its verdict, and what is true of the mix."""
+    adaptive = judge.adaptive_of(result.arms)
+    judged = judge.judge(result, adaptive)
+    columns, cells = judge.table(result, judged)
+    said = bullets(name, judge.sentences(result, adaptive, judged))
+    return [*table(", ".join(columns), [f"| {' | '.join(row)} |" for row in cells]), *said]
+
+
+def size_check(file: Path) -> list[str]:
+    """`pdserve size --check --json`: the simulation beside the real run of the same plan."""
+    if not file.is_file() or not (text := file.read_text().strip()):
+        return []
+    rows = json.loads(text)
+    cells = [f"| {r['name']} | {r['simulated']:.4g} | {r['measured']:.4g} | {r['ratio'] - 1:+.1%} |" for r in rows]
+    worst = max(rows, key=lambda r: abs(r["ratio"] - 1))
+    said = f"size: of {len(rows)} figures the farthest off is {worst['name']}, by {worst['ratio'] - 1:+.1%}."
+    return [*table("pdserve size, simulated, measured, error", cells), f"- {said}", ""]
+
+
 def render(folder: Path) -> str:
     """Markdown of a folder's results: verdicts, then the figures behind them, then sweeps with their judgement."""
     if not folder.is_dir():
@@ -125,15 +150,14 @@ def render(folder: Path) -> str:
     lines = table(
         "workload, arms, metric, ratio, 95 % between, pdserve", [f"| {' | '.join(row.cells)} |" for row in rows]
     )
+    for name, result in pairs:
+        lines += bullets(name, compare.disturbance(result))
     head = "workload, arm, turns, requests, failed, TTFT mean ms, p99, ITL p99 ms, out tok/s, cached, within target"
     lines += table(head, [line for name, result in pairs for line in means(name, result)])
-    for _, result in found:
+    for file, result in found:
         if result.workload == "regimes":
-            adaptive = judge.adaptive_of(result.arms)
-            judged = judge.judge(result, adaptive)
-            columns, cells = judge.table(result, judged)
-            lines += table(", ".join(columns), [f"| {' | '.join(row)} |" for row in cells])
-            lines += [*(f"- {sentence}" for sentence in judge.sentences(result, adaptive, judged)), ""]
+            lines += regimes(file.stem, result)
+    lines += size_check(folder / "size-check.json")
     first = found[0][1]
     facts = {**first.machine, **first.versions, "gpus": ", ".join(sorted(set(first.machine.get("gpus") or [])))}
     shown = ", ".join(f"{key} {facts[key]}" for key in FACTS if facts.get(key))

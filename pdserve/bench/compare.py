@@ -19,14 +19,16 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """`of` gives a request's values (milliseconds); `rate` a repetition's value. One of the two is set."""
+    """`of` gives a request's values (milliseconds); `rate` a repetition's value; `counts` says of a request whether it counts. One of
+    the three is set."""
 
     name: str
     better: str  # lower or higher
     unit: str
     statistic: stats.Statistic | None = None
     of: Callable[[Record, float], Sequence[float]] | None = None
-    rate: Callable[[Sequence[Record], float, float | None], float] | None = None
+    rate: Callable[[Sequence[Record]], float] | None = None
+    counts: Callable[[Record, float, float], bool] | None = None
 
 
 def _first(record: Record, timeout: float) -> Sequence[float]:
@@ -41,12 +43,12 @@ def _gaps(record: Record, timeout: float) -> Sequence[float]:
     return record.itl_ms
 
 
-def _tokens_per_second(rows: Sequence[Record], timeout: float, slo: float | None) -> float:
+def _tokens_per_second(rows: Sequence[Record]) -> float:
     return sum(r.output_tokens for r in rows) / (sum(b - a for a, b in spans(rows)) or 1e-9)
 
 
-def _within(rows: Sequence[Record], timeout: float, slo: float | None) -> float:
-    return float(sum(slo is not None and ttft(r, timeout) <= slo * 1000 for r in rows))
+def _within(record: Record, timeout: float, slo: float) -> bool:
+    return ttft(record, timeout) <= slo * 1000
 
 
 METRICS = (
@@ -57,7 +59,7 @@ METRICS = (
     Metric("ITL p99", "lower", "ms", stats.quantile(0.99), _gaps),
     Metric("latency p50", "lower", "ms", stats.quantile(0.5), _whole),
     Metric("output tok/s", "higher", "tok/s", rate=_tokens_per_second),
-    Metric("requests within the target", "higher", "", rate=_within),
+    Metric("requests within the target", "higher", "", counts=_within),
 )
 
 
@@ -86,8 +88,8 @@ def verdicts(result: Result, group: str | None = None) -> list[Verdict]:
     found = []
     arms = result.arms
     for metric in METRICS:
-        if metric.rate is _within and result.slo is None:
-            continue
+        if metric.counts is not None and result.slo is None:
+            continue  # no target was given
         for i, a in enumerate(arms):
             for b in arms[i + 1 :]:
                 ratio = _ratio(metric, result, a, b, group)
@@ -121,12 +123,22 @@ def disturbance(result: Result) -> list[str]:
 def _ratio(metric: Metric, result: Result, a: str, b: str, group: str | None) -> Ratio | None:
     left, right = _repetitions(result, a, group), _repetitions(result, b, group)
     if metric.rate is not None:
-        rates = [[metric.rate(rows, result.timeout, result.slo) for rows in side] for side in (left, right)]
-        return stats.rate_ratio(*rates)
+        return stats.rate_ratio([metric.rate(rows) for rows in left], [metric.rate(rows) for rows in right])
+    if metric.counts is not None:
+        if result.slo is None:
+            return None
+        named = [[_counted(rows, metric.counts, result.timeout, result.slo) for rows in side] for side in (left, right)]
+        return stats.count_ratio(named[0], named[1], result.seed)
     assert metric.of
     assert metric.statistic
     samples = [[_sample(rows, metric, result.timeout) for rows in side] for side in (left, right)]
     return stats.ratio(samples[0], samples[1], metric.statistic, result.seed)
+
+
+def _counted(
+    rows: Sequence[Record], counts: Callable[[Record, float, float], bool], timeout: float, slo: float
+) -> set[object]:
+    return {r.key for r in rows if counts(r, timeout, slo)}
 
 
 def _repetitions(result: Result, arm: str, group: str | None) -> list[list[Record]]:

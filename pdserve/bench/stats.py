@@ -3,13 +3,14 @@
 Requests are resampled, in pairs where both arms were sent the same ones, after their repetitions. The bootstrap of a few
 repetitions is too sure of itself, and what drifts on a machine between two turns is in the repetitions, not in the requests:
 hence the interval is widened to Student's, of the logarithms of the ratios of repetitions that ran next to each other.
-Rates (tokens per second) exist once a repetition and have that one alone. One repetition has no interval at all.
+Rates (tokens per second) exist once a repetition and have that one alone. Counts (requests within the target) have both: a few
+turns may happen to count alike. One repetition has no interval at all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -166,3 +167,23 @@ def rate_ratio(a: Sequence[float], b: Sequence[float]) -> Ratio | None:
     base_a, base_b = sum(x for x, _ in pairs) / len(pairs), sum(y for _, y in pairs) / len(pairs)
     low, high = _student(logs) or (None, None)
     return Ratio(base_a, base_b, math.exp(middle), low, high)
+
+
+def count_ratio(a: Sequence[Set[object]], b: Sequence[Set[object]], seed: int = 0) -> Ratio | None:
+    """Of how many requests there were once a repetition, given by their names. Resampled are the requests that either arm has: where
+    only a few are one arm's alone, the counts are nearly the same ones and their ratio is sure."""
+    turns = list(zip(a, b, strict=False))
+    found = rate_ratio([float(len(x)) for x, _ in turns], [float(len(y)) for _, y in turns])
+    if found is None or found.low is None or found.high is None:
+        return found
+    there = [np.array([(name in x, name in y) for name in x | y], dtype=float).reshape(-1, 2) for x, y in turns]
+    rng = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(RESAMPLES):
+        turns_drawn = (there[n] for n in rng.integers(0, len(there), len(there)))
+        drawn = [rows[rng.integers(0, max(1, len(rows)), len(rows))] for rows in turns_drawn]
+        bottom, top = np.concatenate(drawn).sum(axis=0)
+        ratios.append(top / bottom if bottom and top else (top + HALF) / (bottom + HALF))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(ratios, [tail, 1 - tail])
+    return Ratio(found.a, found.b, found.value, min(found.low, float(low)), max(found.high, float(high)))

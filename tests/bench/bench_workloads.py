@@ -1,4 +1,4 @@
-"""The recorded benchmark runs on the CPU: every workload in arms, in 25 minutes of a machine that does nothing else.
+"""The recorded benchmark runs on the CPU: every workload in arms, on a machine that does nothing else.
 
     python tests/bench/bench_workloads.py --out docs/measurements/DATE-bench [--only STEP ...] [--dry-run]
 
@@ -17,6 +17,8 @@ import json
 import os
 import random
 import shlex
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -26,22 +28,41 @@ from pathlib import Path
 
 from pdserve.bench import suite
 from pdserve.bench.suite import Load
+from pdserve.errors import PdserveError, StartError
 
-ENGINE = """
+TOPOLOGY = """
+name: bench-{name}
+model: demo
 engine:
   device: cpu
   dtype: bfloat16
-  max_model_len: 4096
+  max_model_len: {length}
   max_num_seqs: 8
   kv_cache_space_gib: 1
-  extra_args: ["--num-gpu-blocks-override", "40"]
-  env: {VLLM_SERVER_DEV_MODE: "1"}
+  extra_args: ["--num-gpu-blocks-override", "{blocks}"]
+  env: {{VLLM_SERVER_DEV_MODE: "1"}}
+{machines}
+cache: {{size: {size}, admin_port: 23590, tiers: {tiers}}}
+proxy: {{port: 23510}}
 """
+ONE = "both: [{port: 23530, cpus: '0'}]"
+TWO = "prefill: [{port: 23511, cpus: '0'}]\ndecode: [{port: 23521, cpus: '1'}]"
+REDIS_PORT = 23540
+
+
+def topology(name: str, machines: str, length: int = 4096, size: str = "2GiB", tiers: str = "[]") -> str:
+    """The engine's own cache holds a quarter more than its longest prompt, in blocks of 128 tokens."""
+    blocks = length * 5 // 4 // 128
+    return TOPOLOGY.format(name=name, machines=machines, length=length, blocks=blocks, size=size, tiers=tiers)
+
+
 TOPOLOGIES = {
-    "one": f"name: bench-one\nmodel: demo\n{ENGINE}\nboth: [{{port: 23530, cpus: '0'}}]\n"
-    "cache: {size: 2GiB, admin_port: 23590}\nproxy: {port: 23510}\n",
-    "two": f"name: bench-two\nmodel: demo\n{ENGINE}\nprefill: [{{port: 23511, cpus: '0'}}]\ndecode: [{{port: 23521, cpus: '1'}}]\n"
-    "cache: {size: 2GiB, admin_port: 23590}\nproxy: {port: 23510}\n",
+    "one": topology("one", ONE),
+    "two": topology("two", TWO),
+    "small": topology("small", ONE, length=2048),
+    "small-two": topology("small-two", TWO, length=2048),
+    # the DRAM tier holds one prompt of those that are asked again, so that each comes from Redis
+    "remote": topology("remote", ONE, size="128MiB", tiers=f'["redis://127.0.0.1:{REDIS_PORT}/0"]'),
 }
 PAIR = ("gpu-cache", "cache")
 AGENTS = "trace-replay --trace-directory {traces} --scale 0.02 --max-context 1600 --time-scale 0.05 --max-delay 2 --max-output 12"
@@ -67,12 +88,18 @@ INTERFERENCE = Load(
     "pd-interference --streams 2 --stream-prompt-len 60 --stream-output-len 100 --prefill-len 1500 --num-prefills 3 --prefill-rate 0.4",
     30,
 )
+REMOTE = Load(
+    "remote-tier",
+    "long-doc-qa --num-documents 3 --document-length 3600 --output-len 4 --repeat-count 1 --repeat-mode tile --max-inflight-requests 1",
+    22,
+)
 CHECKED = "--num-documents 4 --document-length 1500 --output-len 8 --repeat-count 2 --max-inflight-requests 1"
 
 
 @dataclass(frozen=True)
 class Step:
-    """`seconds` with starting and stopping. Either loads on one set of arms, or lines that follow `pdserve`."""
+    """`seconds` with starting and stopping. Either loads on one set of arms, or lines that follow `pdserve`. `redis`: a server of
+    its own is up meanwhile."""
 
     name: str
     seconds: int
@@ -80,14 +107,20 @@ class Step:
     arms: str = ""
     loads: tuple[Load, ...] = ()
     lines: tuple[str, ...] = ()
+    redis: bool = False
 
 
+REGIMES = "bench regimes --users 1 --requests 3 --output-len 2 --repetitions 3 --settle 0.3 --keep-up --quiet"
 STEPS = (
     Step("workloads", 720, "one", "gpu-cache,cache,lmcache", LOADS),
     Step("pd-interference", 270, "two", "gpu-cache,pd", (INTERFERENCE,)),
-    Step("regimes", 330, "one", lines=(
-        "bench regimes --topology {one} --arms gpu-cache,cache-always,cache --working-sets 2000,6000 --lengths 300,1500 --reuse 0,90 "
-        "--users 1 --requests 3 --output-len 2 --repetitions 3 --settle 0.3 --keep-up --budget 300 --out {out}",
+    Step("regimes", 330, "small", lines=(
+        f"{REGIMES} --topology {{small}} --arms gpu-cache,cache-always,cache --working-sets 2000,6000 --lengths 300,1500 --reuse 0,90 "
+        "--budget 300 --out {out} --name regimes",
+    )),
+    Step("pd-regimes", 300, "small-two", lines=(
+        f"{REGIMES} --topology {{small-two}} --arms cache,pd+cache,pd+adaptive --working-sets 6000 --lengths 300,1500 --reuse 0,90 "
+        "--budget 270 --out {out} --name pd-regimes",
     )),
     Step("size", 150, "one", lines=(
         "launch {one} --detach",
@@ -97,6 +130,7 @@ STEPS = (
         "--check {out}/size-run.json --json",
         "stop bench-one",
     )),
+    Step("remote", 210, "remote", ",".join(PAIR), (REMOTE,), redis=True),
 )  # fmt: skip
 STOP_SECONDS = 30.0
 SAID = "the cache keeps what a model has read so that it need not read it again when somebody asks about it later"
@@ -142,37 +176,71 @@ def run_lines(step: Step, known: dict[str, str], until: float) -> str:
     """One after another; what stops a deployment runs also when something before it failed."""
     ended = "to its end"
     for words in lines_of(step, known):
-        if ended != "to its end" and words[0] != "stop":
-            continue
-        say(f"pdserve {shlex.join(words)}")
-        save = (Path(known["out"]) / "size-check.json").open("w") if "--check" in words else None
-        try:
-            command = [sys.executable, "-P", "-m", "pdserve", *words]
-            limit = max(30.0, until - time.monotonic())
-            # regimes answers 1 where the adaptive arm is behind: that is a result, not a failure
-            if subprocess.run(command, stdout=save, check=False, timeout=limit).returncode > (
-                words[1:2] == ["regimes"]
-            ):
-                ended = f"`pdserve {words[0]}` failed"
-        except subprocess.TimeoutExpired:
-            ended = f"`pdserve {words[0]}` took too long"
-        finally:
-            if save is not None:
-                save.close()
+        if ended == "to its end" or words[0] == "stop":
+            say(f"pdserve {shlex.join(words)}")
+            ended = _run_line(words, Path(known["out"]), max(30.0, until - time.monotonic())) or ended
     return ended
 
 
+def _run_line(words: list[str], out: Path, limit: float) -> str:
+    """Why it failed, in a sentence; "" if it did not."""
+    what = f"`pdserve {shlex.join(words[:2])}`"
+    with contextlib.ExitStack() as stack:
+        save = stack.enter_context((out / "size-check.json").open("w")) if "--check" in words else None
+        told = stack.enter_context((out / "stderr.log").open("w+"))
+        try:
+            command = [sys.executable, "-P", "-m", "pdserve", *words]
+            code = subprocess.run(command, stdout=save, stderr=told, check=False, timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            return f"{what} took longer than {limit:.0f} s"
+        told.seek(0)
+        lines = [line for line in told.read().splitlines() if line.strip()]
+    say("\n".join(lines))
+    # regimes answers 1 where the adaptive arm is behind: that is a result, not a failure
+    if code > (words[1:2] == ["regimes"]):
+        return f"{what} failed: {lines[-1] if lines else f'exit code {code}'}"
+    return ""
+
+
 def run(step: Step, known: dict[str, str]) -> dict[str, object]:
+    """What fails is told in a sentence; the steps after it are run all the same."""
     began = time.monotonic()
     say(f"## {step.name}, at most {step.seconds} s")
-    if step.loads:
-        todo = {load.name: suite.parsed(words_of(step, load, known)) for load in step.loads}
-        ended = suite.run(step.loads, todo, step.seconds, STOP_SECONDS, say)
-    else:
-        ended = run_lines(step, known, began + step.seconds)
+    try:
+        with redis(Path(known["out"])) if step.redis else contextlib.nullcontext():
+            if step.loads:
+                todo = {load.name: suite.parsed(words_of(step, load, known)) for load in step.loads}
+                ended = suite.run(step.loads, todo, step.seconds, STOP_SECONDS, say)
+            else:
+                ended = run_lines(step, known, began + step.seconds)
+    except (PdserveError, OSError) as error:
+        ended = f"failed: {error}"
     took = round(time.monotonic() - began, 1)
     say(f"## {step.name}: {ended}, {took:.0f} s")
     return {"step": step.name, "ended": ended, "seconds": took, "load_average": os.getloadavg()}
+
+
+@contextlib.contextmanager
+def redis(out: Path) -> Iterator[None]:
+    """A server that keeps nothing on disk, until the step ends."""
+    if shutil.which("redis-server") is None:
+        raise StartError("redis-server is not installed (scripts/setup.py --test-servers installs it)")
+    words = ["redis-server", "--port", str(REDIS_PORT), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    with (out / "redis.log").open("w") as log, subprocess.Popen(words, stdout=log, stderr=log) as process:
+        try:
+            until = time.monotonic() + 10
+            while not _answers(REDIS_PORT):
+                if process.poll() is not None or time.monotonic() > until:
+                    raise StartError(f"redis-server did not come up on port {REDIS_PORT}; see {log.name}")
+                time.sleep(0.1)
+            yield
+        finally:
+            process.terminate()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextlib.contextmanager

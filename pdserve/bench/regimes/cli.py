@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", default="", help="model name to send (default: the first that the server lists)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write raw records and report.html there")
+    parser.add_argument("--name", default="", help="file name of this result (default: regimes)")
     parser.add_argument("--json", action="store_true", help="print the judgement as data")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
@@ -102,17 +103,18 @@ def _in_turns(
 def _kept_up(
     args: argparse.Namespace, names: list[str], base: arms.Raw, folder: Path, points: list[grid.Point], result: Result
 ) -> None:
-    """With --budget, rounds of all arms until the next one would not fit."""
+    """With --budget, rounds of all arms until the next one would not fit. Every other one goes the other way, so that no arm is always
+    the first."""
     until = time.monotonic() + args.budget if args.budget else float("inf")
     with arms.up(names, base, folder, args) as (up, problems):
         result.notes += [*problems, "All arms were up, idle while it was not their turn."]
         for repetition in range(1, args.repetitions + 1):
             began = time.monotonic()
-            for name, (server, raw) in up.items():
+            for name, (server, raw) in list(up.items())[:: 1 if repetition % 2 else -1]:
                 target = Target.of(topology.load(folder / f"{raw['name']}.yaml"))
                 result.runs.append(_turn(args, server, target, name, repetition, points, result))
             if args.out:
-                results.write(result, args.out)
+                results.write(result, args.out, args.name)
             if time.monotonic() + 1.1 * (time.monotonic() - began) > until:
                 result.notes.append(f"{repetition} of {args.repetitions} rounds: no time was left for more.")
                 return
@@ -171,7 +173,7 @@ def _finish(args: argparse.Namespace, result: Result) -> int:
     if args.out:
         from pdserve.bench.report import page
 
-        results.write(result, args.out)
+        results.write(result, args.out, args.name)
         page.write(args.out)
     if args.json:
         from pdserve import output

@@ -176,6 +176,33 @@ def test_rates_are_compared_by_repetition() -> None:
 # ---- sentences ----
 
 
+def test_counts_that_happen_to_be_alike_are_no_surer_than_their_requests() -> None:
+    """35 to 34 and 36 to 35 have nearly one ratio, but it hangs on four requests."""
+    both = {f"r{n}" for n in range(33)}
+    chance = stats.count_ratio([both | {"a", "b"}, both | {"a", "b", "c"}], [both | {"d"}, both | {"d", "e"}])
+    alone = stats.rate_ratio([35.0, 36.0], [34.0, 35.0])
+    assert chance
+    assert alone
+    assert alone.differs is True
+    assert chance.differs is False
+    assert chance.value == alone.value
+    clear = stats.count_ratio([set(range(10)), set(range(11))], [set(range(60)), set(range(64))])
+    assert clear
+    assert clear.differs is True
+    assert clear.low is not None
+    assert clear.low > 3
+
+
+def test_counts_of_nothing_have_a_ratio_all_the_same() -> None:
+    found = stats.count_ratio([set(), set()], [{1, 2, 3}, {1, 2, 4}])
+    assert found
+    assert found.value > 1
+    assert stats.count_ratio([set(), set()], [set(), set()]) is None
+    one = stats.count_ratio([{1}], [{1, 2}])
+    assert one
+    assert one.low is None
+
+
 def test_one_sentence_per_metric_says_who_is_ahead_or_nobody() -> None:
     rng = random.Random(5)
     base = [times(rng, 100) for _ in range(3)]
