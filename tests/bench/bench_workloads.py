@@ -50,9 +50,11 @@ TWO = "prefill: [{port: 23511, cpus: '0'}]\ndecode: [{port: 23521, cpus: '1'}]"
 REDIS_PORT = 23540
 
 
-def topology(name: str, machines: str, length: int = 4096, size: str = "2GiB", tiers: str = "[]") -> str:
-    """The engine's own cache holds a quarter more than its longest prompt, in blocks of 128 tokens."""
-    blocks = length * 5 // 4 // 128
+def topology(
+    name: str, machines: str, length: int = 4096, share: float = 1.25, size: str = "2GiB", tiers: str = "[]"
+) -> str:
+    """The engine's own cache holds `share` of its longest prompt, in blocks of 128 tokens."""
+    blocks = round(length * share) // 128
     return TOPOLOGY.format(name=name, machines=machines, length=length, blocks=blocks, size=size, tiers=tiers)
 
 
@@ -61,8 +63,8 @@ TOPOLOGIES = {
     "two": topology("two", TWO),
     "small": topology("small", ONE, length=2048),
     "small-two": topology("small-two", TWO, length=2048),
-    # the DRAM tier holds one prompt of those that are asked again, so that each comes from Redis
-    "remote": topology("remote", ONE, size="128MiB", tiers=f'["redis://127.0.0.1:{REDIS_PORT}/0"]'),
+    # the engine's own cache and the DRAM tier hold one of the two prompts that are asked again, so that each comes from Redis
+    "remote": topology("remote", ONE, share=1.04, size="128MiB", tiers=f'["redis://127.0.0.1:{REDIS_PORT}/0"]'),
 }
 PAIR = ("gpu-cache", "cache")
 AGENTS = "trace-replay --trace-directory {traces} --scale 0.02 --max-context 1600 --time-scale 0.05 --max-delay 2 --max-output 12"
@@ -90,8 +92,8 @@ INTERFERENCE = Load(
 )
 REMOTE = Load(
     "remote-tier",
-    "long-doc-qa --num-documents 3 --document-length 3600 --output-len 4 --repeat-count 1 --repeat-mode tile --max-inflight-requests 1",
-    22,
+    "long-doc-qa --num-documents 2 --document-length 3600 --output-len 4 --repeat-count 1 --repeat-mode tile --max-inflight-requests 1",
+    16,
 )
 CHECKED = "--num-documents 4 --document-length 1500 --output-len 8 --repeat-count 2 --max-inflight-requests 1"
 
@@ -130,7 +132,7 @@ STEPS = (
         "--check {out}/size-run.json --json",
         "stop bench-one",
     )),
-    Step("remote", 210, "remote", ",".join(PAIR), (REMOTE,), redis=True),
+    Step("remote", 200, "remote", ",".join(PAIR), (REMOTE,), redis=True),
 )  # fmt: skip
 STOP_SECONDS = 30.0
 SAID = "the cache keeps what a model has read so that it need not read it again when somebody asks about it later"

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from pdserve.bench import quick
+from pdserve.bench.size.work import WHOLE
 from pdserve.errors import ConfigError, UpstreamError
 from pdserve.openai_client import Client
 from pdserve.target import Target
@@ -71,11 +72,19 @@ def read(name: str) -> Speeds:
         raise ConfigError("--speeds", f"{name} holds no speeds: {error}") from error
 
 
-def fit(points: list[tuple[int, float]]) -> tuple[float, float, float]:
-    """(base, linear, square), none negative, from (tokens, seconds): a parabola only where a line is not enough."""
+def fit(points: list[tuple[int, float]], most_base: float = float("inf")) -> tuple[float, float, float]:
+    """(base, linear, square), none negative, from (tokens, seconds): a parabola only where a line is not enough. `most_base`: what
+    the base cannot be more than; three points far from zero say little about it."""
+    base, linear, square = _fit(points, ((0, 1, 2), (0, 1), (1, 2), (1,)))
+    if base <= most_base:
+        return base, linear, square
+    return most_base, *_fit([(n, max(0.0, t - most_base)) for n, t in points], ((1, 2), (1,)))[1:]
+
+
+def _fit(points: list[tuple[int, float]], shapes: tuple[tuple[int, ...], ...]) -> tuple[float, float, float]:
     lengths = np.array([p[0] for p in points], dtype=float)
     seconds = np.array([p[1] for p in points], dtype=float)
-    for columns in ((0, 1, 2), (0, 1), (1, 2), (1,)):
+    for columns in shapes:
         matrix = np.stack([lengths**c for c in columns], axis=1)
         if len(set(lengths)) < len(columns):
             continue
@@ -100,12 +109,13 @@ def measure(target: Target, kv_bytes: int, seed: int = 0) -> Speeds:
             gaps += [p[1] for p in pairs]
             if all(p[2] is not None for p in pairs):
                 warm.append((length, median(p[2] for p in pairs if p[2] is not None)))
-    base, linear, square = fit(cold)
+    # a loaded prompt costs the base, too: whatever the cold ones' curve says at zero tokens, it is not more than that
+    base, linear, square = fit(cold, min((t for _, t in warm), default=float("inf")))
     tiers = {}
     if warm and target.has_cache:
-        load_base, per_token, _ = (
-            fit([(n, max(1e-6, t - base)) for n, t in warm]) if len(warm) > 1 else (0.0, warm[0][1] / warm[0][0], 0.0)
-        )
+        # what is behind the last whole chunk is computed
+        loads = [(n, max(1e-6, t - base - linear * (n % WHOLE))) for n, t in warm]
+        load_base, per_token, _ = fit(loads) if len(loads) > 1 else (0.0, loads[0][1] / loads[0][0], 0.0)
         tiers["dram"] = Tier(base=load_base, bytes_per_second=kv_bytes / max(per_token, 1e-12))
     source = (
         f"measured: {len(LENGTHS)} lengths up to {int(longest * LENGTHS[-1])} tokens, medians of {REPEATS}, seed {seed}"

@@ -63,6 +63,17 @@ def test_a_fit_finds_the_curve_and_never_runs_backwards() -> None:
     assert min(speeds.fit([(100, 1.0), (200, 1.1), (300, 0.9)])) >= 0
 
 
+def test_a_base_is_no_more_than_a_loaded_prompt_takes() -> None:
+    points = [(800, 1.5), (2000, 2.4), (3600, 4.5)]
+    assert speeds.fit(points)[0] == pytest.approx(1.22, abs=0.01)
+    base, linear, square = speeds.fit(points, 0.25)
+    assert base == 0.25
+    assert linear >= 0
+    assert square >= 0
+    assert base + linear * 3600 + square * 3600**2 == pytest.approx(4.5, rel=0.1)
+    assert speeds.fit(points, 10.0) == speeds.fit(points)
+
+
 def test_chunks_are_equal_where_the_text_is() -> None:
     document, other = Piece("doc", 600), Piece("other", 600)
     one = work.of(plan(single("a", (document, Piece("q1", 50)), 1), single("b", (document, Piece("q2", 50)), 1)))
