@@ -58,20 +58,19 @@ class Probe:
         elif options.get("peer") == "lmcache":
             os.environ.update(LMCACHE_LOCAL_CPU="true", LMCACHE_CHUNK_SIZE="256", LMCACHE_MAX_LOCAL_CPU_SIZE="20")
             more["kv_transfer_config"] = KVTransferConfig(kv_connector="LMCacheConnectorV1", kv_role="kv_both")
-        self.llm = LLM(
-            options["model"],
-            load_format=options.get("load_format", "dummy"),
-            dtype=options.get("dtype", "bfloat16"),
-            max_model_len=options.get("max_model_len", 32768),
-            kv_cache_memory_bytes=options["kv_gib"] << 30,
-            gpu_memory_utilization=0.3,
-            max_num_seqs=32,
-            max_num_batched_tokens=8192,
-            seed=0,
-            compilation_config=GRAPHS,
-            **more,
-        )
-        self.side = None
+        arguments = {
+            "load_format": options.get("load_format", "dummy"),
+            "dtype": options.get("dtype", "bfloat16"),
+            "max_model_len": options.get("max_model_len", 32768),
+            "kv_cache_memory_bytes": options["kv_gib"] << 30,
+            "gpu_memory_utilization": 0.3,
+            "max_num_seqs": 32,
+            "max_num_batched_tokens": 8192,
+            "seed": 0,
+            "compilation_config": GRAPHS,
+        }
+        self.llm = LLM(options["model"], **{**arguments, **more, **options.get("engine", {})})
+        self.side, self._timeline = None, None
         if options.get("connector"):
             from vllm.distributed.kv_transfer import get_kv_transfer_group
 
@@ -102,17 +101,42 @@ class Probe:
 
         params = SamplingParams(temperature=0, max_tokens=out, ignore_eos=texts is None)
         prompts = texts or [prompt(s, n) for s in seeds]
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
         return {
             "ms": seconds * 1e3,
+            "cpu_ms": (time.process_time() - cpu) * 1e3,
             "tok_s": sum(len(o.outputs[0].token_ids) for o in outputs) / seconds,
             "cached": [o.num_cached_tokens for o in outputs],
             "tokens": [list(o.outputs[0].token_ids) for o in outputs]
             if texts
             else [list(outputs[0].outputs[0].token_ids)[:8]],
         }
+
+    def timeline(self, seed: int, n: int) -> dict:
+        """One token behind a prompt: where each millisecond of it goes."""
+        if self._timeline is None:
+            sys.path.insert(0, str(Path(__file__).parent))
+            from timeline import Timeline
+
+            self._timeline = Timeline(self.llm, self.side)
+        prompts = prompt(seed, n)  # made before the clock runs
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+        self._timeline.begin()
+        outputs = self.llm.generate([prompts], params, use_tqdm=False)
+        return {"phases": self._timeline.end(), "cached": outputs[0].num_cached_tokens}
+
+    def connector(self, on: bool) -> dict:
+        """Off: nothing is looked up, nothing stored; the rest of the connector runs on."""
+        half = self.llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
+        half._finder._mode = "always" if on else "never"
+        half._storing.__dict__.pop("job", None)
+        if not on:
+            half._storing.job = lambda *_: None
+        return {}
 
     def settle(self) -> dict:
         """Waits until no save is under way."""

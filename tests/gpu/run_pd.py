@@ -1,8 +1,15 @@
-"""1P1D on two GPUs: run_pd.py --model DIR --out DIR   TTFT through both legs minus plain TTFT, equality, ITL under 20k prefills.
+"""1P1D on two GPUs: run_pd.py --model DIR --out DIR   first and second token over both legs minus plain's, equality, ITL under
+20k prefills.
 
-Producer on GPU 0, consumer on GPU 1, each a served vLLM with dummy weights, one cache daemon between them. The legs are sent
-here, as the proxy sends them: the producer's answer's kv_transfer_params go to the consumer word for word; and once more with the
-decode leg sent early, which then waits for the chunks. Figures are written as they come; what does not fit --budget is left out.
+Producer on GPU 0, consumer on GPU 1, each a served vLLM with dummy weights, one cache daemon between them. Four ways take turns:
+
+    plain          the consumer alone, which knows nothing of the prompt
+    legs           both legs sent here, the decode leg early: the way of earlier figures
+    early          through a proxy with --early-decode
+    early token    through a proxy with --early-decode and --early-token: the first token is the producer's own
+
+The time of the second token is told beside the first one's: what the first one gains, the gap to the second one may lose.
+Figures are written as they come; what does not fit --budget is left out.
 """
 
 from __future__ import annotations
@@ -21,14 +28,16 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
-from run_all import daemon
+from gpu_session import daemon
 
 from pdserve.engines.vllm import dialect
 
 GRAPHS = '{"mode":0,"cudagraph_mode":"FULL_DECODE_ONLY","cudagraph_capture_sizes":[1,2,4,8,16,32]}'
 P, D = 8100, 8200
+PROXIES = (8300, 8301)  # with --early-decode, and with --early-token besides
 results: dict = {}
 table: list[tuple[str, str]] = []
 out_file: Path | None = None
@@ -100,6 +109,44 @@ def wait_up(port: int, process: subprocess.Popen) -> None:
     raise RuntimeError(f"the engine on {port} is not up")
 
 
+def proxy(port: int, out: Path, *more: str) -> subprocess.Popen:
+    """One in front of both engines."""
+    log = (out / f"proxy-{port}.log").open("w")
+    return subprocess.Popen(proxy_words(port, *more), stdout=log, stderr=log, env={**os.environ, "PYTHONSAFEPATH": "1"})
+
+
+def proxy_words(port: int, *more: str) -> list[str]:
+    engines = ["--prefill", f"http://127.0.0.1:{P}", "--decode", f"http://127.0.0.1:{D}"]
+    return [sys.executable, "-m", "pdserve", "proxy", "--port", str(port), *engines, "--early-decode", *more]
+
+
+class Said(NamedTuple):
+    """What came of a stream: seconds from its asking to each token's event, and whether a producer's token began it."""
+
+    times: list[float]
+    text: str
+    tokens: list[int]
+    handed_on: bool
+
+
+def ask(port: int, body: dict) -> Said:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    start = time.perf_counter()
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    times, text, tokens = [], "", []
+    for line in response:
+        if line.startswith(b"data: ") and b"[DONE]" not in line:
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                raise RuntimeError(f"the answer of {port} broke off: {chunk}")
+            if chunk.get("choices"):
+                times.append(time.perf_counter() - start)
+                text += chunk["choices"][0]["text"]
+                tokens += chunk["choices"][0].get("token_ids") or []
+    return Said(times, text, tokens, "x-pdserve-first-token" in {name.lower() for name, _ in response.getheaders()})
+
+
 def post(port: int, body: dict, stream: bool):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     start = time.perf_counter()
@@ -150,14 +197,15 @@ def pd(p: list[int], out: int = 8):
     return [first + t for t in times], tokens, first
 
 
-def pd_early(p: list[int], out: int = 8):
+def pd_early(p: list[int], out: int = 8, salt: str = ""):
     """Both legs at once: the consumer loads chunk by chunk while the producer computes."""
     ask = {"do_remote_decode": True, "do_remote_prefill": False, **ASK}
+    salted = {"cache_salt": salt} if salt else {}
     start = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:
-        leg = pool.submit(post, P, {**body(p, 1), "stream": False, "kv_transfer_params": ask}, False)
+        leg = pool.submit(post, P, {**body(p, 1), "stream": False, "kv_transfer_params": ask, **salted}, False)
         handover, sent = json.loads(dialect.early_handover(60)), time.perf_counter()
-        times, tokens = post(D, {**body(p, out), "stream": True, "kv_transfer_params": handover}, True)
+        times, tokens = post(D, {**body(p, out), "stream": True, "kv_transfer_params": handover, **salted}, True)
         first = leg.result()[1]
     return [sent - start + t for t in times], tokens, first
 
@@ -196,33 +244,61 @@ def gaps(load) -> dict:
     return {"gaps": len(found)} | {name: found[int(len(found) * q)] * 1e3 for name, q in quantiles}
 
 
+REPEATS = 4
+WAYS = {"plain": 0, "early": 1, "early token": 2}  # which port
+
+
+def by(way: str, p: list[int], salt: str, ids: bool) -> Said:
+    """Each way with a cache salt of its own: nothing that another way computed is found."""
+    fields = {**body(p, 8), "stream": True, "return_token_ids": ids, "cache_salt": f"{way} {salt}"}
+    return ask((D, *PROXIES)[WAYS[way]], fields)
+
+
 def measure() -> None:
-    plain(prompt(1, 3000))
     pd(prompt(2, 3000))
-    pd(prompt(3, 20000))
-    plain(prompt(4, 20000))
     pd_early(prompt(5, 20000))
+    for way in WAYS:
+        for n in (3000, 20000):
+            by(way, prompt(7, n), "warm", False)
     for n in (2000, 10000, 20000, 30000):
-        if not enough(f"PD TTFT, {n} tokens", 5 + 5 * n / 5000):
-            continue
-        alone, both, legs, early, same = [], [], [], [], 0
-        for i in range(5):
-            times, _, _ = pd_early(prompt(n * 10 + 5 + i, n))
-            early.append(times[0])
-            p = prompt(n * 10 + i, n)
-            times, tokens, first = pd(p)
-            other, expected = plain(p)
-            both.append(times[0])
-            legs.append(first)
-            alone.append(other[0])
-            same += tokens == expected
-        a, b, leg, e = (statistics.median(x) * 1e3 for x in (alone, both, legs, early))
-        results[str(n)] = {"plain_ms": alone, "pd_ms": both, "prefill_leg_ms": legs, "early_ms": early, "equal": same}
-        row(
-            f"PD TTFT minus plain, {n} tokens, ms",
-            f"{b - a:+.1f} ({b:.1f}, prefill leg {leg:.1f}; plain {a:.1f}); tokens equal {same} of 5",
-        )
-        row(f"PD TTFT minus plain, decode leg early, {n} tokens, ms", f"{e - a:+.1f} ({e:.1f})")
+        if enough(f"PD TTFT, {n} tokens", 6 + n / 1000):
+            length(n)
+
+
+def length(n: int) -> None:
+    """One length of prompts. Ways take turns, another one first each time; times are of answers that ask for no token ids."""
+    said: dict[str, list[Said]] = {way: [] for way in WAYS}
+    legs, prefill = [], []
+    for i in range(REPEATS):
+        p, order = prompt(n * 10 + i, n), list(WAYS)
+        for way in order[i % 3 :] + order[: i % 3]:
+            said[way].append(by(way, p, f"{n} {i}", False))
+        times, _, first = pd_early(p, salt=f"legs {n} {i}")
+        legs.append(times[:2])
+        prefill.append(first)
+    known = {way: by(way, prompt(n * 10 + REPEATS, n), f"{n} ids", True).tokens for way in WAYS}
+    plain = [answer.text for answer in said["plain"]]
+    figures = {way: [[t * 1e3 for t in answer.times[:2]] for answer in said[way]] for way in WAYS}
+    figures["legs"] = [[t * 1e3 for t in times] for times in legs]
+    middle = {way: [statistics.median(times[k] for times in found) for k in (0, 1)] for way, found in figures.items()}
+    leg = statistics.median(prefill) * 1e3
+    handed_on = sum(answer.handed_on for answer in said["early token"])
+    results[str(n)] = {"ms": figures, "prefill_leg_ms": [t * 1e3 for t in prefill], "handed_on": handed_on}
+    base = middle["plain"]
+    row(f"plain, {n} tokens: first, second token, ms", f"{base[0]:.1f}, {base[1]:.1f} (prefill leg {leg:.1f})")
+    for way in ("legs", "early", "early token"):
+        first, second = middle[way]
+        same = ""
+        if way in WAYS:
+            texts = sum(answer.text == other for answer, other in zip(said[way], plain, strict=True))
+            results[str(n)][f"equal {way}"] = [texts, known[way] == known["plain"]]
+            same = (
+                f"; texts equal {texts} of {REPEATS}, tokens {'equal' if known[way] == known['plain'] else 'DIFFERENT'}"
+            )
+        if way == "early token":
+            same += f"; handed on {handed_on} of {REPEATS}"
+        what = f"{first - base[0]:+.1f}, {second - base[1]:+.1f} (gap {second - first:.1f})"
+        row(f"PD minus plain, {way}, {n} tokens: first, second, ms", what + same)
 
 
 def streams() -> None:
@@ -239,7 +315,7 @@ def streams() -> None:
 
 
 def main() -> None:
-    global out_file, until, P, D
+    global out_file, until, P, D, PROXIES
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", required=True, type=Path)
@@ -256,6 +332,7 @@ def main() -> None:
     parser.add_argument(
         "--lane", type=int, default=0, help="of several runs side by side on one host, which one: sets ports and names"
     )
+    parser.add_argument("--no-itl", action="store_true", help="first and second tokens only: about three minutes less")
     parser.add_argument("--budget", type=float, default=420, help="seconds for everything (default %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="print the processes, start nothing")
     args = parser.parse_args()
@@ -263,9 +340,11 @@ def main() -> None:
         roles = (("kv_producer", P, args.step), ("kv_consumer", D, args.plain_step))
         for gpu, (role, port, step) in zip(args.gpus.split(","), roles, strict=True):
             print(f"GPU {gpu}: {' '.join(words(port, role, '/tmp/pdserve-pd.sock', args.model, step))}")
+        for port, more in zip(PROXIES, ((), ("--early-token",)), strict=True):
+            print("proxy:", " ".join(proxy_words(port, *more)))
         print("decode leg early:", dialect.early_handover(60).decode())
         return
-    P, D = P + 10 * args.lane, D + 10 * args.lane
+    P, D, PROXIES = P + 10 * args.lane, D + 10 * args.lane, tuple(port + 10 * args.lane for port in PROXIES)
     args.out.mkdir(parents=True, exist_ok=True)
     out_file, until = args.out / "pd.json", time.monotonic() + args.budget
     cache, socket = daemon(f"pd{args.lane}", "24GiB", 8090 + args.lane, args.out)
@@ -274,13 +353,16 @@ def main() -> None:
         serve(first, P, "kv_producer", socket, args.model, args.out, args.step),
         serve(second, D, "kv_consumer", socket, args.model, args.out, args.plain_step),
     ]
+    engines += [proxy(PROXIES[0], args.out), proxy(PROXIES[1], args.out, "--early-token")]
     begun = time.time()
     try:
         wait_up(P, engines[0])
         wait_up(D, engines[1])
+        for port, process in zip(PROXIES, engines[2:], strict=True):
+            wait_up(port, process)
         print("engines up after", round(time.time() - begun, 1), flush=True)
         measure()
-        if first != second:
+        if first != second and not args.no_itl:
             streams()
     finally:
         for e in engines:

@@ -1,0 +1,115 @@
+"""Steps of run_all.py about what a user waits for: the first token, and the time between tokens."""
+
+from __future__ import annotations
+
+import statistics
+
+from gpu_session import Engine, Run, results, row, write
+
+STORING, LOADING = "store:direct:512", "load:dma:32"  # as the engine does while it generates
+DISTURBED = (
+    STORING, LOADING, f"{STORING}+{LOADING}", "load:dma:8", "load:dma:16", "load:dma:132", "load:direct:1024",
+    "store:direct:1024", "store:dma:32",
+)  # fmt: skip
+
+
+def first_token(run: Run) -> None:
+    """TTFT cold, from the GPU's cache, from DRAM after the GPU's cache is emptied; one token out."""
+    ours, plain = run.pair()
+    found: dict = results.setdefault("ttft", {})
+    for e in (ours, plain):
+        for seed, n in ((1, 2000), (2, 10000)):
+            e.do("generate", seeds=[seed], n=n, out=4)
+    for n in (2000, 10000, 20000, 30000):
+        entry = found[n] = {
+            "cold": [],
+            "gpu": [],
+            "dram": [],
+            "plain_cold": [],
+            "plain_gpu": [],
+            "load_ms": [],
+            "store_ms": [],
+        }
+        for again in range(4 if n == 20000 else 2):
+            seed = n + again
+            ours.do("rates")
+            entry["cold"].append(ours.do("generate", seeds=[seed], n=n, out=1)["ms"])
+            ours.do("settle")
+            entry["store_ms"].append(ours.do("rates")["stores"])
+            entry["gpu"].append(ours.do("generate", seeds=[seed], n=n, out=1)["ms"])
+            ours.do("settle")
+            reset = ours.do("reset")["reset"]
+            warm = ours.do("generate", seeds=[seed], n=n, out=1)
+            entry["dram"].append(warm["ms"])
+            entry.setdefault("cached", []).append([reset, *warm["cached"]])
+            entry["load_ms"].append(ours.do("rates")["loads"])
+            entry["plain_cold"].append(plain.do("generate", seeds=[seed], n=n, out=1)["ms"])
+            entry["plain_gpu"].append(plain.do("generate", seeds=[seed], n=n, out=1)["ms"])
+        ours.do("settle")
+        m = {
+            k: statistics.median(v) for k, v in entry.items() if k in ("cold", "gpu", "dram", "plain_cold", "plain_gpu")
+        }
+        row(
+            f"TTFT {n} tokens, ms",
+            f"DRAM {m['dram']:.1f}, GPU cache {m['gpu']:.1f} (plain {m['plain_gpu']:.1f}), "
+            f"cold {m['cold']:.1f} (plain {m['plain_cold']:.1f})",
+        )
+    ours.do("reset")
+    ours.do("rates")
+    ours.do("generate", seeds=[20000], n=20000, out=1)
+    results["kv_bytes"] = ours.do("check_kv")
+    row(
+        "KV in the engine's blocks = arena, chunks",
+        f"{results['kv_bytes']['equal']} of {results['kv_bytes']['chunks']}",
+    )
+
+
+def between_tokens(run: Run) -> None:
+    ours, plain = run.pair()
+    found: dict = results.setdefault("itl", {})
+    for again in range(3):
+        plain.do("itl", streams=8, out=100, seed=again + 900)  # the first after another engine's is quicker
+        found.setdefault("plain", []).append(plain.do("itl", streams=8, out=200, seed=again))
+        for n, how in enumerate(DISTURBED):
+            # Beside each an idle one: the machine is not the same for a minute.
+            seed = 20 + 10 * n + again
+            found.setdefault(f"idle, {how}", []).append(ours.do("itl", streams=8, out=200, seed=seed + 500))
+            found.setdefault(how, []).append(ours.do("itl", streams=8, out=200, seed=seed, disturb=how))
+            write()
+    for how in DISTURBED:
+        ratios = {
+            q: statistics.median(a[q] / b[q] for a, b in zip(found[how], found[f"idle, {how}"], strict=True))
+            for q in ("p50", "p99")
+        }
+        m = sorted(found[how], key=lambda x: x["p99"])[1]
+        row(
+            f"ITL of 8 streams, p50 / p99, {how}",
+            f"{m['p50']:.2f} / {m['p99']:.2f} ms = {ratios['p50']:.3f} / {ratios['p99']:.3f} of idle "
+            f"(store {m['stored_gb_s']:.1f}, load {m['loaded_gb_s']:.1f} GB/s)",
+        )
+    idle = [x for how in DISTURBED for x in found[f"idle, {how}"]]
+    for name, runs in (("idle", idle), ("plain vLLM", found["plain"])):
+        p50, p99 = (statistics.median(x[q] for x in runs) for q in ("p50", "p99"))
+        row(f"ITL of 8 streams, p50 / p99, {name}", f"{p50:.2f} / {p99:.2f} ms")
+
+
+def timeline(run: Run) -> None:
+    """Where each millisecond of a first token goes: loaded from DRAM, and from plain vLLM's own cache; medians of 5."""
+    ours, plain = run.pair()
+    for n in (20000, 2000):
+        found: dict[str, list[dict]] = {"DRAM": [], "plain, GPU cache": []}
+        for seed in range(300000 + n, 300006 + n):
+            ours.do("generate", seeds=[seed], n=n, out=1)
+            plain.do("generate", seeds=[seed], n=n, out=1)
+            ours.do("settle")
+            ours.do("reset")
+            for name, engine in (("DRAM", ours), ("plain, GPU cache", plain)):
+                got = engine.do("timeline", seed=seed, n=n)
+                if got["cached"] < n // 2 // Engine.shrink:
+                    raise RuntimeError(f"{name}: only {got['cached']} of {n} tokens were cached")
+                found[name].append(got["phases"])
+        results[f"timeline {n}"] = found
+        for name, each in found.items():
+            each = each[1:]  # the first is a warm-up
+            median = {p: statistics.median(x.get(p, 0.0) for x in each) for p in each[0]}
+            row(f"first token of {n} tokens, {name}, ms", ", ".join(f"{p} {ms:.1f}" for p, ms in median.items()))

@@ -1,0 +1,103 @@
+"""What the GPU scripts decide and reckon, without a GPU: the plan, ratios, timelines, the verdict of the pressure check."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+GPU = Path(__file__).resolve().parents[1] / "gpu"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    sys.path.insert(0, str(GPU))
+    try:
+        import check_pressure
+        import gpu_session
+        import steps_cost
+        import timeline
+
+        yield types.SimpleNamespace(pressure=check_pressure, session=gpu_session, cost=steps_cost, timeline=timeline)
+    finally:
+        sys.path.remove(str(GPU))
+        for name in ("check_pressure", "gpu_session", "steps_cost", "timeline"):
+            sys.modules.pop(name, None)
+
+
+def test_a_dry_run_names_every_step_and_what_is_missing(tmp_path):
+    words = [sys.executable, "-P", str(GPU / "run_all.py"), "--model", str(tmp_path), "--out", str(tmp_path), "--dry-run"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    for step in ("copies", "timeline", "overhead", "pressure", "peers"):
+        assert any(line.startswith(step) for line in done.stdout.splitlines()), done.stdout + done.stderr
+    assert "MISSING: model's config.json" in done.stdout
+    assert done.returncode == 1
+
+
+def test_ratios_are_of_pairs_and_above_one_is_quicker(scripts):
+    speed = {"plain": [100.0, 200.0, 400.0], "ours": [99.0, 210.0, 392.0]}
+    assert scripts.cost.pairs(speed, ["ours"], "plain") == {"ours": (0.99, 0.98, 1.05)}
+    waits = {"plain": [5.0, 6.0, 8.0], "ours": [10.0, 6.0, 4.0]}
+    assert scripts.cost.pairs(waits, ["ours"], "plain", more_is_better=False) == {"ours": (1.0, 0.5, 2.0)}
+
+
+class Core:
+    """As much of an engine as the stamps need."""
+
+    def __init__(self):
+        self.scheduler = types.SimpleNamespace(
+            schedule=lambda: types.SimpleNamespace(total_num_scheduled_tokens=1),
+            update_from_output=lambda ids: {0: types.SimpleNamespace(outputs=[types.SimpleNamespace(new_token_ids=ids)])},
+        )
+
+    def preprocess_add_request(self, request):
+        return request
+
+
+def test_a_timeline_shares_the_whole_time_out_among_its_phases(scripts):
+    core = Core()
+    llm = types.SimpleNamespace(
+        llm_engine=types.SimpleNamespace(engine_core=types.SimpleNamespace(engine_core=core))
+    )
+    watch = scripts.timeline.Timeline(llm, None)
+    for _ in range(2):  # the second is not disturbed by the first
+        watch.begin()
+        assert core.preprocess_add_request("r") == "r"
+        core.scheduler.schedule()
+        core.scheduler.update_from_output([])  # a step without a token is not the request's
+        core.scheduler.update_from_output([7])
+        core.scheduler.update_from_output([8])
+        found = watch.end()
+        whole = found.pop("all")
+        assert list(found) == ["input", "hashing", "to its step", "step", "output"]
+        assert sum(found.values()) == pytest.approx(whole)
+        assert all(ms >= 0 for ms in found.values())
+
+
+def good():
+    left = {"saves": 0, "blocks": 0}
+    answers = [(i, [i, 1]) for _ in range(3) for i in range(2)]
+    return {
+        "answers": answers, "preempted": 3, "aborted": 1, "resets": 1, "loads": 2, "loads that failed": [], "left": left,
+    }  # fmt: skip
+
+
+def test_the_pressure_check_finds_each_thing_that_is_wrong(scripts):
+    wanted = {"0": [0, 1], "1": [1, 1]}
+    shown, wrong = scripts.pressure.judge(wanted, good())
+    assert (shown["equal"], shown["answers"], wrong) == (6, 6, [])
+    for change in (
+        {"answers": good()["answers"][:-1]},
+        {"answers": [*good()["answers"][:-1], (1, [1, 2])]},
+        {"preempted": 0}, {"aborted": 0}, {"resets": 0}, {"loads": 0}, {"loads that failed": ["digest"]},
+        {"left": {"saves": 0, "blocks": 5}},
+    ):  # fmt: skip
+        assert len(scripts.pressure.judge(wanted, {**good(), **change})[1]) == 1
+
+
+def test_some_prompts_of_the_pressure_check_begin_alike(scripts):
+    texts = scripts.pressure.prompts(9, 100)
+    assert texts == scripts.pressure.prompts(9, 100)
+    assert all(texts[i].startswith(texts[i - 1]) for i in (2, 5, 8))
+    assert len(set(texts)) == 9
