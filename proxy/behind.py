@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from pdserve.proxy.given import Given, events, pieces_of
-from pdserve.proxy.seam import Diverged, encoded
+from pdserve.proxy.seam import DONE, Diverged, encoded
 
 _PROMPT_IDS = re.compile(rb'"prompt_token_ids":(\[[0-9,]*\])')
 _HEAD = ("id", "created")
@@ -101,6 +101,28 @@ class Behind:
         for theirs, ours in self._swaps or ():
             data = data.replace(theirs, ours)
         return data
+
+
+def tokens_to_text(data: bytes) -> list[int] | None:
+    """The tokens of a resumed stream up to its first text; None while it has said none and not ended."""
+    ids: list[int] = []
+    for event in events(data):
+        for choice in event["choices"]:
+            ids += choice.get("token_ids") or ()
+            if choice["text"] or choice["finish_reason"] is not None:
+                return ids
+    return None
+
+
+def with_text(data: bytes, text: str) -> bytes:
+    """The same with another first text."""
+    out, found = [], list(events(data))
+    at = next((n for n, event in enumerate(found) if any(choice["text"] for choice in event["choices"])), -1)
+    for n, event in enumerate(found):
+        if n == at:
+            event["choices"][0]["text"] = text
+        out.append(encoded(event))
+    return b"".join(out) + (DONE if data.endswith(DONE) else b"")
 
 
 def _member(event: dict[str, Any], name: str) -> bytes:

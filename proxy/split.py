@@ -30,7 +30,7 @@ from pdserve.errors import RequestError, UpstreamError
 from pdserve.proxy import openai, relay
 from pdserve.proxy.admission import Pass
 from pdserve.proxy.began import Began
-from pdserve.proxy.behind import Differs
+from pdserve.proxy.behind import Differs, tokens_to_text, with_text
 from pdserve.proxy.budget import Budget
 from pdserve.proxy.early import EarlyLeg
 from pdserve.proxy.fleet import Fleet
@@ -403,6 +403,8 @@ class Splitter:
                 return await self._answer_whole(instance, exchange, answer, whole, takeover)
             cutter = relay.EventCutter(openai.LAST.get(exchange.endpoint, ()))
             first = await relay.first_events(answer, cutter, until)
+            if isinstance(takeover, OfChoices) and takeover.unfinished:
+                first = await self._finished(instance, exchange, answer, cutter, takeover, first)
             if not client.started:
                 if exchange.route == "local":
                     exchange.tell_cached(self._began.of(exchange.request_id, instance.name))
@@ -412,6 +414,23 @@ class Splitter:
             await relay.stream(answer, first, cutter, client, takeover, self._deadlines.event)
             self._routing.learn(exchange.facts, instance, None, None)
             client.lifetime.on(Event.END)
+
+    async def _finished(
+        self, instance: Instance, exchange: Exchange, answer: Answer, cutter: relay.EventCutter, takeover: OfChoices, first: bytes
+    ) -> bytes:
+        """The first events of an engine that goes on behind a part of a character, with the text that its tokens have."""
+        until = asyncio.get_running_loop().time() + self._deadlines.resume
+        takeover.unfinished = False
+        while (ids := tokens_to_text(first)) is None and (more := await relay.first_events(answer, cutter, until)):
+            first += more
+        text = ""
+        for tokens in ([], ids or []):
+            path, body = takeover.asks_text(tokens)
+            async with self._open(instance, exchange, body, until, path) as asked:
+                text = self._dialect.detokenized(await asked.read(REPLY_LIMIT, until)) or ""
+            if not tokens and not text.endswith("\ufffd"):
+                return first  # not a part of a character: a token that is never shown
+        return with_text(first, text.rstrip("\ufffd"))
 
     async def _answer_whole(
         self, instance: Instance, exchange: Exchange, answer: Answer, body: bytes, takeover: Takeover | None

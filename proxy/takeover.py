@@ -134,6 +134,7 @@ class OfChoices(Takeover):
         self.first: First | None = None
         self._behind: Behind | None = None
         self._differed = False
+        self.unfinished = False  # the engine is asked to go on behind a token that has no text of its own
 
     def begin(self, first: First) -> bytes:
         """The producer's first token begins the stream: events for the client."""
@@ -158,11 +159,17 @@ class OfChoices(Takeover):
         words, kept, _ = self._dialect.stop_strings(self._body)
         stops = Stops(words, kept, 0, self.first.shown if kept else "", self.first.hidden) if words else None
         plan = self._from(Mark(1, len(self.first.shown)), 0, stops)
-        self._seam = plan.seam
+        self._seam, self.unfinished = plan.seam, not self.first.shown + self.first.hidden
         return plan
+
+    def asks_text(self, ids: Sequence[int]) -> Question:
+        """What do these tokens say behind the first one?"""
+        assert self.first is not None
+        return self._dialect.detokenize(self._body, [self.first.token, *ids])
 
     def _plan(self) -> Plan | None:
         given = self.given
+        self.unfinished = False
         if self.first is not None and len(given.ids) < 2 and not given.finished:
             self._behind = Behind(given, self.first.token)
             return Plan("repeat", None, self.sent, self._behind)

@@ -140,6 +140,22 @@ async def test_stop_strings_are_seen_across_the_seam(two: Two) -> None:
                 assert end(on) == end(off)
 
 
+@pytest.mark.parametrize("extra", [{}, {"stop": ["4 w45"]}, {"max_tokens": 2}, {"max_tokens": 3, "return_token_ids": True}, GREEDY])
+@pytest.mark.parametrize("luck", [0, 8])
+async def test_a_first_token_that_is_a_part_of_a_character(two: Two, luck: int, extra: dict[str, Any]) -> None:
+    """Where chance is at work it binds, too, though it has no text; else the consumer is left to say it."""
+    for engine in (*two.on.producers, *two.on.consumers, *two.off.producers, *two.off.consumers):
+        engine.halves = True
+    for consumer in two.on.consumers:
+        consumer.luck = luck if extra != GREEDY else 0
+    body = {**COMPLETION, "prompt": "x44", **extra}
+    on, off = await two.both(body)
+    assert said(on) == said(off)
+    assert end(on) == end(off)
+    assert tokens(on) == tokens(off)
+    assert two.counted == ({} if extra == GREEDY else {"differed": 1} if luck else {"confirmed": 1})
+
+
 async def test_a_consumer_that_dies_behind_the_first_token_is_taken_over(rig: Any) -> None:
     async with rig(consumers=3, early_decode=True, early_token=True) as r, rig(consumers=3) as quiet:
         expected = await quiet.post("/v1/completions", COMPLETION, X_Request_Id="same")
@@ -223,6 +239,11 @@ def said(reply: Any) -> str:
 def end(reply: Any) -> Any:
     last = [choice for event in reply.events()[:-1] for choice in event["choices"]][-1]
     return last["finish_reason"], last.get("stop_reason"), reply.events()[-2].get("usage")
+
+
+def tokens(reply: Any) -> list[int]:
+    choices = [choice for event in reply.events()[:-1] for choice in event["choices"]]
+    return [token for choice in choices for token in choice.get("token_ids") or ()]
 
 
 def strip(reply: Any) -> list[Any]:

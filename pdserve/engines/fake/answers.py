@@ -98,7 +98,7 @@ class Job:
         full, sent = "", 0
         for i in range(self.tokens):
             began, token = len(full), _GENERATED + seed * _SPAN + place + i
-            full += said(token, self.engine.shift)
+            full += self.engine.piece(token, behind_prompt=not i and place > 0)
             self.generated += 1
             self.engine.tokens["generated"] += 1
             for word in self.stop if i >= self.least else ():

@@ -112,11 +112,10 @@ def first(endpoint: str, body: Body, reply: bytes, handover: bytes) -> First | N
     if text is None or (endpoint == CHAT and not known.chat) or choice.finish_reason not in ("length", "stop"):
         return None
     over = choice.finish_reason == "stop"
-    # Without chance the consumer comes to the same by itself, and says in its own words what is no plain piece of text.
+    # Without chance the consumer comes to the same by itself, and says in its own words what is no plain piece of text (a
+    # part of a character, the end). With chance it would not: to leave the choice to it then would make such tokens rarer.
     if greedy(body) and (over or not text):
         return None
-    if not over and (not text or text.endswith("\ufffd")):
-        return None  # a part of a character, or a token without text
     at = len(text) if over else max(0, len(text) - held_back(body))
     events = _Events(endpoint, body, said, known.token).of(text[:at], choice if over else None)
     return First(known.token, text[:at], text[at:], events, over)
