@@ -13,13 +13,14 @@ from pdserve.errors import RequestError, UpstreamError
 from pdserve.proxy import openai, relay
 from pdserve.proxy.admission import Admission
 from pdserve.proxy.call import Call, ClientGone
+from pdserve.proxy.exchange import Exchange
 from pdserve.proxy.history import History
 from pdserve.proxy.keys import Keys
 from pdserve.proxy.lifetime import Event, Lifetime, State
 from pdserve.proxy.options import Settings
 from pdserve.proxy.pinning import Pinning
 from pdserve.proxy.relay import Client, ClientStuck
-from pdserve.proxy.split import Exchange, Splitter
+from pdserve.proxy.split import Splitter
 
 _CLIENT_LEFT = 499  # in metrics only: the client is not there to be told
 _log = log.get("proxy")

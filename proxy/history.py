@@ -18,7 +18,7 @@ from pdserve.proxy import openai, tracing, trail
 from pdserve.proxy.lifetime import State
 
 if TYPE_CHECKING:
-    from pdserve.proxy.split import Exchange
+    from pdserve.proxy.exchange import Exchange
 
 CAPACITY = 2000
 _TEXT = 256  # characters kept of what a client gives: session, model

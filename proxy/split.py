@@ -22,80 +22,29 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
-from pdserve.engines.base import Dialect, First
+from pdserve.engines.base import Dialect
 from pdserve.errors import RequestError, UpstreamError
 from pdserve.proxy import openai, relay
-from pdserve.proxy.admission import Pass
 from pdserve.proxy.began import Began
 from pdserve.proxy.behind import Differs, tokens_to_text, with_text
 from pdserve.proxy.budget import Budget
 from pdserve.proxy.early import EarlyLeg
+from pdserve.proxy.exchange import Exchange
 from pdserve.proxy.fleet import Fleet
 from pdserve.proxy.instance import Instance
-from pdserve.proxy.keys import ANYBODY, Key
 from pdserve.proxy.lifetime import Deadlines, Event, State
-from pdserve.proxy.policies.base import Facts
-from pdserve.proxy.relay import Client
 from pdserve.proxy.routing import Routing
 from pdserve.proxy.takeover import OfChoices, Plan, Takeover
 from pdserve.proxy.takeover import takeover as made_takeover
-from pdserve.proxy.trail import Trail, headers
 from pdserve.proxy.upstream import Answer, LegFailure
 
 ATTEMPTS = 2  # instances tried per leg: one failure is seen through, a failing fleet is not hammered
 REPLY_LIMIT = 16 * 1024 * 1024
 ANSWER_LIMIT = 512 * 1024 * 1024
 NOBODY = "No engine that can answer is up."
-_NOBODY = Key(ANYBODY)  # until it is known who asks
-_NO_FACTS = Facts("")
 _THEIR_LOAD = (408, 429)  # 4xx that say something of the producer, not of the request
-
-
-@dataclass(slots=True)
-class Exchange:
-    """One client's request on its way. `headers` are those for the engines."""
-
-    method: bytes
-    endpoint: str
-    path: bytes
-    headers: list[tuple[bytes, bytes]]
-    request_id: str
-    client: Client
-    route: str = "local"
-    prefill: str = ""
-    decode: str = ""
-    key: Key = field(default_factory=lambda: _NOBODY)
-    leave: Pass | None = None  # its place at the gate, until its first token
-    facts: Facts = _NO_FACTS
-    decided: float = 0.0  # when it was decided whether a producer takes part
-    uncached: tuple[float, float] | None = None  # tokens to compute, then: with a producer, and without; as in worth.Decision
-    prompt_tokens: int | None = None  # as the producer counted them
-    marked: bytes = b""  # the client's body, if there are cache_control markers in it
-    may_begin: bool = False  # the producer's own first token may begin the stream
-    first: First | None = None  # that token
-    # For its record (history.py).
-    trail: Trail = field(default_factory=Trail)
-    model: str = ""
-    reason: str = ""
-    error: str = ""
-    trace_id: str = ""
-
-    def tell_route(self, why: str = "") -> None:
-        """Sets the answer's x-pdserve headers to what was done so far."""
-        self.reason = why
-        said = [("route", self.route), ("prefill", self.prefill), ("decode", self.decode), ("reason", why), *headers(self.trail.handed)]
-        said += [("first-token", self.prefill)] if self.first is not None else []
-        kept = [header for header in self.client.extra if not header[0].startswith(b"x-pdserve-")]
-        self.client.extra = kept + [(b"x-pdserve-" + key.encode(), value.encode()) for key, value in said if value]
-
-    def tell_cached(self, told: dict[str, Any] | None) -> None:
-        """What the engine that answers alone had of the prompt, if it told."""
-        if told is not None:
-            self.trail.handed = told
-            self.tell_route(self.reason)
 
 
 class Splitter:

@@ -16,7 +16,7 @@ from pdserve.proxy.lifetime import State
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-    from pdserve.proxy.split import Exchange
+    from pdserve.proxy.exchange import Exchange
 
 Headers = list[tuple[bytes, bytes]]
 

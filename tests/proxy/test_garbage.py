@@ -10,9 +10,9 @@ import pytest
 
 from pdserve.engines.fake.server import Fault
 from pdserve.errors import UpstreamError
+from pdserve.proxy.exchange import Exchange
 from pdserve.proxy.guard import Guarded
 from pdserve.proxy.relay import Client
-from pdserve.proxy.split import Exchange
 from pdserve.proxy.upstream import Upstream, _Connection
 
 pytestmark = pytest.mark.anyio
