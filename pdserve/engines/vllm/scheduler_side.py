@@ -167,8 +167,11 @@ class SchedulerSide:
     def _blocks(self, tracked: Tracked, start: int, tokens: int, local: int) -> list[int | None]:
         """The blocks of a chunk; None for those that the engine has already."""
         size = self._layout.block_tokens
-        have = local // size
-        return [tracked.block_ids[b] if b >= have else None for b in range(start // size, -(-(start + tokens) // size))]
+        first, end = start // size, -(-(start + tokens) // size)
+        known = min(max(local // size - first, 0), end - first)
+        if end > len(tracked.block_ids):
+            raise RuntimeError(f"{len(tracked.block_ids)} blocks known for tokens up to {start + tokens}")
+        return [None] * known + tracked.block_ids[first + known : end]
 
     # ---- every step ----
 
