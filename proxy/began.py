@@ -36,6 +36,7 @@ class _Line(msgspec.Struct):
     cached: dict[str, int]
     load_ms: float | None = None
     saved_ms: float | None = None
+    load_reason: str = ""
 
 
 class _Expected:
@@ -94,7 +95,7 @@ class Began:
         line = known.by_instance.get(instance) if known is not None and known.requests == 1 else None
         if line is None:
             return None
-        return {"cached": line.cached, "load_ms": line.load_ms, "saved_ms": line.saved_ms}
+        return {"cached": line.cached, "load_ms": line.load_ms, "saved_ms": line.saved_ms, "load_reason": line.load_reason}
 
     async def of_whole(self, request: str, instance: str) -> Told | None:
         """The same for an answer that is complete: the facts were told before it, and may be a moment behind it."""

@@ -82,6 +82,8 @@ def headers(handed: dict[str, Any] | None) -> list[tuple[str, str]]:
     for name in ("load", "saved"):
         if (ms := handed[f"{name}_ms"]) is not None:
             found.append((f"{name}-ms", f"{ms:.1f}"))
+    if (reason := handed["load_reason"]).isalpha():
+        found.append(("load-reason", reason))
     return found
 
 

@@ -25,6 +25,7 @@ class _Line(msgspec.Struct):
     cached: dict[str, int]
     load_ms: float | None
     saved_ms: float | None
+    load_reason: str
 
 
 class _Listener:
@@ -46,7 +47,8 @@ class Listeners:
     def tell(self, request: str, instance: str, told: telling.Began) -> None:
         if not self._listeners:
             return
-        line = msgspec.json.encode(_Line(request, instance, told.at, told.cached, told.load_ms, told.saved_ms)) + b"\n"
+        facts = _Line(request, instance, told.at, told.cached, told.load_ms, told.saved_ms, told.load_reason)
+        line = msgspec.json.encode(facts) + b"\n"
         for listener in self._listeners:
             if len(listener.lines) < MOST_WAITING:
                 listener.lines.append(line)

@@ -94,6 +94,8 @@ class Began(_Told, frozen=True, tag=4):
     cached: Annotated[dict[Text, Count], msgspec.Meta(max_length=64)]
     load_ms: Seconds | None = None
     saved_ms: float | None = None
+    #: why it was loaded, or was not: a word of breakeven.Reason; empty where nothing was found
+    load_reason: Text = ""
 
 
 class Facts(_Told, frozen=True, tag=9):

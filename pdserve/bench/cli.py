@@ -203,7 +203,7 @@ def add_arms(parser: argparse.ArgumentParser) -> None:
         "--arms",
         default="",
         metavar="A,B,...",
-        help="no-cache, gpu-cache, pd, pd+cache, cache, lmcache, nixl, offloading",
+        help="no-cache, gpu-cache, cache, pd, pd+cache, pd+adaptive, lmcache, nixl, offloading",
     )
     arms.add_argument("--topology", default="local-cpu-both", help="what all arms are made from (default %(default)s)")
     arms.add_argument(

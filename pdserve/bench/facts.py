@@ -77,4 +77,6 @@ def command() -> str:
         name, given, _ = word.partition("=")
         words.append("***" if hide else (f"{name}=***" if name == "--api-key" and given else word))
         hide = word == "--api-key"
-    return shlex.join(["pdserve", *words])
+    program = Path(sys.argv[0])
+    ours = program.name in ("pdserve", "__main__.py", "pytest")  # a script of the checkout's is named by its own path
+    return shlex.join([*(["pdserve"] if ours else ["python", "-P", str(Path(*program.parts[-3:]))]), *words])

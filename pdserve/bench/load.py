@@ -314,6 +314,7 @@ def _note(record: Record, reply: Reply, begin: float) -> None:
     record.output_tokens = reply.output_tokens or len(times)
     headers = reply.headers
     record.route, record.reason = headers.get("x-pdserve-route", ""), headers.get("x-pdserve-reason", "")
+    record.load_reason = headers.get("x-pdserve-load-reason", "")
     record.request_id = headers.get("x-request-id", "") or reply.id
     for name in ("load_ms", "saved_ms"):
         value = headers.get(f"x-pdserve-{name.replace('_', '-')}", "")

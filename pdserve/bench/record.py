@@ -42,6 +42,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     tiers: dict[str, int] = {}  # cached tokens by tier, where the server says so
     load_ms: float | None = None
     saved_ms: float | None = None
+    load_reason: str = ""  # why the engine loaded what the cache had, or computed it
     request_id: str = ""
 
     @property
@@ -57,7 +58,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
 _COLUMNS = (
     "arm", "repetition", "stage", "group", "session", "step", "phase", "status", "error", "intended", "sent", "first", "ended",
     "ttft_ms", "latency_ms", "itl_p50_ms", "itl_p99_ms", "itl_max_ms", "planned_tokens", "prompt_tokens", "output_tokens",
-    "cached_tokens", "tiers", "load_ms", "saved_ms", "route", "reason", "request_id",
+    "cached_tokens", "tiers", "load_ms", "saved_ms", "load_reason", "route", "reason", "request_id",
 )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ class Dialect(Protocol):
 
     def handed(self, handover: bytes) -> dict[str, Any] | None:
         """Where the producer's prompt came from, if the handover says: {"cached": {tier: tokens}, "load_ms": milliseconds or
-        None, "saved_ms": the same}."""
+        None, "saved_ms": the same, "load_reason": why it was loaded or not, "" if nothing was found}."""
 
     def may_begin(self, endpoint: str, body: Body) -> bool:
         """The stream of this request can be begun by the producer's own first token, whatever that will be."""

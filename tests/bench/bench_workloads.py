@@ -18,6 +18,7 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -121,7 +122,7 @@ STEPS = (
         "--budget 300 --out {out} --name regimes",
     )),
     Step("pd-regimes", 300, "small-two", lines=(
-        f"{REGIMES} --topology {{small-two}} --arms cache,pd+cache,pd+adaptive --working-sets 6000 --lengths 300,1500 --reuse 0,90 "
+        f"{REGIMES} --topology {{small-two}} --arms cache,pd+cache,pd+adaptive --working-sets 3000 --lengths 300,1500 --reuse 0,90 "
         "--budget 270 --out {out} --name pd-regimes",
     )),
     Step("size", 150, "one", lines=(
@@ -180,7 +181,7 @@ def run_lines(step: Step, known: dict[str, str], until: float) -> str:
     for words in lines_of(step, known):
         if ended == "to its end" or words[0] == "stop":
             say(f"pdserve {shlex.join(words)}")
-            ended = _run_line(words, Path(known["out"]), max(30.0, until - time.monotonic())) or ended
+            ended = _run_line(words, Path(known["out"]), max(30.0, until - STOP_SECONDS - time.monotonic())) or ended
     return ended
 
 
@@ -190,11 +191,17 @@ def _run_line(words: list[str], out: Path, limit: float) -> str:
     with contextlib.ExitStack() as stack:
         save = stack.enter_context((out / "size-check.json").open("w")) if "--check" in words else None
         told = stack.enter_context((out / "stderr.log").open("w+"))
+        process = stack.enter_context(
+            subprocess.Popen([sys.executable, "-P", "-m", "pdserve", *words], stdout=save, stderr=told)
+        )
         try:
-            command = [sys.executable, "-P", "-m", "pdserve", *words]
-            code = subprocess.run(command, stdout=save, stderr=told, check=False, timeout=limit).returncode
+            code = process.wait(limit)
         except subprocess.TimeoutExpired:
+            _interrupt(process)
             return f"{what} took longer than {limit:.0f} s"
+        except BaseException:
+            _interrupt(process)
+            raise
         told.seek(0)
         lines = [line for line in told.read().splitlines() if line.strip()]
     say("\n".join(lines))
@@ -202,6 +209,15 @@ def _run_line(words: list[str], out: Path, limit: float) -> str:
     if code > (words[1:2] == ["regimes"]):
         return f"{what} failed: {lines[-1] if lines else f'exit code {code}'}"
     return ""
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C does, so that it stops what it started; killed it would leave engines behind."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def run(step: Step, known: dict[str, str]) -> dict[str, object]:

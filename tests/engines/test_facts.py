@@ -15,6 +15,7 @@ import pytest
 from pdserve import marks
 from pdserve.chunk import ChunkLayout, KeyChain
 from pdserve.engines.vllm import facts
+from pdserve.engines.vllm.breakeven import Choice
 from pdserve.engines.vllm.facts import LegFacts, StoreFacts, Teller
 from pdserve.transfer import telling
 from pdserve.transfer.gone import Gone
@@ -83,7 +84,7 @@ def legs(told: Told) -> LegFacts:
 
 
 def test_a_hit_from_its_lookup_to_its_end(legs: LegFacts, told: Told) -> None:
-    it = tracked("a", list(range(5 * CHUNK + 3)))
+    it = tracked("a", list(range(5 * CHUNK + 3)), choice=Choice(True, "faster"))
     legs.decided(it, hit(3), 3 * CHUNK)
     legs.loaded(it, hit(3), result(), 3 * CHUNK, ["dram", "disk", "disk"], 0.05)
     legs.decided(it, None, 0)  # vLLM asks once more before it computes
@@ -93,6 +94,7 @@ def test_a_hit_from_its_lookup_to_its_end(legs: LegFacts, told: Told) -> None:
         "cached": {"gpu": 0, "dram": CHUNK, "disk": 2 * CHUNK},
         "load_ms": 50.0,
         "saved_ms": 200.0,
+        "load_reason": "faster",
     }
     (began,) = told.first
     assert (began.leg, began.cached) == ("cmpl-a-0-0123abcd", {"gpu": 0, "dram": CHUNK, "disk": 2 * CHUNK})
@@ -202,7 +204,7 @@ def test_what_may_not_wait_goes_first(cache_daemon: Any, monkeypatch: pytest.Mon
             teller.put_first(telling.Began(f"cmpl-r{number}-0-0123abcd", 1.0, {"dram": 256}, 2.5))
             teller.put(lambda _: telling.Ended("cmpl-r-0-0123abcd", 1, "stop"))
             line = json.loads(next(line for line in lines if line))
-            shown = {"cached": {"dram": 256}, "load_ms": 2.5, "saved_ms": None}
+            shown = {"cached": {"dram": 256}, "load_ms": 2.5, "saved_ms": None, "load_reason": ""}
             assert line == {"request": f"r{number}", "instance": "prefill-0", "at": 1.0, **shown}
         teller.close()
         assert not teller._thread.is_alive()

@@ -47,7 +47,7 @@ class Daemon:
             writer.write(b"%x\r\n%b\r\n" % (len(raw), raw))
 
     def tell(self, request: str, instance: str, **more: Any) -> None:
-        told = {"at": time.time(), "cached": {"gpu": 16, "dram": 512}, "load_ms": 12.345, "saved_ms": 87.0, **more}
+        told = {"at": time.time(), "cached": {"gpu": 16, "dram": 512}, "load_ms": 12.345, "saved_ms": 87.0, "load_reason": "faster", **more}
         self.say(json.dumps({"request": request, "instance": instance, **told}).encode() + b"\n")
 
 
@@ -81,7 +81,7 @@ async def test_told_and_forgotten(began: Began, daemon: Daemon, until: Any) -> N
     assert began.of("r", "both-0") is None
     daemon.tell("r", "both-0")
     await until(lambda: began.of("r", "both-0"))
-    assert began.of("r", "both-0") == {"cached": {"gpu": 16, "dram": 512}, "load_ms": 12.345, "saved_ms": 87.0}
+    assert began.of("r", "both-0") == {"cached": {"gpu": 16, "dram": 512}, "load_ms": 12.345, "saved_ms": 87.0, "load_reason": "faster"}
     assert began.of("r", "both-1") is None
     began.forget("r")
     assert (began.of("r", "both-0"), len(began)) == (None, 0)
@@ -191,7 +191,7 @@ async def test_from_the_engines_thread_through_a_daemon(start_cache: Any, tmp_pa
         return made.of("one", "both-0") is not None
 
     await until(tell, 60)
-    assert made.of("one", "both-0") == {"cached": {"gpu": 0, "dram": 256}, "load_ms": 1.5, "saved_ms": -2.0}
+    assert made.of("one", "both-0") == {"cached": {"gpu": 0, "dram": 256}, "load_ms": 1.5, "saved_ms": -2.0, "load_reason": ""}
     await asyncio.to_thread(running.stop)  # at once, although somebody listens
     await made.stop()
     await asyncio.to_thread(teller.close)

@@ -70,22 +70,26 @@ async def test_a_request_over_two_engines(rig: Any) -> None:
 @anyio
 async def test_headers_say_what_the_producer_had_cached(rig: Any) -> None:
     async with rig(admin_token="boss") as r:
-        r.p.facts = {"cached": {"gpu": 0, "dram": 2048, "disk": 256}, "load_ms": 12.345, "saved_ms": 87.0}
+        r.p.facts = {"cached": {"gpu": 0, "dram": 2048, "disk": 256}, "load_ms": 12.345, "saved_ms": 87.0, "load_reason": "faster"}
         for stream in (True, False):
             reply = await r.complete(stream=stream)
             told = {
-                name: reply.headers[f"x-pdserve-{name}"] for name in ("cached-tokens", "load-ms", "saved-ms", "route")
+                name: reply.headers[f"x-pdserve-{name}"]
+                for name in ("cached-tokens", "load-ms", "saved-ms", "load-reason", "route")
             }
             assert told == {
                 "cached-tokens": "gpu=0,dram=2048,disk=256",
                 "load-ms": "12.3",
                 "saved-ms": "87.0",
+                "load-reason": "faster",
                 "route": "pd",
             }
         record = (await listed(r))[0]
         assert (record["cached_tokens"], record["load_ms"]) == ({"dram": 2048, "disk": 256}, 12.345)
         r.p.facts = {"cached": {"gpu": 5}, "load_ms": 0.0, "saved_ms": None}
-        assert "x-pdserve-saved-ms" not in (await r.complete()).headers
+        assert not {"x-pdserve-saved-ms", "x-pdserve-load-reason"} & set((await r.complete()).headers)
+        r.p.facts = {"cached": {"gpu": 5}, "load_reason": "faster\r\nx-other: 1"}  # what is no word is not passed on
+        assert "x-pdserve-load-reason" not in (await r.complete()).headers
         r.p.facts = {"cached": "x"}
         assert "x-pdserve-cached-tokens" not in (await r.complete()).headers
         r.p.always = Fault("status")  # nobody told, so nothing is said

@@ -27,7 +27,7 @@ th:first-child, td:first-child, .text td { text-align: left; } .text td { white-
 .text td:first-child { color: #666; padding-right: 24px; } .dot { display: inline-block; width: 9px; height: 9px; margin-right: 7px; }
 ul { margin: 4px 0; padding-left: 20px; columns: 2 480px; column-gap: 28px; font-size: 13.5px; }
 li { margin: 2px 0; } .same { color: #777; } .warn { color: #a40000; font-weight: 600; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 14px 28px; margin: 14px 0; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 14px 28px; margin: 14px 0; }
 .plots svg { width: 100%; height: auto; }
 pre { background: #f5f5f5; padding: 8px 10px; white-space: pre-wrap; font-size: 12.5px; margin: 6px 0; }
 details { margin: 8px 0; } summary { cursor: pointer; color: #666; } nav a { margin-right: 16px; } a { color: #0057a8; }

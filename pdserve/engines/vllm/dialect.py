@@ -83,6 +83,7 @@ class _Cached(msgspec.Struct):
     cached: dict[str, int] = {}
     load_ms: float | None = None
     saved_ms: float | None = None
+    load_reason: str = ""
 
 
 class _Facts(msgspec.Struct):
@@ -160,7 +161,7 @@ def decode_body(endpoint: str, body: Body, handover: bytes | None, ids: bool = F
 
 
 def handed(handover: bytes) -> dict[str, Any] | None:
-    """Where the producer's prompt came from: {"cached": {tier: tokens}, "load_ms": .., "saved_ms": ..}."""
+    """Where the producer's prompt came from: {"cached": {tier: tokens}, "load_ms": .., "saved_ms": .., "load_reason": ..}."""
     try:
         facts = _facts.decode(handover).facts
     except (msgspec.DecodeError, RecursionError):

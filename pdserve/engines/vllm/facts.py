@@ -305,7 +305,8 @@ class LegFacts:
             start = (known["first"] + place) * size
             tokens = min(start + size, known["covered"]) - max(start, local)
             tiers[tier] = tiers.get(tier, 0) + max(0, tokens)
-        return {"cached": tiers, "load_ms": round(known["load_ms"], 3), "saved_ms": known["saved"]}
+        reason = "" if tracked.choice is None else str(tracked.choice.reason)
+        return {"cached": tiers, "load_ms": round(known["load_ms"], 3), "saved_ms": known["saved"], "load_reason": reason}
 
     def close(self) -> None:
         self._teller.close()

@@ -76,6 +76,8 @@ def test_a_key_is_not_in_the_noted_command(monkeypatch: pytest.MonkeyPatch) -> N
         "sys.argv", ["pdserve", "bench", "random", "--api-key", "secret", "--api-key=secret", "--seed", "1"]
     )
     assert facts.command() == "pdserve bench random --api-key '***' '--api-key=***' --seed 1"
+    monkeypatch.setattr("sys.argv", ["/home/somebody/checkout/tests/gpu/run_bench.py", "agents", "--gpu", "0"])
+    assert facts.command() == "python -P tests/gpu/run_bench.py agents --gpu 0"
     assert cli.headers_of(parse("random", "--header", "a=b=c")) == {"a": "b=c"}
 
 
