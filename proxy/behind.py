@@ -115,12 +115,12 @@ def tokens_to_text(data: bytes) -> list[int] | None:
 
 
 def with_text(data: bytes, text: str) -> bytes:
-    """The same with another first text."""
-    out, found = [], list(events(data))
-    at = next((n for n, event in enumerate(found) if any(choice["text"] for choice in event["choices"])), -1)
-    for n, event in enumerate(found):
-        if n == at:
-            event["choices"][0]["text"] = text
+    """The same with another first text: so much of `text`, which is all that its tokens say, as the engine shows of it."""
+    out, right = [], False
+    for event in events(data):
+        shown = event["choices"][0]["text"] if event["choices"] else ""
+        if shown and not right:
+            event["choices"][0]["text"], right = text[: text.rfind(shown[-1]) + 1], True
         out.append(encoded(event))
     return b"".join(out) + (DONE if data.endswith(DONE) else b"")
 

@@ -379,7 +379,7 @@ class Splitter:
                 text = self._dialect.detokenized(await asked.read(REPLY_LIMIT, until)) or ""
             if not tokens and not text.endswith("\ufffd"):
                 return first  # not a part of a character: a token that is never shown
-        return with_text(first, text.rstrip("\ufffd"))
+        return with_text(first, text)
 
     async def _answer_whole(
         self, instance: Instance, exchange: Exchange, answer: Answer, body: bytes, takeover: Takeover | None
