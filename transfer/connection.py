@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 HELLO_S = 5.0
 #: a client that does not read its answers is let go before it fills our memory
 MAX_UNSENT = 32 << 20
-#: chunks that are reserved or committed before others have their turn: in a full arena a chunk takes 25 us
-A_TURN = 16
+#: a long request is carried out in parts of so many chunks, and others have their turn when so much time has passed: in a
+#: full arena a chunk takes 15 to 50 us
+A_PART, A_TURN_S = 4, 0.00015
 
 
 class Connection(asyncio.Protocol):
@@ -63,25 +65,31 @@ class Connection(asyncio.Protocol):
         elif isinstance(message, wire.Facts):  # told in passing: no answer
             self._daemon.requests.take(message, self.label.partition("/")[0])
         elif len(parts := _parts(message)) > 1:
-            self._transport.pause_reading()
             self._left.extend(parts)
-            self._next_part()
+            self._take_turn()
         else:
             self._send(self._daemon.answer(message, self.client))
 
-    def _next_part(self) -> None:
-        """Of a long request; others' requests come between its parts, this client's own after it."""
+    def _take_turn(self) -> None:
+        """Parts of a long request, as many as the time allows."""
+        ends = time.perf_counter() + A_TURN_S
+        while self._left:
+            self._answers.append(self._daemon.answer(self._left.popleft(), self.client))
+            if self._left and time.perf_counter() > ends:
+                self._transport.pause_reading()  # what this client asks next comes after it
+                asyncio.get_running_loop().call_soon(self._next_turn)
+                return
+        answers, self._answers = self._answers, []
+        self._send(_together(answers))
+
+    def _next_turn(self) -> None:
+        """Others have had theirs."""
         if self._transport.is_closing():  # what was reserved so far has been given back
             self._left.clear()
             return
         try:
-            self._answers.append(self._daemon.answer(self._left.popleft(), self.client))
-            if self._left:
-                asyncio.get_running_loop().call_soon(self._next_part)
-                return
-            answers, self._answers = self._answers, []
-            self._send(_together(answers))
-            if not self._transport.is_closing():
+            self._take_turn()
+            if not self._left and not self._transport.is_closing():
                 self._transport.resume_reading()
             self._go_on()
         except ProtocolError as e:
@@ -125,10 +133,10 @@ class Connection(asyncio.Protocol):
 
 def _parts(message: wire.Request) -> list[wire.Request]:
     """The message, in pieces if it is a long one."""
-    if not isinstance(message, wire.Reserve | wire.Commit) or len(message.items) <= A_TURN:
+    if not isinstance(message, wire.Reserve | wire.Commit) or len(message.items) <= A_PART:
         return [message]
-    starts = range(0, len(message.items), A_TURN)
-    return [msgspec.structs.replace(message, items=message.items[at : at + A_TURN]) for at in starts]
+    starts = range(0, len(message.items), A_PART)
+    return [msgspec.structs.replace(message, items=message.items[at : at + A_PART]) for at in starts]
 
 
 def _together(answers: list[wire.Reply]) -> wire.Reply:

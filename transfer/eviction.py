@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 from typing import Protocol
 
+import msgspec
+
 
 class EvictionPolicy(Protocol):
     """Knows the chunks that can be evicted and in which order. Never names a chunk whose children are still there,
@@ -29,18 +31,21 @@ class EvictionPolicy(Protocol):
         """The chunk to evict next, or None when all that is left is pinned. Does not remove it."""
 
 
-class _Node:
-    __slots__ = ("depth", "parent", "pins", "rank")
-
-    def __init__(self, parent: bytes, depth: int) -> None:
-        self.parent, self.depth, self.pins = parent, depth, 0
-        self.rank = 0.0
+class _Node(msgspec.Struct, gc=False, eq=False):
+    parent: bytes
+    depth: int
+    pins: int = 0
+    rank: float = 0.0
+    #: the rank with which it stands in the heap, if it does
+    offered: float | None = None
 
 
 class LeafFirst:
     """Evicts, of the chunks that no other chunk builds on, the one that ranks lowest; _rank() says what a use is worth.
 
-    The heap holds (rank, key) and may be stale: an entry counts only while it equals the node's present state.
+    The heap holds (rank, key) and may be stale: an entry counts only while it equals the node's present state. Whoever asks
+    for a victim has to take away the stale ones above it, and waits for that; so few are made. A node stands there once with
+    each rank, and a chunk that got a child, just after it was added itself, is still the last entry and goes at once.
     """
 
     def __init__(self) -> None:
@@ -86,12 +91,20 @@ class LeafFirst:
 
     def victim(self) -> bytes | None:
         while self._heap:
-            rank, key = self._heap[0]
-            node = self._nodes.get(key)
-            if node is not None and node.rank == rank and not node.pins and key not in self._children:
-                return key
+            if not self._stale(self._heap[0]):
+                return self._heap[0][1]
             heapq.heappop(self._heap)
         return None
+
+    def _stale(self, entry: tuple[float, bytes]) -> bool:
+        """Whether the entry does not count; then it is about to go."""
+        rank, key = entry
+        node = self._nodes.get(key)
+        if node is not None and node.rank == rank:
+            if not node.pins and key not in self._children:
+                return False
+            node.offered = None
+        return True
 
     def _rank(self, node: _Node) -> float:
         """What the node is worth after the use that was just made of it; higher stays longer."""
@@ -99,14 +112,21 @@ class LeafFirst:
 
     def _offer(self, key: bytes) -> None:
         node = self._nodes[key]
-        if not node.pins and key not in self._children:
+        if not node.pins and key not in self._children and node.offered != node.rank:
+            while self._heap and self._stale(self._heap[-1]):  # a heap without its last entry is one
+                self._heap.pop()
             heapq.heappush(self._heap, (node.rank, key))
+            node.offered = node.rank
             if len(self._heap) > 4 * len(self._nodes) + 64:
                 self._rebuild()
 
     def _rebuild(self) -> None:
         self._heap = [(n.rank, k) for k, n in self._nodes.items() if not n.pins and k not in self._children]
         heapq.heapify(self._heap)
+        for node in self._nodes.values():
+            node.offered = None
+        for rank, key in self._heap:
+            self._nodes[key].offered = rank
 
 
 class LeafFirstLru(LeafFirst):

@@ -44,8 +44,9 @@ class Write:
 class Lower:
     """One lower tier, its threads and what is queued for them. Counters belong to the loop."""
 
-    def __init__(self, tier: Tier, rules: Rules) -> None:
-        self.tier, self.rules = tier, rules
+    def __init__(self, tier: Tier, rules: Rules, bit: int = 0) -> None:
+        """`bit` stands for it in Chunk.below."""
+        self.tier, self.rules, self.bit = tier, rules, bit
         self.name = tier.name
         #: contains() is so quick that the loop may ask
         self.indexed: bool = getattr(tier, "indexed", False)

@@ -2,50 +2,48 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from pdserve.chunk import FORMAT_VERSION
 from pdserve.transfer.allocator import align
 from pdserve.transfer.tiers.base import ChunkRecord
 from pdserve.transfer.wire import ReserveItem
 
 
-class Chunk:
-    """One chunk in the arena, being written (`digests` has gaps) or committed."""
+class Chunk(msgspec.Struct, gc=False, eq=False):
+    """One chunk in the arena, being written (`digests` has gaps) or committed. Never part of a cycle: the garbage collector
+    need not look at it."""
 
-    __slots__ = (
-        "below",
-        "committed",
-        "created",
-        "dead",
-        "digests",
-        "internal",
-        "key",
-        "leases",
-        "offset",
-        "open",
-        "parent",
-        "shard_bytes",
-        "source",
-        "stride",
-        "tag",
-        "tokens",
-        "uses",
-        "writer",
-    )
+    key: bytes
+    parent: bytes
+    tokens: int
+    tag: bytes
+    shard_bytes: int
+    stride: int
+    digests: list[int | None]
+    writer: str
+    offset: int
+    created: float
+    open: tuple[int, ...] = ()  # reservations whose client may still write
+    leases: int = 0  # clients' leases and our own holds
+    internal: bool = False  # the daemon itself brings it in, no client may join
+    source: str = "dram"  # the tier it came from, until a client has loaded it from here
+    below: int = 0  # lower tiers that have it, or have been asked to take it: Lower.bit of each
+    uses: int = 0  # loads since it is here
+    committed: bool = False
+    dead: bool = False  # not in the index any more; the space goes with the last holder
 
-    def __init__(self, item: ReserveItem, writer: str, offset: int, now: float) -> None:
-        self.key, self.parent, self.tokens = item.key, item.parent, item.tokens
-        self.shard_bytes, self.stride = item.shard_bytes, align(item.shard_bytes)
-        self.digests: list[int | None] = [None] * item.shards
-        self.writer, self.offset, self.created = writer, offset, now
-        self.open: set[int] = set()  # reservations whose client may still write
-        self.leases = 0  # clients' leases and our own holds
-        self.tag = item.tag
-        self.internal = False  # the daemon itself brings it in, no client may join
-        self.source = "dram"  # the tier it came from, until a client has loaded it from here
-        self.below: set[str] = set()  # lower tiers that have it, or have been asked to take it
-        self.uses = 0  # loads since it is here
-        self.committed = False
-        self.dead = False  # not in the index any more; the space goes with the last holder
+    @staticmethod
+    def begin(item: ReserveItem, writer: str, offset: int, now: float) -> Chunk:
+        digests: list[int | None] = [None] * item.shards
+        stride = align(item.shard_bytes)
+        return Chunk(
+            item.key, item.parent, item.tokens, item.tag, item.shard_bytes, stride, digests, writer, offset, now
+        )
+
+    def close(self, reservation: int) -> None:
+        """It is written, or given up."""
+        self.open = () if self.open == (reservation,) else tuple(r for r in self.open if r != reservation)
 
     @property
     def size(self) -> int:

@@ -157,7 +157,7 @@ class Store:
                 continue
             del self._reservations[item.reservation]
             chunk = held.chunk
-            chunk.open.discard(item.reservation)
+            chunk.close(item.reservation)
             if chunk.dead:
                 self._free_if_unheld(chunk)
                 continue
@@ -181,7 +181,7 @@ class Store:
             if held is None or held.client != client:
                 continue
             del self._reservations[rid]
-            held.chunk.open.discard(rid)
+            held.chunk.close(rid)
             self._forget(held.chunk)
             count += 1
         return count
@@ -201,14 +201,14 @@ class Store:
         item = ReserveItem(
             record.key, record.parent, 0, len(record.digests), record.shard_bytes, record.tokens, record.tag
         )
-        chunk = self._index[record.key] = self._unfinished[record.key] = Chunk(item, "", offset, now)
+        chunk = self._index[record.key] = self._unfinished[record.key] = Chunk.begin(item, "", offset, now)
         chunk.internal, chunk.source = True, source
-        chunk.open.add(_OURS)
+        chunk.open = (_OURS,)
         return chunk
 
     def publish(self, chunk: Chunk, digests: list[int]) -> bool:
         """The bytes are in place and verified. False when it was taken back meanwhile."""
-        chunk.open.discard(_OURS)
+        chunk.close(_OURS)
         if chunk.dead:
             self._free_if_unheld(chunk)
             return False
@@ -218,7 +218,7 @@ class Store:
 
     def discard(self, chunk: Chunk) -> None:
         """The bytes did not come, or are wrong."""
-        chunk.open.discard(_OURS)
+        chunk.close(_OURS)
         if not chunk.dead:
             for tell in self.on_forgotten:  # a chunk of an earlier daemon that is not what the journal says
                 tell(chunk)
@@ -280,13 +280,13 @@ class Store:
             if offset is None:
                 self._m["cache_reserve_failures_total"].labels("full").inc()
                 return Grant(FULL)
-            chunk = self._index[item.key] = self._unfinished[item.key] = Chunk(item, writer, offset, now)
+            chunk = self._index[item.key] = self._unfinished[item.key] = Chunk.begin(item, writer, offset, now)
         elif not self._may_join(chunk, item, writer):
             self._m["cache_reserve_failures_total"].labels("exists").inc()
             return Grant(BUSY)
         rid = self._new_id()
         self._reservations[rid] = Reservation(chunk, item.shard, item.count, client)
-        chunk.open.add(rid)
+        chunk.open = (*chunk.open, rid)
         return Grant(GRANTED, rid, chunk.offset + item.shard * chunk.stride)
 
     def _may_join(self, chunk: Chunk, item: ReserveItem, writer: str) -> bool:

@@ -85,7 +85,7 @@ class Tiering:
         """Tiers are asked in the order in which they are added."""
         if rules.write not in WRITE_POLICIES:
             raise ValueError(f"unknown write policy {rules.write!r}; known: {', '.join(WRITE_POLICIES)}")
-        lower = Lower(tier, rules)
+        lower = Lower(tier, rules, 1 << len(self.lowers))
         lower.write = lambda writes: self.writing.on_thread(lower, writes)
         self.lowers.append(lower)
 
@@ -199,7 +199,7 @@ class Tiering:
             self.metrics["cache_tier_failures_total"].labels(lower.name, "get", "no_room").inc()
             return False
         self.fault("promote.begin")
-        chunk.below.add(lower.name)
+        chunk.below |= lower.bit
         self._read(lower, _Load(chunk, record, now + lower.rules.get_s, promised))
         return promised
 

@@ -79,10 +79,10 @@ class Writing:
 
     def _offer(self, lower: Lower, chunk: Chunk) -> bool:
         """Queues the chunk for the tier; False when it was dropped instead."""
-        if lower.name in chunk.below:
+        if chunk.below & lower.bit:
             return True
         if lower.indexed and lower.tier.contains([chunk.key])[0] is not None:
-            chunk.below.add(lower.name)
+            chunk.below |= lower.bit
             return True
         size = chunk.size
         limit = self._store.allocator.capacity // DOWN_SHARE
@@ -90,7 +90,7 @@ class Writing:
             self._m["cache_tier_dropped_writes_total"].labels(lower.name).inc()
             return False
         self._store.hold(chunk)
-        chunk.below.add(lower.name)
+        chunk.below |= lower.bit
         lower.down += 1
         lower.down_bytes += size
         lower.call_down(Write(chunk, chunk.record(), self._shards(chunk), chunk.uses))
@@ -123,7 +123,7 @@ class Writing:
             self._store.unhold(chunk)
             took.observe(seconds)
             if outcome:
-                chunk.below.discard(lower.name)
+                chunk.below &= ~lower.bit
                 self._failed(lower.name, "put", outcome, why)
                 continue
             written.append(chunk)

@@ -6,12 +6,12 @@ import os
 import pytest
 
 from pdserve.errors import ProtocolError
-from pdserve.transfer import wire
+from pdserve.transfer import connection, wire
 from pdserve.transfer.allocator import PAGE
-from pdserve.transfer.connection import A_TURN
+from pdserve.transfer.connection import A_PART
 from pdserve.transfer.daemon import Daemon
 
-CHUNKS = 10 * A_TURN + 3
+CHUNKS = 10 * A_PART + 3
 
 
 def key(i):
@@ -74,7 +74,8 @@ def items(first=1, count=CHUNKS):
 
 
 @pytest.fixture
-def daemon():
+def daemon(monkeypatch):
+    monkeypatch.setattr(connection, "A_TURN_S", 0.0)  # one part each
     made = Daemon(name=f"connection-{os.getpid()}", size=2 * CHUNKS * PAGE, chunk_tokens=256)
     yield made
     made.close()
@@ -104,6 +105,18 @@ def test_others_are_answered_between_the_parts_of_a_long_request(daemon):
         a.gone()
         b.gone()
 
+    asyncio.run(run())
+
+
+def test_what_is_done_in_time_is_done_in_one_turn(daemon, monkeypatch):
+    async def run():
+        a = Client(daemon)
+        a.say(wire.Reserve(1, "w", items()))
+        assert [len(reply.grants) for reply in a.replies] == [CHUNKS]
+        assert a.transport.reading
+        a.gone()
+
+    monkeypatch.setattr(connection, "A_TURN_S", 3600.0)
     asyncio.run(run())
 
 

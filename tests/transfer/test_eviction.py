@@ -145,3 +145,18 @@ def test_the_heap_does_not_grow_with_touches(name):
     for i in range(100_000):
         lru.touch(key(1 + i % 10))
     assert len(lru._heap) < 200
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_whoever_asks_for_a_victim_finds_few_stale_entries_before_it(name):
+    policy = POLICIES[name]()
+    chain(policy, *range(1, 401))
+    assert len(policy._heap) == 1  # not one for each chunk that was a leaf for a moment
+    for _ in range(100):  # a prompt that is looked up again and again
+        for i in range(400, 0, -1):
+            policy.touch(key(i))
+            policy.pin(key(i))
+        for i in range(1, 401):
+            policy.unpin(key(i))
+    assert len(policy._heap) == 1
+    assert policy.victim() == key(400)

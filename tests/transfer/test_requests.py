@@ -236,6 +236,21 @@ def test_memory_is_bounded(requests: Requests, gone: Gone, monkeypatch: pytest.M
     assert few.removal(bytes([99]) * 32, 1000.0) is not None
 
 
+def test_what_is_remembered_of_keys_is_forgotten_key_by_key() -> None:
+    some = Gone(most=2048)
+    for n in range(10_000):
+        some.removed(n.to_bytes(32, "little"), "dram", "capacity", float(n))
+        assert len(some) <= 2048
+    kept = [n for n in range(10_000) if some.removal(n.to_bytes(32, "little"), 1e9) is not None]
+    assert len(kept) == 2048
+    assert set(range(9_000, 10_000)) <= set(kept)  # of each part the last ones
+    last = (9_999).to_bytes(32, "little")
+    for at in (20_000.0, 30_000.0, 40_000.0):  # the last two times are kept
+        some.removed(last, "disk", "dropped", at)
+    found = [some.removal(last, before) for before in (25_000.0, 35_000.0, 45_000.0)]
+    assert [r and r.at for r in found] == [None, 30_000.0, 40_000.0]
+
+
 def test_prompts_are_bounded_in_number_and_bytes() -> None:
     def prompt(n: int, tokens: list[int]) -> Prompt:
         made, edges = marks.make(tokens, CHUNK, SEED)

@@ -319,7 +319,7 @@ def test_ahead_of_need_only_so_many_are_evicted_in_a_turn(world, monkeypatch):
     for i in range(1, 11):
         w.put(10 * i, shards=2)
     for chunk in w.store.chunks():
-        chunk.below.add("memory")  # written when they were here before
+        chunk.below |= w.tiering.lowers[0].bit  # written when they were here before
     left = []
     for _ in range(3):
         w.tiering.writing.relieve()

@@ -49,13 +49,12 @@ class Segment:
         return self.name.number
 
 
-class Entry:
+class Entry(msgspec.Struct, gc=False, eq=False):
     """A chunk: where it stands, and how often it was read since it was written there."""
 
-    __slots__ = ("hits", "place", "segment")
-
-    def __init__(self, segment: Segment, place: Place, hits: int = 0) -> None:
-        self.segment, self.place, self.hits = segment, place, hits
+    segment: Segment
+    place: Place
+    hits: int = 0
 
 
 class _Listed(msgspec.Struct, frozen=True, array_like=True):
