@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from pdserve import log
 from pdserve.chunk import AS_IS
-from pdserve.engines.vllm import finding, layout, stages, versions
+from pdserve.engines.vllm import detokenizing, finding, layout, stages, versions
 from pdserve.engines.vllm.facts import Teller
 from pdserve.engines.vllm.messages import StepPlan
 from pdserve.engines.vllm.scheduler_side import SchedulerSide
@@ -41,6 +41,7 @@ class PdserveConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         log.setup("engine", vllm_config.kv_transfer_config.get_from_extra_config("pdserve.instance", ""))
         versions.check(vllm_version)
+        detokenizing.install()  # where engine and client's end are one process; build_prom_metrics() where they are not
         layout.check_supported(vllm_config, kv_cache_config)
         self._log = log.get("connector")
         self._vllm_config, self._config = vllm_config, kv_cache_config
@@ -212,6 +213,7 @@ class PdserveConnector(KVConnectorBase_V1):
 
     @classmethod
     def build_prom_metrics(cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any) -> Any:
+        detokenizing.install()  # this is called in the process that makes text of tokens
         return PromStats(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # ---- both ----
