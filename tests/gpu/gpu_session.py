@@ -121,6 +121,7 @@ class Run:
     until: float
     rounds: int = 5
     more: dict = field(default_factory=dict)  # arguments for vLLM
+    null: bool = False  # whether an engine with a connector that does nothing is wanted, too
     started: dict[str, Engine] = field(default_factory=dict)
 
     @property
@@ -142,12 +143,13 @@ class Run:
         return self.engines((name, options))[0]
 
     def pair(self) -> tuple[Engine, Engine]:
-        """Ours and the plain one, started by the step that needs them first."""
+        """Ours and the plain one, started by the step that needs them first; with them the null one, where it will be asked."""
         if "pdserve" not in self.started:
-            self.engines(("pdserve", {"connector": True, "socket": self.socket, **self.big}), ("plain", self.big))
+            named: list[tuple[str, dict]] = [("pdserve", {"connector": True, "socket": self.socket, **self.big}), ("plain", self.big)]
+            self.engines(*named, *([("null", {"peer": "null", **self.big})] if self.null else []))
         return self.started["pdserve"], self.started["plain"]
 
     def end_pair(self) -> None:
-        for name in ("pdserve", "plain"):
+        for name in ("pdserve", "plain", "null"):
             if name in self.started:
                 self.started.pop(name).stop()

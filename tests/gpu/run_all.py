@@ -115,7 +115,8 @@ def main() -> int:
     cache, socket = daemon(f"gpu{args.lane}", args.cache, 8080 + args.lane, args.out)
     Engine.ports += 800 * args.lane
     Engine.shrink = args.shrink
-    run = Run(args.out, args.model, args.small, socket, begun + args.budget, args.rounds, args.engine)
+    null = any(step.name == "overhead" for step in steps)
+    run = Run(args.out, args.model, args.small, socket, begun + args.budget, args.rounds, args.engine, null)
     try:
         for step in steps:
             if run.left < step.seconds:

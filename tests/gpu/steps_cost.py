@@ -52,9 +52,7 @@ class Arms:
 
     def __init__(self, run: Run) -> None:
         self.ours, plain = run.pair()
-        null = run.engine("null", peer="null", **run.big)
-        self._engines = {"plain": plain, "idle": self.ours, "null": null, "pdserve": self.ours}
-        self.null = null
+        self._engines = {"plain": plain, "idle": self.ours, "null": run.started["null"], "pdserve": self.ours}
         self.found: dict[str, dict[str, list[float]]] = results.setdefault("overhead", {})
 
     def ask(self, arm: str, what: str, **arguments) -> dict:
@@ -79,7 +77,7 @@ def overhead(run: Run) -> None:
     for arm in ("plain", "null", "pdserve"):
         arms.ask(arm, "generate", seeds=fixed, n=4000, out=64)
     arms.ours.do("settle")
-    for _ in range(rounds + 2):
+    for _ in range(rounds):
         for arm in ARMS:
             arms.keep("cached", arm, arms.ask(arm, "generate", seeds=fixed, n=4000, out=64)["tok_s"])
     arms.show("24 x 4000 + 64, all in the GPU's cache, tok/s", "cached")
@@ -100,7 +98,6 @@ def overhead(run: Run) -> None:
             if arm == "pdserve":
                 arms.ours.do("settle")  # what is still being stored must not slow the next one down
     arms.show("24 x 4000 + 64, nothing to reuse, tok/s", "new")
-    arms.null.stop()
     in_methods(arms)
 
 
