@@ -68,11 +68,15 @@ def make_plan(args: argparse.Namespace, server: Server) -> Plan:
     return plan
 
 
+def users(args: argparse.Namespace, plan: Plan) -> int:
+    """At most so many requests at a time, as far as the plan says."""
+    return int(args.concurrency or args.max_users or max(stage.concurrency for stage in plan.stages))
+
+
 def begin(args: argparse.Namespace, server: Server) -> Result:
     """The result's head, and the check of the client itself."""
     plan = make_plan(args, server)
-    users = args.concurrency or args.max_users or max(stage.concurrency for stage in plan.stages)
-    overhead = runner.overhead(users, args.max_client_overhead) if args.max_client_overhead else {}
+    overhead = runner.overhead(users(args, plan), args.max_client_overhead) if args.max_client_overhead else {}
     hidden = ("api_key", "header", "target", "json", "quiet", "out", "name")
     parameters = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in hidden}
     return Result(
@@ -127,7 +131,7 @@ def add(result: Result, outcome: Outcome, arm: str, repetition: int, about: Mapp
 
 def finish(args: argparse.Namespace, result: Result) -> int:
     """Judges the run itself, shows it, writes it. 1 if the client was too late for the figures to be believed."""
-    late = _late(args, result)
+    late = too_late(result, args.max_client_overhead)
     result.notes += late
     counts = phases(result.records)
     if left := {k: v for k, v in counts.items() if k != "measured"}:
@@ -144,11 +148,12 @@ def finish(args: argparse.Namespace, result: Result) -> int:
     return 1 if late or failed else 0
 
 
-def _late(args: argparse.Namespace, result: Result) -> list[str]:
+def too_late(result: Result, bound_ms: float) -> list[str]:
+    """A sentence if the client itself was so late that the figures say something of it; none with a bound of 0."""
     firsts = [r.ttft_ms for r in result.records if r.phase == "measured" and r.ttft_ms is not None]
-    if not firsts or not args.max_client_overhead:
+    if not firsts or not bound_ms:
         return []
-    allowed = max(args.max_client_overhead, LATE_SHARE * quantile(firsts, 0.5))
+    allowed = max(bound_ms, LATE_SHARE * quantile(firsts, 0.5))
     worst = max((run.lag_p99_ms for run in result.runs), default=0.0)
     if worst <= allowed:
         return []

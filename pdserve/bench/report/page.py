@@ -23,8 +23,10 @@ h3 { font-size: 14px; margin: 22px 0 4px; } p { margin: 6px 0; max-width: 90ch; 
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px; }
 .wide { overflow-x: auto; } th { text-align: right; font-weight: 500; color: #666; padding: 3px 14px 3px 0; white-space: nowrap; }
 td { text-align: right; padding: 3px 14px 3px 0; border-top: 1px solid #e8e8e8; white-space: nowrap; }
-th:first-child, td:first-child, .text td { text-align: left; } .text td { white-space: normal; vertical-align: top; }
-.text td:first-child { color: #666; padding-right: 24px; } .dot { display: inline-block; width: 9px; height: 9px; margin-right: 7px; }
+th:first-child, td:first-child, .text td { text-align: left; } .text td { white-space: normal; vertical-align: top;
+  overflow-wrap: anywhere; }
+.text td:first-child { color: #666; padding-right: 24px; overflow-wrap: normal; }
+.dot { display: inline-block; width: 9px; height: 9px; margin-right: 7px; }
 ul { margin: 4px 0; padding-left: 20px; columns: 2 480px; column-gap: 28px; font-size: 13.5px; }
 li { margin: 2px 0; } .same { color: #777; } .warn { color: #a40000; font-weight: 600; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 14px 28px; margin: 14px 0; }
@@ -86,6 +88,7 @@ def _plots(result: Result) -> list[str]:
         raise ConfigError("report", f"{error.name} is not installed", "pip install 'pdserve[bench]'") from error
 
     drawn: tuple[Callable[[Result], str], ...] = (
+        plots.regimes,
         plots.crossover,
         plots.ramp,
         plots.ttft_cdf,

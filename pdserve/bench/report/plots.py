@@ -209,6 +209,50 @@ def _swept(result: Result) -> dict[float, list[Record]]:
     return found
 
 
+POINT = re.compile(r"set (\d+), (length (\d+), reuse (\d+) %, users \d+)$")  # as grid.Point names it
+
+
+def regimes(result: Result) -> str:
+    """Of a sweep over several quantities: a panel for each prompt length, reuse and load, first tokens over the working set."""
+    panels: dict[str, dict[float, list[Record]]] = {}
+    for r in measured(result.records) if result.workload == "regimes" else []:
+        if found := POINT.match(r.group):
+            panels.setdefault(found[2], {}).setdefault(float(found[1]), []).append(r)
+    panels = {name: sets for name, sets in panels.items() if len(sets) > 1}
+    if not panels:
+        return ""
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    with mpl.rc_context(STYLE):
+        made = Figure(figsize=(2.7 * across if across > 1 else 5.4, 0.4 + 2.3 * down), layout="constrained")
+        grid = made.subplots(down, across, squeeze=False)
+    for axes, (name, sets) in zip(grid.flat, panels.items(), strict=False):
+        _panel(axes, result, name, sets)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    _legend(grid[0][0])
+    with mpl.rc_context(STYLE):
+        made.suptitle("Where one arm overtakes another", x=0.01, ha="left", fontweight="bold", fontsize=10)
+    return svg(made, "first tokens over the working set, by length, reuse and users")
+
+
+def _panel(axes: Axes, result: Result, name: str, sets: dict[float, list[Record]]) -> None:
+    every = []
+    for number, arm in enumerate(result.arms):
+        times = {x: [ttft(r, result.timeout) for r in rows if r.arm == arm] for x, rows in sorted(sets.items())}
+        means = {x: sum(t) / len(t) for x, t in times.items() if t}
+        every += list(means.values())
+        mark = MARKS[number % len(MARKS)]
+        axes.plot(list(means), list(means.values()), marker=mark, ms=4, lw=1.2, color=colour(result, arm), label=arm)
+    _spread(axes, list(sets), "x")
+    _spread(axes, every, "y")
+    axes.set_ylim(bottom=None if axes.get_yscale() == "log" else 0)
+    axes.set_title(name, loc="left", fontsize=8)
+    axes.set_xlabel("working set, tokens", fontsize=8)
+    axes.set_ylabel("TTFT mean, ms", fontsize=8)
+    axes.tick_params(labelsize=8)
+
+
 def ramp(result: Result) -> str:
     """Users and the quantile that steered them, period by period."""
     runs = [run for run in result.runs if run.periods]

@@ -64,6 +64,21 @@ def test_every_plot_is_an_svg_or_nothing(draw) -> None:  # type: ignore[no-untyp
     assert draw(Result(workload="random", command="", seed=0, timeout=1)) == ""
 
 
+def test_a_sweep_of_points_has_a_panel_for_each_that_has_several_working_sets() -> None:
+    found = Result(workload="regimes", command="", seed=0, timeout=60)
+    for arm in ("gpu-cache", "cache"):
+        found.runs.append(Run(arm=arm, repetition=1, seconds=1))
+        for size, length, reuse in ((2000, 300, 90), (60000, 300, 90), (2000, 1500, 90), (60000, 1500, 90), (300, 300, 0)):
+            name = f"set {size}, length {length}, reuse {reuse} %, users 1"
+            found.records += [record(arm, name, n, size / 10 if arm == "gpu-cache" else 90) for n in range(3)]
+    text = plots.regimes(found)
+    assert ElementTree.fromstring(text).tag.endswith("svg")
+    assert "length 300, reuse 90 %, users 1" in text
+    assert "length 1500, reuse 90 %, users 1" in text
+    assert "reuse 0 %" not in text
+    assert plots.regimes(sweep()) == ""
+
+
 def test_sweeps_and_ramps_are_drawn_for_those_who_have_them() -> None:
     assert plots.crossover(ramped()) == "" != plots.crossover(sweep())
     assert plots.ramp(sweep()) == "" != plots.ramp(ramped())
