@@ -29,7 +29,6 @@ class Behind:
 
     def __init__(self, given: Given, token: int) -> None:
         self._given, self._token, self._text = given, token, given.text
-        self._knows_prompt = bool(given.prompt_ids)
         self._seen = False  # the consumer's first token, and it is the same
         self._swaps: list[tuple[bytes, bytes]] | None = None
 
@@ -52,9 +51,9 @@ class Behind:
     def _first(self, piece: bytes) -> bytes:
         """What is left of an event from the beginning of the consumer's answer."""
         if found := _PROMPT_IDS.search(piece):
+            # A client that asked for them has them from the producer; reading them would take longer than all the rest.
             self._given.prompt_ids = self._given.prompt_ids or found[1]
-            if self._knows_prompt:
-                piece = piece[: found.start(1)] + b"null" + piece[found.end(1) :]
+            piece = piece[: found.start(1)] + b"null" + piece[found.end(1) :]
         event = next(events(piece), None)
         if event is None or not event["choices"]:
             raise Diverged("it ended before its first token")

@@ -266,6 +266,35 @@ async def processor(url: str, pid: int, words: int, times: int) -> list[dict[str
     return rows
 
 
+async def begun(urls: dict[str, str], pids: dict[str, int], words: int, tokens: int, times: int) -> list[dict[str, Any]]:
+    """What it costs to begin a stream with the producer's own first token: processor time of the proxy for each answer, and
+    when its first and second event come. The rows take turns."""
+    raw = json.dumps({"model": "fake", "prompt": "word " * words, "stream": True, "max_tokens": tokens}).encode()
+    ups = {name: Upstream(name, url) for name, url in urls.items()}
+    used, came = dict.fromkeys(urls, 0.0), {name: list[tuple[float, float]]() for name in urls}
+
+    async def ask(name: str) -> tuple[float, float]:
+        began, seen, at = time.perf_counter(), b"", []
+        async with ups[name].request(b"POST", b"/v1/completions", HEADERS, raw, 5) as answer:
+            while data := await answer.chunk(30):
+                seen += data
+                at += [time.perf_counter() - began] * (min(seen.count(b"\n\n"), 2) - len(at))
+        return at[0], at[1]
+
+    for n in range(ROUNDS + 1):
+        for name in turned(list(urls), n):
+            before = cpu(pids[name])
+            found = [await ask(name) for _ in range(max(10, times // ROUNDS))]
+            if n:
+                used[name] += cpu(pids[name]) - before
+                came[name] += found
+    rows: list[dict[str, Any]] = []
+    for name, pairs in came.items():
+        first, second = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
+        rows.append({"row": name, "cpu ms": used[name] * 1000 / len(pairs), "first": first, "second": second})
+    return rows
+
+
 async def clients(url: str, words: int, times: int) -> list[dict[str, Any]]:
     body = json.dumps({"model": "fake", "prompt": "word " * words, "stream": True, "max_tokens": 4}).encode()
     async with libraries(url, body) as rows:
@@ -291,6 +320,13 @@ def sections(start: Processes, times: int) -> dict[str, Callable[[], Coroutine[A
     slow, mute = start.engine(gap=0.02), start.engine(gap=30)
     paced = {"direct": slow, "proxy, PD": start.proxy("--prefill", producer, "--decode", slow, "--model", "fake")}
     paced_pid = start.running[-1].pid
+    late, later = start.engine(delay=0.02, gap=0.005), start.engine(delay=0.05, gap=0.005)
+    ways: dict[str, tuple[dict[str, str], dict[str, int]]] = {}
+    for what, (first, second) in {"instant": (producer, engine), "slow": (late, later)}.items():
+        ways[what] = {}, {}
+        for name, more in (("early leg", ()), ("early leg and token", ("--early-token",))):
+            words = ("--prefill", first, "--decode", second, "--model", "fake", "--early-decode", *more)
+            ways[what][0][name], ways[what][1][name] = start.proxy(*words), start.running[-1].pid
     quiet, quiet_pid = start.proxy("--decode", mute, "--model", "fake"), start.running[-1].pid
     return {
         "TTFT, prompt of 2,000 words": lambda: ttft(urls, 2000, times),
@@ -304,6 +340,9 @@ def sections(start: Processes, times: int) -> dict[str, Callable[[], Coroutine[A
         "ITL, 128 streams of 50 tokens/s": lambda: gaps(paced, 128, 100),
         "single events through one worker": lambda: single_events(paced["proxy, PD"], paced_pid, 200, 150, 50),
         "processor time of one request, PD": lambda: processor(pd, pids["proxy, PD"][0], 80_000, times // 10),
+        "first token of the producer's, 4 tokens": lambda: begun(*ways["instant"], 2000, 4, times),
+        "first token of the producer's, 200 tokens": lambda: begun(*ways["instant"], 2000, 200, times // 2),
+        "first token of the producer's, after 20 ms, the consumer's after 50": lambda: begun(*ways["slow"], 2000, 4, times // 4),
         "memory of idle streams": lambda: idle(quiet, quiet_pid, 500),
         "HTTP client alone, TTFT": lambda: clients(engine, 2000, times),
     }
