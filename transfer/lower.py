@@ -51,7 +51,8 @@ class Lower:
         #: contains() is so quick that the loop may ask
         self.indexed: bool = getattr(tier, "indexed", False)
         self.up = self.up_bytes = self.down = self.down_bytes = 0  # bytes of arena
-        self.deleting = 0
+        #: what is being deleted from it: these keys, or (None) what only the tier itself knows
+        self.going: list[frozenset[bytes] | None] = []
         self.rate = 100e6  # bytes/s up, as seen lately; the first guess is a slow disk's
         self.idle_since = 0.0
         #: carries out writes, on the thread that writes
@@ -72,6 +73,14 @@ class Lower:
     def call_down(self, job: Callable[[], None] | Write) -> None:
         """In order. Writes that wait behind one another are carried out together where the tier can."""
         self._downs.put(job)
+
+    @property
+    def deleting(self) -> bool:
+        return bool(self.going)
+
+    def may_give(self, key: bytes) -> bool:
+        """What is about to be deleted is not brought up any more: it would be in memory, and stay."""
+        return all(keys is not None and key not in keys for keys in self.going)
 
     def seconds_for(self, size: int) -> float:
         return (self.up_bytes + size) / self.rate

@@ -124,14 +124,21 @@ class Store:
         return None if key is None else self._index[key]
 
     def drop(self, keys: list[bytes], reason: str) -> int:
-        """Takes committed chunks out of the cache now; returns how many were there."""
+        """Takes committed chunks out of the cache now; returns how many were there. What the daemon is bringing in goes, too,
+        and is told of: an earlier daemon's journal may have it, and it would be back with the next start."""
         count = 0
         self.removing = reason
         for key in keys:
             chunk = self._index.get(key)
-            if chunk is not None and chunk.committed:
+            if chunk is None:
+                continue
+            if chunk.committed:
                 self._forget(chunk)
                 count += 1
+            elif chunk.internal:
+                for tell in self.on_forgotten:
+                    tell(chunk)
+                self._forget(chunk)
         self.removing = "capacity"
         self.dropped += count
         if count:
@@ -139,8 +146,8 @@ class Store:
         return count
 
     def clear(self) -> int:
-        """Drops everything that is visible."""
-        return self.drop([k for k, c in self._index.items() if c.committed], "cleared")
+        """Drops everything that is visible or on its way."""
+        return self.drop([k for k, c in self._index.items() if c.committed or c.internal], "cleared")
 
     # ---- writing ----
 

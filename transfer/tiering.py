@@ -187,6 +187,8 @@ class Tiering:
         if found is None:
             return self.remote.asking(key, now)
         lower, record = found
+        if not lower.may_give(key):
+            return False
         size = align(record.shard_bytes) * len(record.digests)
         promised = lower.seconds_for(size) <= PROMISE_S
         if lower.up_bytes and lower.up_bytes + size > self.store.allocator.capacity // UP_SHARE:
@@ -234,7 +236,8 @@ class Tiering:
 
     def _read_done(self, lower: Lower, load: _Load, outcome: str, why: str, seconds: float) -> None:
         size, key = load.record.payload_bytes, load.record.key
-        self._loads.pop(key, None)
+        if self._loads.get(key) is load:
+            del self._loads[key]
         lower.up -= 1
         lower.up_bytes -= load.chunk.size
         if lower is self._recovery:
@@ -282,6 +285,7 @@ class Tiering:
             self.remote.forget(key)
             if key in self._loads:
                 self._loads[key].unwanted = True
+                self.store.drop([key], "dropped")
 
     @property
     def deleting(self) -> bool:

@@ -12,6 +12,9 @@ from pdserve.transfer.tiers.base import ChunkRecord, TierError
 #: which of the chunks that a tier lists are meant
 Choose = Callable[[Iterable[ChunkRecord]], list[bytes]]
 
+#: see Lower.going
+Going = frozenset[bytes] | None
+
 #: what listing a remote tier may take, and keys in one call of its delete()
 LIST_S, BATCH = 300.0, 256
 CANNOT_LIST = "cannot list what it holds: only chunks that this host knows of were deleted, the others age out"
@@ -41,7 +44,8 @@ class Wipe:
         """Deletes `keys` everywhere and, with `choose`, what it picks of all that a remote tier lists."""
         outcome = Outcome()
         for lower in self._lowers:
-            self._start(outcome, lower, lambda lower=lower: _delete(lower, keys, choose))  # type: ignore[misc]
+            going = frozenset(keys) if choose is None or lower.indexed else None
+            self._start(outcome, lower, going, lambda lower=lower: _delete(lower, keys, choose))  # type: ignore[misc]
         return outcome
 
     def everything(self, shared: bool = False) -> Outcome:
@@ -50,9 +54,9 @@ class Wipe:
         for lower in self._lowers:
             clear = getattr(lower.tier, "clear", None)
             if clear is not None:
-                self._start(outcome, lower, lambda clear=clear: (clear(), ""))  # type: ignore[misc]
+                self._start(outcome, lower, None, lambda clear=clear: (clear(), ""))  # type: ignore[misc]
             elif shared:
-                self._start(outcome, lower, lambda lower=lower: _delete(lower, [], _all))  # type: ignore[misc]
+                self._start(outcome, lower, None, lambda lower=lower: _delete(lower, [], _all))  # type: ignore[misc]
             else:
                 outcome.tiers[lower.name] = {"deleted": 0, "left": KEPT}
         return outcome
@@ -61,21 +65,21 @@ class Wipe:
     def busy(self) -> bool:
         return any(lower.deleting for lower in self._lowers)
 
-    def _start(self, outcome: Outcome, lower: Lower, call: Callable[[], tuple[int, str]]) -> None:
-        lower.deleting += 1
+    def _start(self, outcome: Outcome, lower: Lower, going: Going, call: Callable[[], tuple[int, str]]) -> None:
+        lower.going.append(going)
         outcome.pending.add(lower.name)
-        lower.call_down(lambda: self._on_thread(outcome, lower, call))
+        lower.call_down(lambda: self._on_thread(outcome, lower, going, call))
 
-    def _on_thread(self, outcome: Outcome, lower: Lower, call: Callable[[], tuple[int, str]]) -> None:
+    def _on_thread(self, outcome: Outcome, lower: Lower, going: Going, call: Callable[[], tuple[int, str]]) -> None:
         count, left, why = 0, "", ""
         try:
             count, left = call()
         except Exception as e:  # noqa: BLE001 - a tier is somebody else's code: the others are deleted from all the same
             why = f"{type(e).__name__}: {e}"
-        self._post(lambda: self._done(outcome, lower, count, left, why))
+        self._post(lambda: self._done(outcome, lower, going, count, left, why))
 
-    def _done(self, outcome: Outcome, lower: Lower, count: int, left: str, why: str) -> None:
-        lower.deleting -= 1
+    def _done(self, outcome: Outcome, lower: Lower, going: Going, count: int, left: str, why: str) -> None:
+        lower.going.remove(going)
         outcome.pending.discard(lower.name)
         outcome.tiers[lower.name] = {"deleted": count} | ({"left": why or left} if why or left else {})
         if why:

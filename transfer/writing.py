@@ -81,7 +81,7 @@ class Writing:
         """Queues the chunk for the tier; False when it was dropped instead."""
         if chunk.below & lower.bit:
             return True
-        if lower.indexed and lower.tier.contains([chunk.key])[0] is not None:
+        if lower.indexed and lower.may_give(chunk.key) and lower.tier.contains([chunk.key])[0] is not None:
             chunk.below |= lower.bit
             return True
         size = chunk.size

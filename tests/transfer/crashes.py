@@ -145,6 +145,8 @@ class Life:
                 case "drop":
                     self.tell("dropping", i)
                     self.daemon.drop([key(i)])
+                    if self.rng.random() < 0.5:  # others ask while the disk still has it
+                        await self.load(i - i % 6, 6)
                     await self.settle()
                     self.tell("dropped", i)
                 case "clear":

@@ -439,6 +439,70 @@ def test_deleting_goes_down_to_the_tiers(world):
     assert w.lookup(1) == ([], 0)
 
 
+def test_what_is_being_deleted_is_not_brought_up_and_may_be_stored_anew(world):
+    """The tier deletes on its own thread; until then it has the chunk, and who asks must not get it into memory again."""
+    tier = Together()
+    tier.open.set()
+    w = world(tier)
+    for i in (1, 2, 11):
+        w.put(i, shards=1)
+    w.forget()
+    tier.open.clear()
+    w.tiering.delete([key(1), key(2)])
+    assert w.lookup(1) == ([], 0)
+    assert not w.tiering.bring_up(key(1), time.monotonic())
+    assert w.lookup(11) == ([], 1)  # others are
+    w.settle = lambda: None
+    assert w.put(2, shards=1) == GRANTED
+    tier.open.set()
+    w.turn(lambda: not w.tiering.deleting and not w.lower.down and not w.lower.up and w.posted.empty())
+    assert [w.tier.contains([key(i)])[0] is not None for i in (1, 2, 11)] == [False, True, True]
+    assert w.lookup(1) == ([], 0)
+    del w.settle
+    w.forget()
+    assert w.fetch(2) == ["memory"]
+
+
+def test_while_a_tier_is_cleared_nothing_comes_from_it(world):
+    tier = Together()
+    tier.open.set()
+    tier.clear = lambda: tier.delete([key(1)])
+    w = world(tier)
+    w.put(1)
+    w.forget()
+    tier.open.clear()
+    w.tiering.clear()
+    assert w.lookup(1) == ([], 0)
+    tier.open.set()
+    w.turn(lambda: not w.tiering.deleting)
+    assert w.lookup(1) == ([], 0)
+
+
+@pytest.mark.parametrize("how", ["drop", "choose", "clear"])
+def test_what_is_deleted_before_it_is_verified_is_told_at_once(world, how):
+    """So that the journal does not bring it back when the daemon is killed before it has come to it."""
+    w = world(pages=12)
+    w.put(1)
+    chunk = w.store.peek(key(1))
+    again = world(pages=12)
+    again.arena[:] = w.arena
+    told = []
+    again.store.on_forgotten.append(lambda chunk: told.append((chunk.key, again.store.removing)))
+    assert again.tiering.verify_in_place([(chunk.record(), chunk.offset)]) == 1
+    if how == "clear":
+        again.store.clear()
+        again.tiering.clear()
+    else:
+        again.store.drop([key(1)] if how == "drop" else [], "dropped")
+        again.tiering.delete([key(1)] if how == "drop" else [], (lambda records: []) if how == "choose" else None)
+    assert told == [(key(1), "cleared" if how == "clear" else "dropped")]
+    assert again.lookup(1) == ([], 0)
+    again.turn(lambda: not again.tiering.recovering)
+    assert again.lookup(1) == ([], 0)
+    assert len(told) == 1
+    assert again.store.stats()["used_bytes"] == 0
+
+
 def test_a_store_that_is_asked_for_each_key_is_asked_in_slices_up_to_the_first_gap(world, monkeypatch):
     monkeypatch.setattr("pdserve.transfer.remote.SLICES", {"memory": 2})
     w = world(tier=MemoryTier())

@@ -147,9 +147,17 @@ class DiskTier:
     def delete(self, keys: list[bytes]) -> int:
         """Also on the disk: what was deleted does not come back with a restart."""
         gone = [e for k in keys if (e := self._drop(k)) is not None]
+        failed: Exception | None = None
         for entry in gone:
-            with contextlib.suppress(OSError, TierError):  # read-only, say; the digests still guard what may come back
+            try:
                 self._mark_dead(entry)
+            except (OSError, TierError) as e:
+                failed = e
+        if failed is not None:
+            raise TierError(
+                f"disk: out of use, but the disk does not take the marks ({failed}): what is not overwritten by then"
+                " comes back with a restart; delete it again after that"
+            ) from failed
         return len(gone)
 
     def stats(self) -> dict[str, int | float | str]:
@@ -251,7 +259,13 @@ class DiskTier:
             records.append((head, payload))
             at = places[-1].end
         self._fault("disk.put.begin")
-        segments.write_records(segment.fd, segment.end, records, deadline)
+        try:
+            segments.write_records(segment.fd, segment.end, records, deadline)
+        except (OSError, TierError):
+            # A part may stand there that the index does not know: deleting would not reach it, the next start would find it.
+            with contextlib.suppress(OSError):
+                os.ftruncate(segment.fd, segment.end)
+            raise
         self._fault("disk.put.written")
         unwanted = []
         with self._lock:
@@ -283,19 +297,16 @@ class DiskTier:
         return segment
 
     def _failed(self, error: OSError) -> None:
-        """A write did not go through: say why, cut its traces off, and leave the disk alone for a moment."""
+        """A write did not go through: say why, and leave the disk alone for a moment."""
         words = {errno.ENOSPC: "full", errno.EDQUOT: "full", errno.EROFS: "read-only"}
         state = words.get(error.errno or 0, f"failing: {error.strerror or error}")
         if state != self._state:
             self._log.warning("disk tier %s: writes are refused for now (%s); serving goes on", state, error)
         self._state, self._retry_at = state, time.monotonic() + RETRY_S
         current, self._current = self._current, None
-        if current is not None:
+        if current is not None and current.end == PAGE and not current.keys:  # not one more empty file with each attempt
             with contextlib.suppress(OSError):
-                os.ftruncate(current.fd, current.end)
-            if current.end == PAGE and not current.keys:  # not one more empty file with each attempt
-                with contextlib.suppress(OSError):
-                    self._throw_away(current)
+                self._throw_away(current)
 
     def _make_room(self, total: int, deadline: float) -> bool:
         """Keeps under the cap and above the floor of free space by throwing the least used segments away."""

@@ -281,6 +281,40 @@ def test_deleted_chunks_stay_deleted_after_a_crash(tmp_path):
     again.close()
 
 
+@pytest.mark.parametrize("why", [OSError(errno.EIO, "no"), TierError("disk: deadline passed")])
+def test_what_was_written_but_not_noted_cannot_come_back_after_it_is_deleted(tmp_path, monkeypatch, why):
+    tier = open_tier(tmp_path)
+    fill(tier, [0])
+    real = segments.write_records
+
+    def written_all_the_same(*args):
+        real(*args)
+        raise why
+
+    monkeypatch.setattr(segments, "write_records", written_all_the_same)
+    with pytest.raises(TierError):
+        tier.put_many([chunk(i) for i in (1, 2)], soon())
+    monkeypatch.undo()
+    tier._retry_at = 0.0
+    fill(tier, [3])
+    assert tier.delete([chunk(i)[0].key for i in (1, 2)]) == 0
+    os.close(tier._lock_file)  # as if killed: no close()
+    again = open_tier(tmp_path)
+    assert present(again, range(4)) == [0, 3]
+    again.close()
+
+
+def test_a_disk_that_does_not_take_the_marks_says_so(tmp_path, monkeypatch):
+    tier = open_tier(tmp_path)
+    fill(tier, range(3))
+    monkeypatch.setattr(os, "pwritev", lambda fd, views, at: _fail(errno.EROFS))
+    with pytest.raises(TierError, match="comes back with a restart"):
+        tier.delete([chunk(i)[0].key for i in (0, 1)])
+    monkeypatch.undo()
+    assert present(tier, range(3)) == [2]
+    tier.close()
+
+
 class Killed(BaseException):
     pass
 
