@@ -117,7 +117,7 @@ class Splitter:
         finally:
             if told:
                 self._began.forget(exchange.request_id)
-            if exchange.first is not None and isinstance(takeover, OfChoices):
+            if isinstance(takeover, OfChoices) and takeover.first is not None:
                 self._labelled("first_tokens_total", takeover.outcome).inc()
 
     def _may_begin(self, endpoint: str, ask: openai.Ask) -> bool:
