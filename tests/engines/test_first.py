@@ -90,7 +90,8 @@ def test_chance_binds_whatever_it_draws_and_greed_leaves_it_to_the_consumer(chat
     ("asked", "said", "told"),
     [
         ({}, reply(), b"{}"), ({}, reply(), b'{"pdserve.first":{"token":"x"}}'), ({}, b"<html>", handover()),
-        ({}, reply(text=None), handover()), ({}, reply(), handover(room=1)), ({"max_tokens": 9}, reply(), handover(room=8)), ({}, reply(finish="abort"), handover()),
+        ({}, reply(text=None), handover()), ({}, reply(), handover(room=1)),
+        ({"max_tokens": 9}, reply(), handover(room=8)), ({}, reply(finish="abort"), handover()),
     ],
 )  # fmt: skip
 def test_what_is_not_known_for_certain_waits_for_the_consumer(asked: dict[str, Any], said: bytes, told: bytes) -> None:
