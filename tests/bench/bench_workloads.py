@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,8 +65,8 @@ TOPOLOGIES = {
     "two": topology("two", TWO),
     "small": topology("small", ONE, length=2048),
     "small-two": topology("small-two", TWO, length=2048),
-    # the engine's own cache and the DRAM tier hold one of the two prompts that are asked again, so that each comes from Redis
-    "remote": topology("remote", ONE, share=1.04, size="128MiB", tiers=f'["redis://127.0.0.1:{REDIS_PORT}/0"]'),
+    # the DRAM tier holds two of the four prompts that are asked in a circle, so that each comes from Redis
+    "remote": topology("remote", ONE, share=1.04, size="160MiB", tiers=f'["redis://127.0.0.1:{REDIS_PORT}/0"]'),
 }
 PAIR = ("gpu-cache", "cache")
 AGENTS = "trace-replay --trace-directory {traces} --scale 0.02 --max-context 1600 --time-scale 0.05 --max-delay 2 --max-output 12"
@@ -93,8 +94,8 @@ INTERFERENCE = Load(
 )
 REMOTE = Load(
     "remote-tier",
-    "long-doc-qa --num-documents 2 --document-length 3600 --output-len 4 --repeat-count 1 --repeat-mode tile --max-inflight-requests 1",
-    16,
+    "long-doc-qa --num-documents 4 --document-length 3000 --output-len 4 --repeat-count 1 --repeat-mode tile --max-inflight-requests 1",
+    24,
 )
 CHECKED = "--num-documents 4 --document-length 1500 --output-len 8 --repeat-count 2 --max-inflight-requests 1"
 
@@ -133,7 +134,7 @@ STEPS = (
         "--check {out}/size-run.json --json",
         "stop bench-one",
     )),
-    Step("remote", 200, "remote", ",".join(PAIR), (REMOTE,), redis=True),
+    Step("remote", 240, "remote", ",".join(PAIR), (REMOTE,), redis=True),
 )  # fmt: skip
 STOP_SECONDS = 30.0
 SAID = "the cache keeps what a model has read so that it need not read it again when somebody asks about it later"
@@ -190,7 +191,7 @@ def _run_line(words: list[str], out: Path, limit: float) -> str:
     what = f"`pdserve {shlex.join(words[:2])}`"
     with contextlib.ExitStack() as stack:
         save = stack.enter_context((out / "size-check.json").open("w")) if "--check" in words else None
-        told = stack.enter_context((out / "stderr.log").open("w+"))
+        told = stack.enter_context(tempfile.TemporaryFile("w+"))
         process = stack.enter_context(
             subprocess.Popen([sys.executable, "-P", "-m", "pdserve", *words], stdout=save, stderr=told)
         )
@@ -225,7 +226,7 @@ def run(step: Step, known: dict[str, str]) -> dict[str, object]:
     began = time.monotonic()
     say(f"## {step.name}, at most {step.seconds} s")
     try:
-        with redis(Path(known["out"])) if step.redis else contextlib.nullcontext():
+        with redis() if step.redis else contextlib.nullcontext():
             if step.loads:
                 todo = {load.name: suite.parsed(words_of(step, load, known)) for load in step.loads}
                 ended = suite.run(step.loads, todo, step.seconds, STOP_SECONDS, say)
@@ -239,17 +240,18 @@ def run(step: Step, known: dict[str, str]) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def redis(out: Path) -> Iterator[None]:
+def redis() -> Iterator[None]:
     """A server that keeps nothing on disk, until the step ends."""
     if shutil.which("redis-server") is None:
         raise StartError("redis-server is not installed (scripts/setup.py --test-servers installs it)")
     words = ["redis-server", "--port", str(REDIS_PORT), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    with (out / "redis.log").open("w") as log, subprocess.Popen(words, stdout=log, stderr=log) as process:
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(words, stdout=log, stderr=log) as process:
         try:
             until = time.monotonic() + 10
             while not _answers(REDIS_PORT):
                 if process.poll() is not None or time.monotonic() > until:
-                    raise StartError(f"redis-server did not come up on port {REDIS_PORT}; see {log.name}")
+                    log.seek(0)
+                    raise StartError(f"redis-server did not come up on port {REDIS_PORT}: {log.read()[-300:]}")
                 time.sleep(0.1)
             yield
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -80,3 +81,29 @@ def test_what_was_not_run_is_said_and_every_figure_has_its_folder(tmp_path: Path
     for block in blocks:
         filled = tables.MISSING not in block[0]
         assert (ROOT / "docs" / block[2]).is_dir() == filled, f"run scripts/benchmark_tables.py: {block[2]}"
+
+
+def test_the_simulation_stands_beside_the_real_run_with_its_error(tmp_path: Path) -> None:
+    rows = [
+        {"name": "hit rate", "simulated": 0.95, "measured": 1.0, "ratio": 0.95},
+        {"name": "TTFT mean, s", "simulated": 1.28, "measured": 1.0, "ratio": 1.28},
+    ]
+    (tmp_path / "size-check.json").write_text(json.dumps(rows))
+    text = "\n".join(tables.size_check(tmp_path / "size-check.json"))
+    assert "| hit rate | 0.95 | 1 | -5.0% |" in text
+    assert "farthest off is TTFT mean, s, by +28.0%" in text
+    assert tables.size_check(tmp_path / "none.json") == []
+    (tmp_path / "size-check.json").write_text("")  # a check that failed
+    assert tables.size_check(tmp_path / "size-check.json") == []
+
+
+def test_each_sweep_says_whose_sentence_it_is(tmp_path: Path) -> None:
+    found = result({"gpu-cache": 100.0, "cache": 50.0})
+    found.workload = "regimes"
+    for record in found.records:
+        record.group = "set 6000, length 300, reuse 90 %, users 1"
+    results.write(found, tmp_path, "pd-regimes")
+    text = tables.render(tmp_path)
+    assert "| set 6000, length 300, reuse 90 %, users 1 | 100 ms | 50 ms |" in text
+    assert "- pd-regimes: cache against the best fixed arm of each of 1 points: ahead at 1." in text
+    assert "strictly better than gpu-cache" in text
