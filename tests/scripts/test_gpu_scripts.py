@@ -101,3 +101,34 @@ def test_some_prompts_of_the_pressure_check_begin_alike(scripts):
     assert texts == scripts.pressure.prompts(9, 100)
     assert all(texts[i].startswith(texts[i - 1]) for i in (2, 5, 8))
     assert len(set(texts)) == 9
+
+
+class Answers:
+    """An engine_probe that only counts what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def do(self, name, seconds=60, **arguments):
+        self.asked.append((name, arguments))
+        calls = {"scheduler build_connector_meta": [10, 1.0], "worker get_finished": [10, 0.5]}
+        return {
+            "generate": {"tok_s": 100.0, "ms": 50.0}, "itl": {"p50": 5.0, "p99": 6.0}, "calls": calls,
+        }.get(name, {})  # fmt: skip
+
+
+def test_each_arm_follows_another_engine_and_ours_is_told_when_to_be_idle(scripts, monkeypatch):
+    ours, plain, null = Answers(), Answers(), Answers()
+    monkeypatch.setattr(scripts.session, "table", [])
+    run = types.SimpleNamespace(pair=lambda: (ours, plain), started={"null": null}, rounds=1)
+    scripts.cost.overhead(run)
+    found = scripts.session.results["overhead"]
+    assert {len(figures) for of_arm in found.values() for figures in of_arm.values()} == {2}
+    assert set(found["new"]) == set(scripts.cost.ARMS)
+    for asked in (ours, plain, null):
+        seeds = [tuple(a["seeds"]) for name, a in asked.asked if name == "generate" and a["seeds"][0] >= 100000]
+        assert len(set(seeds)) == len(seeds), "new is new"
+    switched = [a["on"] for name, a in ours.asked if name == "connector"]
+    assert switched.count(False) == 2 + 2 * 2 + 2
+    assert switched[-1] is True
+    assert any("in the connector, new" in what for what, _ in scripts.session.table)
