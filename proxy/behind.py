@@ -8,13 +8,12 @@ follows that one. Pure.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from pdserve.proxy.given import Given, events, pieces_of
 from pdserve.proxy.seam import DONE, Diverged, encoded
 
-_PROMPT_IDS = re.compile(rb'"prompt_token_ids":(\[[0-9,]*\])')
+_PROMPT_IDS = b'"prompt_token_ids":['  # in JSON text a quote inside a value is escaped, so this can only be the key
 _HEAD = ("id", "created")
 
 
@@ -50,10 +49,13 @@ class Behind:
 
     def _first(self, piece: bytes) -> bytes:
         """What is left of an event from the beginning of the consumer's answer."""
-        if found := _PROMPT_IDS.search(piece):
+        if (at := piece.find(_PROMPT_IDS)) >= 0:
             # A client that asked for them has them from the producer; reading them would take longer than all the rest.
-            self._given.prompt_ids = self._given.prompt_ids or found[1]
-            piece = piece[: found.start(1)] + b"null" + piece[found.end(1) :]
+            begin, end = at + len(_PROMPT_IDS) - 1, piece.find(b"]", at) + 1
+            if not end:
+                raise Diverged("its first event is not whole")
+            self._given.prompt_ids = self._given.prompt_ids or piece[begin:end]
+            piece = piece[:begin] + b"null" + piece[end:]
         event = next(events(piece), None)
         if event is None or not event["choices"]:
             raise Diverged("it ended before its first token")
