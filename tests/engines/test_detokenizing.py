@@ -1,6 +1,7 @@
 """A stream that was given the end of a prompt says what one says that was given all of it."""
 
 import random
+import types
 
 import pytest
 
@@ -106,3 +107,24 @@ def test_it_is_put_where_vllm_looks_for_it(monkeypatch):
     assert [stream.step(tokenizer, i) for i in ids[:6]] == list("so far")
     assert isinstance(decoders.DecodeStream(skip_special_tokens=True), original)
     assert isinstance(decoders.DecodeStream(ids=ids[:20]), original)
+
+
+def test_vllm_s_own_metrics_put_it_into_the_process_that_answers_clients(monkeypatch):
+    """In `vllm serve` the connector itself lives in another process than the text of tokens."""
+    pytest.importorskip("vllm", reason="it is vLLM that is asked here")
+
+    from prometheus_client import REGISTRY
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
+
+    monkeypatch.setattr(decoders, "DecodeStream", decoders.DecodeStream)
+    transfer = KVTransferConfig(
+        kv_connector="PdserveConnector", kv_connector_module_path="pdserve.engines.vllm.connector", kv_role="kv_both"
+    )
+    before = set(REGISTRY._collector_to_names)
+    try:
+        KVConnectorProm(types.SimpleNamespace(kv_transfer_config=transfer), ["engine"], {0: ["0"]})
+    finally:
+        for collector in set(REGISTRY._collector_to_names) - before:
+            REGISTRY.unregister(collector)
+    assert isinstance(decoders.DecodeStream(ids=list(range(100)), skip_special_tokens=True), Primed)
