@@ -29,6 +29,7 @@ from pdserve.transfer.tiers import disk_index, segments
 from pdserve.transfer.tiers.base import ChunkRecord, CorruptChunk, TierError, ToStore
 from pdserve.transfer.tiers.disk_index import Entry, Segment
 from pdserve.transfer.tiers.disk_room import KEEP_SHARE, MIN_SIZE, Room, grouped, real_room, room_of
+from pdserve.transfer.tiers.disk_shelf import Shelf
 from pdserve.transfer.tiers.segments import Place
 
 DEFAULT_MIN_FREE = 1 << 30
@@ -58,22 +59,17 @@ class DiskTier:
         self._fault = fault
         #: told, on the thread that writes, of the keys that were thrown away to keep under the cap
         self.on_evicted: Callable[[set[bytes]], object] | None = None
-        self._told: Callable[[list[bytes], bool], object] = lambda keys, here: None  # see watch(); self._lock is held
         self._log = log.get("disk")
-        self._lock = threading.Lock()  # the index; never held across I/O
         self._writing = threading.Lock()  # whoever appends, evicts or rewrites files
         self._saving = threading.Lock()  # whoever writes the index file
-        self._index: dict[bytes, Entry] = {}
-        self._segments: dict[int, Segment] = {}
         self._current: Segment | None = None
-        self._clock = 0
         self._state, self._retry_at = "ok", 0.0
         self._counts = dict.fromkeys(("evicted_chunks", "moved_chunks", "quarantined_chunks", "quarantined_bytes"), 0)
         self._closed = False
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock_file = self._take_lock()
-            self._index, found, older = disk_index.load(path, self._log)
+            index, found, older = disk_index.load(path, self._log)
             room = real_room(path, self.size, min_free, sum(s.end for s in found))
         except OSError as e:
             raise TierError(f"the disk tier cannot use {path}: {e}") from e
@@ -82,43 +78,37 @@ class DiskTier:
             self._log.warning(words, self.size >> 20, path, room >> 20, min_free >> 20)
         self.segment_bytes = align(segment_bytes or min(max(room // 64, 32 << 20), room // 4, 8 << 30))
         self._room = Room(path, self.size, min_free, self.segment_bytes)
-        for segment in found:
-            self._segments[segment.number] = segment
-            self._use(segment)
+        self._shelf = Shelf(index, found, fault)
         for entry in older:  # else a chunk that is deleted would come back from its older copy
             with contextlib.suppress(OSError, TierError):
-                self._mark_dead(entry)
+                self._shelf.mark_dead(entry)
         self._saver = disk_index.Saver(self.save_index)
 
     # ---- the contract ----
 
     def contains(self, keys: list[bytes]) -> list[ChunkRecord | None]:
-        index = self._index
+        index = self._shelf.index
         return [e.place.record if (e := index.get(k)) is not None else None for k in keys]
 
     def get(self, record: ChunkRecord, into: list[np.ndarray], deadline: float) -> bool:
         _in_time(deadline)
-        with self._lock:
-            entry = self._index.get(record.key)
-            if entry is None or entry.place.record != record:
-                return False
-            segment, place = entry.segment, entry.place
-            segment.readers += 1
-            entry.hits += 1
-            self._use(segment)
+        entry = self._shelf.find(record)
+        if entry is None:
+            return False
+        segment, place = entry.segment, entry.place
         try:
             head = segments.read_record(segment.fd, place, into, deadline)
         except OSError as e:
             self.quarantine(record.key)
             raise TierError(f"disk: reading {segment.path.name} at {place.offset}: {e}") from e
         finally:
-            self._read_done(segment)
+            self._shelf.done(segment)
         found = segments.read_header(head, segment.number, place.offset)
         if found is None or not found[1] or found[0].record != record:
-            if self._index.get(record.key) is not entry:
+            if self._shelf.index.get(record.key) is not entry:
                 return False  # deleted or moved while it was read
             if found is not None and found[0].record == record:
-                self._drop(record.key)  # the index is from before it was deleted
+                self._shelf.take(record.key)  # the index is from before it was deleted
                 return False
             self.quarantine(record.key, mark=False)
             raise CorruptChunk(f"disk: {segment.path.name} at {place.offset} does not hold what the index says")
@@ -130,27 +120,27 @@ class DiskTier:
     def put_many(self, chunks: list[ToStore], deadline: float) -> list[bool]:
         """put() of several, in as few writes as may be. An error is that of all of them; some may be there all the same."""
         _in_time(deadline)
-        new = {record.key: (record, payload) for record, payload in chunks if record.key not in self._index}
+        new = {record.key: (record, payload) for record, payload in chunks if record.key not in self._shelf.index}
         if new and self._retry_at <= time.monotonic() and not self._closed:
             if not self._writing.acquire(timeout=max(0.0, deadline - time.monotonic())):
                 raise TierError("disk: busy until the deadline passed")
             try:
-                self._put([c for c in new.values() if c[0].key not in self._index], deadline)
+                self._put([c for c in new.values() if c[0].key not in self._shelf.index], deadline)
             except OSError as e:
                 self._failed(e)
                 raise TierError(f"disk: {self._state}") from e
             finally:
                 self._writing.release()
-        index = self._index
+        index = self._shelf.index
         return [record.key not in new or record.key in index for record, _ in chunks]
 
     def delete(self, keys: list[bytes]) -> int:
         """Also on the disk: what was deleted does not come back with a restart."""
-        gone = [e for k in keys if (e := self._drop(k)) is not None]
+        gone = [e for k in keys if (e := self._shelf.take(k)) is not None]
         failed: Exception | None = None
         for entry in gone:
             try:
-                self._mark_dead(entry)
+                self._shelf.mark_dead(entry)
             except (OSError, TierError) as e:
                 failed = e
         if failed is not None:
@@ -161,15 +151,14 @@ class DiskTier:
         return len(gone)
 
     def stats(self) -> dict[str, int | float | str]:
-        with self._lock:
-            used = self._used()
+        with self._shelf.lock:
             return {
-                "chunks": len(self._index),
-                "used_bytes": used,
+                "chunks": len(self._shelf.index),
+                "used_bytes": self._shelf.used_bytes(),
                 "capacity_bytes": self.size,
                 "state": self._state,
-                "segments": len(self._segments),
-                "direct": int(all(s.direct for s in self._segments.values())),
+                "segments": len(self._shelf.segments),
+                "direct": int(all(s.direct for s in self._shelf.segments.values())),
                 **self._counts,
             }
 
@@ -183,13 +172,7 @@ class DiskTier:
             if got:
                 with contextlib.suppress(OSError):  # without it the next start scans
                     self.save_index()
-            with self._lock:
-                for segment in self._segments.values():
-                    if segment.readers == 0:
-                        os.close(segment.fd)
-                    segment.doomed = True
-                self._segments.clear()
-                self._index = {}
+            self._shelf.close()
         finally:
             if got:
                 self._writing.release()
@@ -199,45 +182,42 @@ class DiskTier:
 
     def touch(self, keys: list[bytes]) -> None:
         """The chunks were used elsewhere (in DRAM): a sign that their copies here are worth keeping, too."""
-        if not keys:
-            return
-        with self._lock:
-            for key in keys:
-                if (entry := self._index.get(key)) is not None:
-                    entry.hits += 1
-                    self._use(entry.segment)
+        if keys:
+            self._shelf.touch(keys)
 
     def quarantine(self, key: bytes, *, mark: bool = True) -> None:
         """What stands there is wrong or unreadable: never looked at again, the space goes with its segment. `mark`: say so
         in its header, too; not when something else may stand there."""
-        entry = self._drop(key)
+        entry = self._shelf.take(key)
         if entry is not None:
             self._counts["quarantined_chunks"] += 1
             self._counts["quarantined_bytes"] += entry.place.total
             if mark:
                 with contextlib.suppress(OSError, TierError):
-                    self._mark_dead(entry)
+                    self._shelf.mark_dead(entry)
 
     def records(self) -> list[ChunkRecord]:
-        with self._lock:
-            return [e.place.record for e in self._index.values()]
+        with self._shelf.lock:
+            return [e.place.record for e in self._shelf.index.values()]
 
     def watch(self, told: Callable[[list[bytes], bool], object]) -> list[bytes]:
         """The keys that are here. From now on told(keys, whether they are here) says what changes, on any thread, in order."""
-        with self._lock:
-            self._told = told
-            return list(self._index)
+        with self._shelf.lock:
+            self._shelf.told = told
+            return list(self._shelf.index)
 
     def clear(self) -> int:
         with self._writing:
             (self.path / disk_index.FILE).unlink(missing_ok=True)
             self._current = None
-            return sum(len(self._throw_away(segment)) for segment in list(self._segments.values()))
+            return sum(len(self._shelf.throw_away(segment)) for segment in list(self._shelf.segments.values()))
 
     def save_index(self) -> None:
         """The index as a file, so that the next start need not read every header. Checked when it is read."""
         with self._saving:
-            disk_index.write(self.path, self._index, list(self._segments.values()), self._lock, self._fault)
+            disk_index.write(
+                self.path, self._shelf.index, list(self._shelf.segments.values()), self._shelf.lock, self._fault
+            )
 
     # ---- writing; self._writing is held ----
 
@@ -267,17 +247,8 @@ class DiskTier:
                 os.ftruncate(segment.fd, segment.end)
             raise
         self._fault("disk.put.written")
-        unwanted = []
-        with self._lock:
-            segment.end = at
-            self._use(segment)
-            for place in places:
-                if self._index.get(place.record.key) is moved:
-                    self._found(segment, place)
-                else:  # deleted while it was moved
-                    unwanted.append(place)
-        for place in unwanted:
-            self._mark_dead(Entry(segment, place))
+        for place in self._shelf.written(segment, places, at, moved):
+            self._shelf.mark_dead(Entry(segment, place))
 
     def _segment_for(self, total: int) -> Segment:
         current = self._current
@@ -285,13 +256,11 @@ class DiskTier:
             return current
         if current is not None:
             self._saver.ask()
-        name = segments.SegmentName(segments.DISK_FORMAT, max(self._segments, default=0) + 1, time.time())
+        name = segments.SegmentName(segments.DISK_FORMAT, max(self._shelf.segments, default=0) + 1, time.time())
         path = self.path / f"{name.number:08d}.seg"
         fd, direct = segments.open_file(str(path), os.O_RDWR | os.O_CREAT | os.O_EXCL)
         segment = self._current = Segment(name, path, fd, direct)
-        with self._lock:
-            self._segments[name.number] = segment
-            self._use(segment)
+        self._shelf.add(segment)
         segments.write_record(fd, 0, segments.first_page(name), [], time.monotonic() + 10)
         self._fault("disk.segment.created")
         return segment
@@ -304,18 +273,20 @@ class DiskTier:
             self._log.warning("disk tier %s: writes are refused for now (%s); serving goes on", state, error)
         self._state, self._retry_at = state, time.monotonic() + RETRY_S
         current, self._current = self._current, None
-        if current is not None and current.end == PAGE and not current.keys:  # not one more empty file with each attempt
+        if (
+            current is not None and current.end == PAGE and not current.keys
+        ):  # not one more empty file with each attempt
             with contextlib.suppress(OSError):
-                self._throw_away(current)
+                self._shelf.throw_away(current)
 
     def _make_room(self, total: int, deadline: float) -> bool:
         """Keeps under the cap and above the floor of free space by throwing the least used segments away."""
-        limit = self._room.limit(len(self._index))
+        limit = self._room.limit(len(self._shelf.index))
         if total > limit:
             return False
-        while self._used() + total > limit or not self._room.is_free(total):
+        while self._shelf.used_bytes() + total > limit or not self._room.is_free(total):
             victim = min(
-                (s for s in self._segments.values() if s is not self._current), key=lambda s: s.used, default=None
+                (s for s in self._shelf.segments.values() if s is not self._current), key=lambda s: s.used, default=None
             )
             if victim is None:
                 victim, self._current = self._current, None
@@ -332,8 +303,10 @@ class DiskTier:
     def _evict(self, victim: Segment, deadline: float) -> None:
         """Throws a segment away, but carries those of its chunks over that were read since they were written."""
         budget = (victim.end - PAGE) // KEEP_SHARE
-        with self._lock:
-            hot = sorted((self._index[k] for k in victim.keys if self._index[k].hits), key=lambda e: -e.hits)
+        with self._shelf.lock:
+            hot = sorted(
+                (self._shelf.index[k] for k in victim.keys if self._shelf.index[k].hits), key=lambda e: -e.hits
+            )
         for entry in hot:
             budget -= entry.place.total
             if budget < 0 or self._room.free() < entry.place.total:
@@ -344,32 +317,10 @@ class DiskTier:
                 self._log.warning("disk tier: a chunk was not carried over: %s", e)
                 break
         self._fault("disk.compact.unlink")
-        gone = self._throw_away(victim)
+        gone = self._shelf.throw_away(victim)
         self._counts["evicted_chunks"] += len(gone)
         if self.on_evicted is not None:
             self.on_evicted(gone)
-
-    def _throw_away(self, segment: Segment) -> set[bytes]:
-        """The file and all that the index says of it; returns the keys. First the file: what somebody deletes from now on must
-        not stand in it at the next start. Both calls that take long, 10 ms for a segment's blocks, are made without the
-        lock, for which the loop may be waiting."""
-        segment.path.unlink(missing_ok=True)
-        with self._lock:
-            gone, segment.keys, segment.listed = (
-                segment.keys,
-                set(),
-                None,
-            )  # an index that is being written may still look
-            for key in gone:
-                del self._index[key]
-            if gone:
-                self._told(list(gone), False)
-            del self._segments[segment.number]
-            segment.doomed = True
-            unread = segment.readers == 0
-        if unread:
-            os.close(segment.fd)
-        return gone
 
     def _move(self, entry: Entry, deadline: float) -> None:
         record = entry.place.record
@@ -385,43 +336,7 @@ class DiskTier:
         self._append([(record, shards)], deadline, entry)
         self._counts["moved_chunks"] += 1
         self._fault("disk.compact.moved")
-        self._mark_dead(entry)  # the file goes in a moment, unless we are killed before
-
-    # ---- small things ----
-
-    def _use(self, segment: Segment) -> None:
-        self._clock += 1
-        segment.used = self._clock
-
-    def _used(self) -> int:
-        return sum(s.end for s in list(self._segments.values()))
-
-    def _drop(self, key: bytes) -> Entry | None:
-        with self._lock:
-            entry = self._index.pop(key, None)
-            if entry is not None:
-                disk_index.forget(entry)
-                self._told([key], False)
-            return entry
-
-    def _mark_dead(self, entry: Entry) -> None:
-        with self._lock:
-            if entry.segment.doomed:
-                return
-            entry.segment.readers += 1  # only so that the file stays open
-        try:
-            self._fault("disk.delete")
-            dead = segments.header(entry.segment.number, entry.place.offset, entry.place.record, live=False)
-            segments.write_record(entry.segment.fd, entry.place.offset, dead, [], time.monotonic() + 5)
-        finally:
-            self._read_done(entry.segment)
-
-    def _read_done(self, segment: Segment) -> None:
-        with self._lock:
-            segment.readers -= 1
-            last = segment.doomed and segment.readers == 0
-        if last:
-            os.close(segment.fd)
+        self._shelf.mark_dead(entry)  # the file goes in a moment, unless we are killed before
 
     # ---- starting ----
 
@@ -433,10 +348,6 @@ class DiskTier:
             os.close(fd)
             raise StartError(f"another cache daemon already uses the disk tier in {self.path}") from e
         return fd
-
-    def _found(self, segment: Segment, place: Place) -> None:
-        disk_index.note(self._index, segment, place)
-        self._told([place.record.key], True)
 
 
 def _in_time(deadline: float) -> None:

@@ -145,7 +145,7 @@ def test_several_at_once_are_stored_like_one_by_one_over_segments_and_restarts(t
     assert tier.put_many([chunk(i) for i in (0, 1, 2, 3, 1)], soon()) == [True] * 5
     assert tier.put_many([chunk(i) for i in range(4, 60)], soon()) == [True] * 56  # more than a segment takes
     assert tier.stats()["segments"] > 3
-    assert all(s.end <= SEGMENT for s in tier._segments.values())
+    assert all(s.end <= SEGMENT for s in tier._shelf.segments.values())
     tier.delete([chunk(1)[0].key])
     os.close(tier._lock_file)  # as if killed
     again = open_tier(tmp_path)
@@ -612,12 +612,12 @@ def test_single_bit_flips_anywhere_never_give_a_wrong_answer(tmp_path):
 def test_files_are_removed_without_the_lock_for_which_the_loop_waits(tmp_path, monkeypatch):
     """Freeing a segment's blocks takes a disk many milliseconds."""
     tier = open_tier(tmp_path, size=4 * SEGMENT)
-    tier._lock = threading.RLock()  # it knows whether this thread holds it; the index is saved by another
+    tier._shelf.lock = threading.RLock()  # it knows whether this thread holds it; the index is saved by another
     free: list[tuple[str, bool]] = []
 
     def noting(what, call):
         def instead(*args, **named):
-            free.append((what, not tier._lock._is_owned()))
+            free.append((what, not tier._shelf.lock._is_owned()))
             return call(*args, **named)
 
         return instead
