@@ -45,34 +45,37 @@ async def two(rig: Callable[..., Any], request: pytest.FixtureRequest) -> Any:
         yield Two(on, off)
 
 
-@pytest.mark.parametrize("extra", [{}, GREEDY, {"return_token_ids": True}, {"stop": ["w99", "never"]}, {"max_tokens": 2}])
-@pytest.mark.parametrize("body", [COMPLETION, CHAT], ids=["completion", "chat"])
-async def test_the_stream_is_that_without_it_byte_for_byte(two: Two, body: dict[str, Any], extra: dict[str, Any]) -> None:
-    on, off = await two.both(body | extra)
-    assert on.body == off.body
-    assert two.counted == {"confirmed": 1}
-    assert on.headers["x-pdserve-first-token"] == "prefill-0"
-    assert on.headers["content-type"] == off.headers["content-type"]
-    assert "x-pdserve-first-token" not in off.headers
+BOTH = pytest.mark.parametrize("body", [COMPLETION, CHAT], ids=["completion", "chat"])
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        {"stream": False, "stream_options": None}, {"max_tokens": 1}, {"max_tokens": 4094}, {"min_tokens": 2}, {"n": 2},
-        {"seed": 3}, {"logprobs": 0}, {"presence_penalty": 0.5}, {"echo": True}, {"response_format": {"type": "json_object"}},
-        {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}, {"stop": " w", "temperature": 0},
-        {"messages": CHAT["messages"], **TOOL}, {"some_field_of_the_future": 1}, {"bad_words": ["w1"]}, {"n": True},
-    ],
-)  # fmt: skip
-async def test_what_could_begin_otherwise_waits_for_the_consumer(two: Two, extra: dict[str, Any]) -> None:
-    body = {**COMPLETION, **extra}
-    if "messages" in body:
-        del body["prompt"]
-    on, off = await two.both(body)
-    assert (on.status, on.body) == (off.status, off.body)
-    assert two.counted == {}
-    assert "x-pdserve-first-token" not in on.headers
+@BOTH
+async def test_the_stream_is_that_without_it_byte_for_byte(two: Two, body: dict[str, Any]) -> None:
+    for extra in ({}, GREEDY, {"return_token_ids": True}, {"stop": ["w99", "never"]}, {"max_tokens": 2}):
+        on, off = await two.both(body | extra)
+        assert on.body == off.body, extra
+        assert two.counted == {"confirmed": 1}, extra
+        assert on.headers["x-pdserve-first-token"] == "prefill-0"
+        assert on.headers["content-type"] == off.headers["content-type"]
+        assert "x-pdserve-first-token" not in off.headers
+
+
+WAITING: list[dict[str, Any]] = [
+    {"stream": False, "stream_options": None}, {"max_tokens": 1}, {"max_tokens": 4094}, {"min_tokens": 2}, {"n": 2},
+    {"seed": 3}, {"logprobs": 0}, {"presence_penalty": 0.5}, {"echo": True}, {"response_format": {"type": "json_object"}},
+    {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}, {"stop": " w", "temperature": 0},
+    {"messages": CHAT["messages"], **TOOL}, {"some_field_of_the_future": 1}, {"bad_words": ["w1"]}, {"n": True},
+]  # fmt: skip
+
+
+async def test_what_could_begin_otherwise_waits_for_the_consumer(two: Two) -> None:
+    for extra in WAITING:
+        body = {**COMPLETION, **extra}
+        if "messages" in body:
+            del body["prompt"]
+        on, off = await two.both(body)
+        assert (on.status, on.body) == (off.status, off.body), extra
+        assert two.counted == {}, extra
+        assert "x-pdserve-first-token" not in on.headers
 
 
 async def test_nor_does_it_where_the_engine_does_not_tell_its_token(two: Two) -> None:
@@ -96,26 +99,26 @@ async def test_the_first_token_does_not_wait_for_the_consumer(rig: Any, hold: An
             assert r.value("pdserve_inter_token_latency_seconds_count", route="pd") >= 1
 
 
-@pytest.mark.parametrize("extra", [{}, GREEDY, {"stop": "never"}, {"stop": ["w99"], "include_stop_str_in_output": True}])
-@pytest.mark.parametrize("body", [COMPLETION, CHAT], ids=["completion", "chat"])
-async def test_a_consumer_that_would_begin_otherwise_goes_on_behind_it(
-    two: Two, body: dict[str, Any], extra: dict[str, Any]
-) -> None:
+@BOTH
+async def test_a_consumer_that_would_begin_otherwise_goes_on_behind_it(two: Two, body: dict[str, Any]) -> None:
     for consumer in two.on.consumers:
         consumer.luck = 7
-    on, off = await two.both(body | extra)
-    assert said(on) == said(off)
-    assert [event.get("usage") for event in on.events()[-2:-1]] == [event.get("usage") for event in off.events()[-2:-1]]
-    assert {event["id"] for event in on.events()[:-1]} == {off.events()[0]["id"]}
-    assert two.counted == {"differed": 1}
-    asked = [seen for consumer in two.on.consumers for seen in consumer.seen]
-    assert [seen.path for seen in asked][-1] == "/v1/completions"
-    assert len(asked[-1].body["prompt"]) == 3 + 1
+    for extra in ({}, GREEDY, {"stop": "never"}, {"stop": ["w99"], "include_stop_str_in_output": True}):
+        for consumer in two.on.consumers:
+            consumer.seen.clear()
+        on, off = await two.both(body | extra)
+        assert said(on) == said(off), extra
+        assert on.events()[-2].get("usage") == off.events()[-2].get("usage")
+        assert {event["id"] for event in on.events()[:-1]} == {off.events()[0]["id"]}
+        assert two.counted == {"differed": 1}
+        asked = [seen for consumer in two.on.consumers for seen in consumer.seen]
+        assert [seen.path for seen in asked][-1] == "/v1/completions"
+        assert len(asked[-1].body["prompt"]) == 3 + 1
     assert two.on.value("pdserve_takeovers_total", how="resume") == 0
     await two.on.settled()
 
 
-@pytest.mark.parametrize("body", [COMPLETION, CHAT], ids=["completion", "chat"])
+@BOTH
 async def test_an_answer_that_chance_ends_with_its_first_token_is_complete_without_a_consumer(
     two: Two, body: dict[str, Any]
 ) -> None:
@@ -140,20 +143,19 @@ async def test_stop_strings_are_seen_across_the_seam(two: Two) -> None:
                 assert end(on) == end(off)
 
 
-@pytest.mark.parametrize("extra", [{}, {"stop": ["4 w45"]}, {"max_tokens": 2}, {"max_tokens": 3, "return_token_ids": True}, GREEDY])
 @pytest.mark.parametrize("luck", [0, 8])
-async def test_a_first_token_that_is_a_part_of_a_character(two: Two, luck: int, extra: dict[str, Any]) -> None:
+async def test_a_first_token_that_is_a_part_of_a_character(two: Two, luck: int) -> None:
     """Where chance is at work it binds, too, though it has no text; else the consumer is left to say it."""
     for engine in (*two.on.producers, *two.on.consumers, *two.off.producers, *two.off.consumers):
         engine.halves = True
-    for consumer in two.on.consumers:
-        consumer.luck = luck if extra != GREEDY else 0
-    body = {**COMPLETION, "prompt": "x44", **extra}
-    on, off = await two.both(body)
-    assert said(on) == said(off)
-    assert end(on) == end(off)
-    assert tokens(on) == tokens(off)
-    assert two.counted == ({} if extra == GREEDY else {"differed": 1} if luck else {"confirmed": 1})
+    for extra in ({}, {"stop": ["4 w45"]}, {"max_tokens": 2}, {"max_tokens": 3, "return_token_ids": True}, GREEDY):
+        for consumer in two.on.consumers:
+            consumer.luck = luck if extra != GREEDY else 0
+        on, off = await two.both({**COMPLETION, "prompt": "x44", **extra})
+        assert said(on) == said(off), extra
+        assert end(on) == end(off), extra
+        assert tokens(on) == tokens(off), extra
+        assert two.counted == ({} if extra == GREEDY else {"differed": 1} if luck else {"confirmed": 1})
 
 
 async def test_a_consumer_that_dies_behind_the_first_token_is_taken_over(rig: Any) -> None:
