@@ -502,3 +502,22 @@ def test_the_daemon_is_not_asked_about_fewer_tokens_than_a_load_is_worth(world, 
     assert world.side.stats.take().data["decisions"] == {"short": 1}
     assert world.side.matched(request("b", range(22)), 16) == (0, False)
     assert asked == [1]
+
+
+def test_lower_tiers_are_asked_ahead_only_while_others_compute(world, monkeypatch):
+    asked = []
+    monkeypatch.setattr(world.client, "prefetch", lambda keys, timeout: asked.append(len(keys)) or 0, raising=False)
+    one, other = request("a", range(19)), request("b", range(40, 59))
+    world.side.arrived(one)
+    assert asked == [], "nothing computes yet"
+    world.side.allocated(one, list(range(5)), 0)
+    world.side.plan(step({"a": 19}, new=[("a", 0)]))
+    world.side.arrived(other)
+    assert asked == [3]
+    world.side.finished(one)
+    world.side.arrived(request("c", range(80, 99)))
+    assert asked == [3, 3], "one is still there"
+    for rid in "bc":
+        world.side.finished(request(rid, range(19)))
+    world.side.arrived(request("d", range(19)))  # the engine need not have stepped since
+    assert asked == [3, 3]

@@ -129,6 +129,6 @@ def test_each_arm_follows_another_engine_and_ours_is_told_when_to_be_idle(script
         seeds = [tuple(a["seeds"]) for name, a in asked.asked if name == "generate" and a["seeds"][0] >= 100000]
         assert len(set(seeds)) == len(seeds), "new is new"
     switched = [a["on"] for name, a in ours.asked if name == "connector"]
-    assert switched.count(False) == 2 + 2 * 2 + 2
+    assert switched.count(False) == 3 + 2 * 2 + 2
     assert switched[-1] is True
     assert any("in the connector, new" in what for what, _ in scripts.session.table)

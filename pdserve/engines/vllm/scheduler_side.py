@@ -263,6 +263,8 @@ class SchedulerSide:
         if keep:
             self._awaiting.add(request.request_id)
         self._forget_if_done(request.request_id, tracked)
+        if all(other.finished for other in self._requests.values()):
+            self._finder.busy = False  # there may be no step any more that would say so
         return keep
 
     def handover(self, request: Any) -> dict[str, Any] | None:
