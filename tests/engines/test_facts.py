@@ -87,6 +87,7 @@ def test_a_hit_from_its_lookup_to_its_end(legs: LegFacts, told: Told) -> None:
     it = tracked("a", list(range(5 * CHUNK + 3)), choice=Choice(True, "faster"))
     legs.decided(it, hit(3), 3 * CHUNK)
     legs.loaded(it, hit(3), result(), 3 * CHUNK, ["dram", "disk", "disk"], 0.05)
+    it.choice = None
     legs.decided(it, None, 0)  # vLLM asks once more before it computes
     legs.scheduled(it, 3 * CHUNK)
     legs.scheduled(it, 3 * CHUNK)
@@ -98,7 +99,7 @@ def test_a_hit_from_its_lookup_to_its_end(legs: LegFacts, told: Told) -> None:
     }
     (began,) = told.first
     assert (began.leg, began.cached) == ("cmpl-a-0-0123abcd", {"gpu": 0, "dram": CHUNK, "disk": 2 * CHUNK})
-    assert (began.load_ms, began.saved_ms) == (50.0, 200.0)
+    assert (began.load_ms, began.saved_ms, began.load_reason) == (50.0, 200.0, "faster")
     it.request.num_tokens += 9
     legs.finished(it)
     legs.finished(it)

@@ -214,7 +214,7 @@ class LegFacts:
         known = self._decided[request.request_id] = {
             "at": now, "first": first, "found": found,
             "why": _why(tracked, hit, external), "tiers": [], "covered": 0, "saved": None, "spans": [],
-            "load_ms": 0.0,
+            "load_ms": 0.0, "load_reason": "" if tracked.choice is None else str(tracked.choice.reason),
         }  # fmt: skip
         arrived = float(getattr(request, "arrival_time", 0.0) or 0.0)
         if 0 < arrived < now:
@@ -305,8 +305,8 @@ class LegFacts:
             start = (known["first"] + place) * size
             tokens = min(start + size, known["covered"]) - max(start, local)
             tiers[tier] = tiers.get(tier, 0) + max(0, tokens)
-        reason = "" if tracked.choice is None else str(tracked.choice.reason)
-        return {"cached": tiers, "load_ms": round(known["load_ms"], 3), "saved_ms": known["saved"], "load_reason": reason}
+        said = {"saved_ms": known["saved"], "load_reason": known["load_reason"]}
+        return {"cached": tiers, "load_ms": round(known["load_ms"], 3), **said}
 
     def close(self) -> None:
         self._teller.close()
