@@ -1,6 +1,6 @@
 """What users must never notice: preemption for want of blocks, aborts, resets of the engine's cache, all at once.
 
-    check_pressure.py --model DIR [--out FILE] [--requests 24] [--words 420] [--answer 96]    (under 2 minutes on a GPU)
+    check_pressure.py --model DIR [--out FILE] [--requests 24] [--words 320] [--answer 128]    (under 2 minutes on a GPU)
 
 A real small model in float32, in an engine with so few KV blocks that requests are preempted. Every answer that ends must have the
 tokens that plain vLLM gives with blocks to spare. In the end nothing may be left: no request, lease, save or block held.
@@ -84,17 +84,34 @@ class Pressed:
 
     def finish(self, each_step=lambda n, answered: None) -> dict[str, list[int]]:
         """Steps until nothing is left to do: {request: tokens} of those that came to their end."""
-        answers: dict[str, list[int]] = {}
+        self.answers: dict[str, list[int]] = {}
         steps = 0
         while self.engine.has_unfinished_requests():
-            for output in self.engine.step():
-                if output.finished and output.outputs[0].finish_reason != "abort":
-                    answers[output.request_id] = list(output.outputs[0].token_ids)
+            self.step()
             steps += 1
-            each_step(steps, answers)
-            if time.monotonic() > self.until:
-                raise TimeoutError(f"{len(answers)} answers after {steps} steps, no end in sight")
-        return answers
+            each_step(steps, self.answers)
+        return self.answers
+
+    def step(self) -> None:
+        if time.monotonic() > self.until:
+            raise TimeoutError(f"{len(self.answers)} answers, and no end in sight")
+        for output in self.engine.step():
+            if output.finished and output.outputs[0].finish_reason != "abort":
+                self.answers[output.request_id] = list(output.outputs[0].token_ids)
+
+    def reset_while_running(self) -> None:
+        """Running requests lose their blocks. vLLM refuses while a step is under way (asynchronous scheduling): that is ended first."""
+        from vllm.v1.core.sched.interface import PauseState
+
+        before, core = self.preempted, self.engine.engine_core.engine_core
+        self.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        try:
+            while core.batch_queue:
+                self.step()
+            self.engine.reset_prefix_cache(reset_running_requests=True)
+        finally:
+            self.scheduler.set_pause_state(PauseState.UNPAUSED)
+            self.preempted = before  # only what was for want of blocks counts
 
 
 def plain(options: dict) -> dict:
@@ -165,13 +182,11 @@ class Check:
                 self.answers.append((int(request_id.rpartition("-")[2]), tokens))
 
     def reset_while_running(self) -> None:
-        before = self.engine.preempted
         try:
-            self.engine.engine.reset_prefix_cache(reset_running_requests=True)
+            self.engine.reset_while_running()
             self.resets += 1
-        except RuntimeError:  # vLLM's own: something is being loaded, or a step is under way
+        except RuntimeError:  # vLLM's own: something is being loaded
             self.refused += 1
-        self.engine.preempted = before  # only what was for want of blocks counts
 
     def settle(self) -> None:
         """Until no save is under way, and the scheduler has heard of it."""
@@ -216,8 +231,8 @@ def main() -> int:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--requests", type=int, default=24)
-    parser.add_argument("--words", type=int, default=420, help="of a prompt, on average (default %(default)s)")
-    parser.add_argument("--answer", type=int, default=96, help="tokens of an answer (default %(default)s)")
+    parser.add_argument("--words", type=int, default=320, help="of a prompt, on average (default %(default)s)")
+    parser.add_argument("--answer", type=int, default=128, help="tokens of an answer (default %(default)s)")
     parser.add_argument("--blocks", type=int, default=112, help=f"of {BLOCK} tokens that the engine has (default %(default)s)")
     parser.add_argument("--one-by-one", action="store_true", help="never two engines at a time")
     parser.add_argument("--eager", action="store_true")
