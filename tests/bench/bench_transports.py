@@ -9,7 +9,10 @@ What the baselines are:
   bare TCP      threads with sendall and recv_into(MSG_WAITALL), out of and into the same cold memory as ours (256 MiB a round,
                 arenas of 512 MiB), no frames, no tickets, no digests: what this machine can do for an arena
   iperf3        one buffer of 1 MiB over and over, and what comes is overwritten at once: all of it stays in the cache
-  ... of a file its source is cold (a file in memory), its sink is not
+  ... of a file its source is cold (a file in memory of the arena's size), its sink is not; -Z: the same by sendfile
+  C             the plainest fast program (transport_floor.cpp) between cold memory and cold memory, nothing decided, nothing digested:
+                "hot" is the same program with iperf3's one buffer, "cold" by send, "spin" with a receiver that never sleeps,
+                "sendfile" without a copy at the sender. What none of these reaches is not to be had on this machine
   raw UCX, NIXL tag or WRITE loops, four under way, cold memory as ours
 
 CPU seconds are of both ends, but for Mooncake (the sender alone). "resent" is how many of a million segments the sender's kernel
@@ -40,6 +43,9 @@ from pathlib import Path
 from typing import Any
 
 ENDS = Path(__file__).with_name("transport_ends.py")
+FLOOR = Path(__file__).with_name("transport_floor.cpp")
+#: name -> what it reads from, what it writes to
+FLOORS = {"hot": ("hot", "hot"), "cold": ("cold", "cold"), "spin": ("cold", "spin"), "sendfile": ("sendfile", "cold")}
 MIB = 1 << 20
 A, B = "pdbench-a", "pdbench-b"
 PORT = 22150
@@ -117,9 +123,9 @@ class Link:
             ran("ip", "netns", "del", name)
 
 
-def pair(link: Link, receiver: list[str], sender: Any) -> list[dict[str, Any]]:
+def pair(link: Link, receiver: list[str], sender: Any, program: list[str] | None = None) -> list[dict[str, Any]]:
     """Starts the receiver, asks sender(its first line) for the other end's arguments, returns what that one said."""
-    argv = [sys.executable, "-P", str(ENDS)]
+    argv = program or [sys.executable, "-P", str(ENDS)]
     there = subprocess.Popen(
         [*link.b, *argv, *receiver], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -185,13 +191,35 @@ def iperf(link: Link, streams: int, *more: str) -> list[dict[str, Any]]:
     return [{"gbs": gbs, "cpu_per_gb": (used["host_total"] + used["remote_total"]) / 100 / gbs}]
 
 
-def iperf_of_a_file(link: Link, streams: int) -> list[dict[str, Any]]:
+def iperf_of_a_file(link: Link, streams: int, *more: str) -> list[dict[str, Any]]:
     """iperf3 sends what it reads out of a file in memory that no cache holds: its source is cold then, its sink still is not."""
     with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="pdbench-") as cold:
         for _ in range(512):
             cold.write(os.urandom(MIB))
         cold.flush()
-        return iperf(link, streams, "-F", cold.name)
+        return iperf(link, streams, "-F", cold.name, *more)
+
+
+def compiled_floor(folder: str) -> list[str]:
+    """How to start the plain program; nothing where there is no compiler."""
+    cxx = shutil.which(os.environ.get("CXX", "g++"))
+    if cxx is None:
+        print("no C++ compiler: the rows named C are left out", flush=True)
+        return []
+    made = f"{folder}/transport_floor"
+    subprocess.run(
+        [cxx, "-O3", "-march=native", "-std=c++17", "-pthread", "-o", made, str(FLOOR)], check=True, timeout=120
+    )
+    return [made]
+
+
+def floor(link: Link, program: list[str], streams: int, kind: str) -> list[dict[str, Any]]:
+    source, sink = FLOORS[kind]
+
+    def sender(facts: dict[str, Any]) -> list[str]:
+        return ["send", link.address_b, str(facts["port"]), str(streams), source]
+
+    return pair(link, ["recv", link.address_b, str(streams), sink], sender, program)
 
 
 def plain(link: Link, streams: int) -> list[dict[str, Any]]:
@@ -212,15 +240,17 @@ def mooncake(link: Link) -> list[dict[str, Any]]:
     return pair(link, ["mooncake_serve", link.address_b], sender)
 
 
-def contenders(link: Link, only: set[str], options: str, streams: list[int]) -> dict[str, Any]:
+def contenders(link: Link, only: set[str], options: str, streams: list[int], program: list[str]) -> dict[str, Any]:
     """Name -> one run. Those that are compared stand next to each other, so that they see the same machine."""
     found: dict[str, Any] = {}
     if "tcp" in only:
         for n in streams:
             fixed = f"?streams={n}&adapt=0{options}"
             found[f"iperf3 x{n}"] = lambda n=n: iperf(link, n)
-            if n == 1:
-                found["iperf3 x1 of a file"] = lambda: iperf_of_a_file(link, 1)
+            found[f"iperf3 x{n} of a file"] = lambda n=n: iperf_of_a_file(link, n)
+            found[f"iperf3 x{n} of a file -Z"] = lambda n=n: iperf_of_a_file(link, n, "-Z")
+            for kind in FLOORS if program else ():
+                found[f"C {kind} x{n}"] = lambda n=n, kind=kind: floor(link, program, n, kind)
             found[f"bare TCP x{n}"] = lambda n=n: plain(link, n)
             found[f"tcp x{n}"] = lambda q=fixed: ours(link, "tcp", q + "&verify=0")
             found[f"tcp x{n} verified"] = lambda q=fixed: ours(link, "tcp", q)
@@ -257,13 +287,19 @@ def main() -> None:
     link.up()
     print(f"{link.words}; medians of {args.rounds} runs in turn; load average {os.getloadavg()[0]:.1f}", flush=True)
     results: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    only = set(args.only.split(","))
     try:
-        for _ in range(args.rounds):
-            for name, run in contenders(link, set(args.only.split(",")), args.options, streams).items():
-                note(results[name], link, run)
+        with tempfile.TemporaryDirectory(prefix="pdbench-") as folder:
+            program = compiled_floor(folder) if "tcp" in only else []
+            for _ in range(args.rounds):
+                for name, run in contenders(link, only, args.options, streams, program).items():
+                    note(results[name], link, run)
     finally:
         link.down()
     middle = {name: {key: statistics.median(values) for key, values in row.items()} for name, row in results.items()}
+    for name, row in results.items():
+        if "stream" in row:  # iperf3 has two speeds on such a link, and the middle says little about which it was
+            middle[name]["fastest"] = max(row["stream"])
     show(middle)
     if args.json:
         args.json.write_text(json.dumps({"link": link.words, "load": os.getloadavg(), "results": middle}, indent=1))
@@ -286,12 +322,19 @@ def note(row: dict[str, list[float]], link: Link, run: Any) -> None:
 
 def show(middle: dict[str, dict[str, float]]) -> None:
     for name, row in middle.items():
-        print(f"{name:20}", "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
+        print(f"{name:24}", "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
     print()
     for n in (1, 2, 4):
         for mine in (f"tcp x{n}", f"tcp x{n} verified"):
-            for other in (f"iperf3 x{n}", "iperf3 x1 of a file", f"bare TCP x{n}"):
+            for other in (f"iperf3 x{n}", f"iperf3 x{n} of a file", f"iperf3 x{n} of a file -Z", f"bare TCP x{n}"):
                 show_ratio(middle, mine, other)
+            for kind in FLOORS:
+                show_ratio(middle, mine, f"C {kind} x{n}")
+        for kind in FLOORS:
+            show_ratio(middle, f"C {kind} x{n}", f"iperf3 x{n}")
+        if (fastest := middle.get(f"iperf3 x{n}", {}).get("fastest")) and (row := middle.get(f"tcp x{n} verified")):
+            words = (f"{size} {row[size] / fastest:.2f}" for size in ("1 MiB", "8 MiB", "32 MiB"))
+            print(f"tcp x{n} verified / the fastest run of iperf3 x{n}: {', '.join(words)}")
     for mine, other in (("ucx", "raw UCX tags"), ("nixl", "raw NIXL WRITE"), ("tcp x2", "Mooncake")):
         show_ratio(middle, mine, other)
     if "bare ping-pong" in middle:
@@ -307,7 +350,7 @@ def show_ratio(middle: dict[str, dict[str, float]], mine: str, other: str) -> No
     if mine not in middle or other not in middle:
         return
     words = []
-    for size in ("1 MiB", "8 MiB", "32 MiB"):
+    for size in ("1 MiB", "8 MiB", "32 MiB", "stream"):
         there = size if size in middle[other] else "stream"
         if size in middle[mine] and there in middle[other]:
             speed = middle[mine][size] / middle[other][there]

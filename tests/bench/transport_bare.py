@@ -7,8 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-import numpy as np
-from transport_rounds import ACK, ARENA, MIB, ROUND, ROUNDS, SIZES, cpu, measured, say, until_stdin_ends
+from transport_rounds import ACK, MIB, ROUND, ROUNDS, SIZES, cpu, measured, say, shared_arena, until_stdin_ends
 
 
 def echo(host: str) -> None:
@@ -58,7 +57,7 @@ def _threads(jobs: list[Callable[[], None]]) -> None:
 
 
 def plain_serve(host: str) -> None:
-    arena = np.ones(ARENA, np.uint8)
+    arena = shared_arena()
     with socket.create_server((host, 0)) as server:
         say(port=server.getsockname()[1])
         control, _ = server.accept()
@@ -80,7 +79,7 @@ def plain_serve(host: str) -> None:
 
 
 def plain_push(host: str, port: str, count: str) -> None:
-    arena = np.random.default_rng(1).integers(0, 255, ARENA, np.uint8)
+    arena = shared_arena()
     control = socket.create_connection((host, int(port)))
     control.sendall(bytes([int(count)]))
     streams = [socket.create_connection((host, int(port))) for _ in range(int(count))]

@@ -14,12 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parent))  # run with -P this folder is not searched
 import transport_bare as bare
 import transport_libraries as libraries
-from transport_rounds import ARENA, ROUND, ROUNDS, SIZES, cpu, say, say_speed, until_stdin_ends
+from transport_rounds import ARENA, ROUND, ROUNDS, SIZES, cpu, say, say_speed, shared_arena, until_stdin_ends
 
 SECRET = b"the benchmark's own secret"
 
@@ -60,8 +58,7 @@ def ours(name: str, url: str) -> Any:
     from pdserve.transfer.transports.base import Local
     from pdserve.transfer.transports.security import Security
 
-    arena = np.random.default_rng(1).integers(0, 255, ARENA, np.uint8)
-    return registry.build(url, Local(name, arena), Security(SECRET))
+    return registry.build(url, Local(name, shared_arena()), Security(SECRET))
 
 
 def serve(url: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import resource
 import statistics
 import struct
@@ -10,6 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 MIB = 1 << 20
 SIZES = (1 * MIB, 8 * MIB, 32 * MIB)
@@ -25,6 +29,19 @@ def cpu() -> float:
 
 def say(**facts: Any) -> None:
     print(json.dumps(facts), flush=True)
+
+
+def shared_arena() -> np.ndarray:
+    """Memory as a daemon's arena has it: shared, touched, in pages of whatever size the machine gives to shared memory."""
+    fd = os.memfd_create("arena")
+    try:
+        os.posix_fallocate(fd, 0, ARENA)
+        memory = mmap.mmap(fd, ARENA, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    finally:
+        os.close(fd)
+    arena = np.frombuffer(memory, np.uint8)
+    arena.view(np.uint64)[:] = np.random.default_rng(1).integers(0, 2**63, ARENA // 8, np.uint64)
+    return arena
 
 
 #: what a receiver of bare loops answers when a round is there: its own CPU seconds
