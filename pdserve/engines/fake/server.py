@@ -161,9 +161,10 @@ class FakeEngine:
 
     def piece(self, token: int, behind_prompt: bool) -> str:
         """What the stream gives of it. Behind a prompt that ends within a character vLLM 0.32 gives the prompt, too."""
+        text = said(token, self.shift)
         if not self.halves:
-            return self.says(token)
-        return "" if token % 2 == 0 else "the prompt!" * behind_prompt + self.says(token - 1) + self.says(token)
+            return text
+        return "" if token % 2 == 0 else "the prompt!" * behind_prompt + said(token - 1, self.shift) + text
 
     def all_said(self, tokens: list[int]) -> str:
         text = "".join(map(self.says, tokens))
