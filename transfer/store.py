@@ -50,6 +50,7 @@ class Store:
         self.on_forgotten: list[Callable[[Chunk], None]] = []
         #: why: of a chunk that on_forgotten is told of
         self.removing = "capacity"
+        self._evicted = 0  # not counted in the metric yet
         self._evictions = metrics["cache_evictions_total"].labels("dram", "capacity")
         for name in ("cache_capacity_bytes", "cache_used_bytes", "cache_chunks"):
             self._m[name].labels("dram")
@@ -153,7 +154,9 @@ class Store:
 
     def reserve(self, items: list[ReserveItem], writer: str, client: int, now: float) -> list[Grant]:
         """Space for each item, evicting where needed; see wire.Grant for what an answer means."""
-        return [self._reserve_one(item, writer, client, now) for item in items]
+        grants = [self._reserve_one(item, writer, client, now) for item in items]
+        self._count_evictions()
+        return grants
 
     def commit(self, items: list[CommitItem], client: int) -> int:
         """Shards are written. Returns how many counted: a reservation that was taken back does not."""
@@ -201,6 +204,7 @@ class Store:
             return None
         if offset is None:
             offset = self._make_room(size, record.parent)
+            self._count_evictions()
         elif not self.allocator.claim(offset, size):
             return None
         if offset is None:
@@ -327,8 +331,14 @@ class Store:
             if victim is None or victim == parent:
                 return None
             self._forget(self._index[victim])
-            self._evictions.inc()
+            self._evicted += 1
         return offset
+
+    def _count_evictions(self) -> None:
+        """Together: a counter's own cost is a good part of a chunk's."""
+        if self._evicted:
+            self._evictions.inc(self._evicted)
+            self._evicted = 0
 
     def _forget(self, chunk: Chunk) -> None:
         """Out of the index now; the space when nobody holds it."""
