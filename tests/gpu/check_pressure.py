@@ -264,9 +264,14 @@ def main() -> int:
                     raise RuntimeError(f"an engine ended with {process.returncode}")
             wanted, found = (json.loads(Path(f"{folder}/{n}.json").read_text()) for n in (0, 1))
         finally:
-            for process in [*children, cache]:
+            for process in children:
                 process.kill()
                 process.wait(20)
+            cache.terminate()  # it takes its arena along
+            try:
+                cache.wait(20)
+            except subprocess.TimeoutExpired:
+                cache.kill()
     shown, wrong = judge(wanted["answers"], found)
     if args.out:
         args.out.write_text(json.dumps({**shown, "wrong": wrong}, indent=1))
