@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,6 +121,24 @@ def bullets(name: str, sentences: list[str]) -> list[str]:
     return [*(f"- {name}: {sentence}" for sentence in sentences), ""] if sentences else []
 
 
+def hits(found: dict[str, Result]) -> list[str]:
+    """NAME-miss and NAME-hit: the same prompts before and after a tier had them."""
+    lines = []
+    for stem, miss in found.items():
+        name = stem.removesuffix("-miss")
+        if stem.endswith("-miss") and (hit := found.get(f"{name}-hit")) is not None:
+            both = compare.merged(miss, hit, ("miss", "hit"))
+            tiers = Counter[str]()
+            for record in hit.records:
+                tiers.update(record.tiers)
+            said = ", ".join(f"{tier} {tokens}" for tier, tokens in tiers.items() if tokens) or "nothing"
+            shown = [v.sentence for v in compare.verdicts(both) if v.metric == "TTFT mean"]
+            lines += bullets(
+                name, [*shown, f"{sum(r.prompt_tokens for r in hit.records)} tokens asked again; from where: {said}."]
+            )
+    return lines
+
+
 def regimes(name: str, result: Result) -> list[str]:
     """A sweep's points, each with its verdict, and what is true of the mix."""
     adaptive = judge.adaptive_of(result.arms)
@@ -152,6 +171,7 @@ def render(folder: Path) -> str:
     )
     for name, result in pairs:
         lines += bullets(name, compare.disturbance(result))
+    lines += hits({file.stem: result for file, result in found})
     head = "workload, arm, turns, requests, failed, TTFT mean ms, p99, ITL p99 ms, out tok/s, cached, within target"
     lines += table(head, [line for name, result in pairs for line in means(name, result)])
     for file, result in found:

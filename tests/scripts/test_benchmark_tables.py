@@ -107,3 +107,13 @@ def test_each_sweep_says_whose_sentence_it_is(tmp_path: Path) -> None:
     assert "| set 6000, length 300, reuse 90 %, users 1 | 100 ms | 50 ms |" in text
     assert "- pd-regimes: cache against the best fixed arm of each of 1 points: ahead at 1." in text
     assert "strictly better than gpu-cache" in text
+
+
+def test_a_tiers_hit_stands_beside_its_miss_with_where_it_came_from() -> None:
+    miss, hit = result({"": 100.0}), result({"": 40.0})
+    for record in hit.records:
+        record.tiers = {"gpu": 10, "redis": 80}
+    ratio, where = tables.hits({"remote-miss": miss, "remote-hit": hit, "other-miss": miss})[:2]
+    assert "hit / miss = 0.400" in ratio
+    assert where == "- remote: 1500 tokens asked again; from where: gpu 150, redis 1200."
+    assert tables.hits({"remote-miss": miss}) == []
