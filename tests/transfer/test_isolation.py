@@ -105,7 +105,7 @@ def watched(daemon, notes):
         (daemon.tiering, "_loads"),
         (daemon.tiering, "_not_before"),
         (daemon.tiering.remote, "_known"),
-        (disk, "_index"),
+        (disk._shelf, "index"),
     ):
         setattr(owner, name, Noting(f"{type(owner).__name__}.{name}", notes, getattr(owner, name)))
 
