@@ -20,7 +20,7 @@ HELLO_S = 5.0
 MAX_UNSENT = 32 << 20
 #: a long request is carried out in parts of so many chunks, and others have their turn when so much time has passed: in a
 #: full arena a chunk takes 15 to 50 us
-A_PART, A_TURN_S = 4, 0.00015
+A_PART, A_TURN_S = 16, 0.00015
 
 
 class Connection(asyncio.Protocol):
