@@ -232,6 +232,49 @@ def test_after_a_preemption_the_new_blocks_count(world):
     assert [c.block_ids for j in plan.saves for c in j.chunks] == [[72, 73]]
 
 
+def test_resumed_as_new_in_the_step_that_tells_of_its_preemption_the_new_blocks_count(world):
+    """vLLM's second model runner has no resumed requests, only new ones; after a forced reset all in one step."""
+    r, _ = compute_all(world, "a", range(14))
+    r.all_token_ids += [50, 51]
+    r.num_tokens = 16
+    world.side.matched(r, 14)
+    world.side.allocated(r, [70, 71, 72, 73], 0)
+    plan = world.side.plan(step({"a": 16}, new=[("a", 0)], preempted=["a"]))
+    assert plan.preempted == {"a"}
+    assert [c.block_ids for j in plan.saves for c in j.chunks] == [[72, 73]]
+
+
+def test_a_token_whose_step_was_discarded_is_in_no_chunk(world):
+    """A forced preemption with a step under way: its token never comes, so what is known ends before it."""
+    r, _ = compute_all(world, "a", range(14))
+    r.all_token_ids += [50]  # the sixteenth was sampled in the step that is discarded
+    r.num_tokens = 15
+    assert world.side.plan(step({"a": 1}, cached=[("a", None, 15)])).saves == []
+    world.side.allocated(r, [70, 71, 72, 73], 0)
+    assert world.side.plan(step({"a": 15}, new=[("a", 0)], preempted=["a"])).saves == []
+    r.all_token_ids += [51]
+    r.num_tokens = 16
+    plan = world.side.plan(step({"a": 1}, cached=[("a", None, 15)]))
+    assert [c.block_ids for j in plan.saves for c in j.chunks] == [[72, 73]]
+
+
+def test_a_request_that_ends_in_a_load_is_not_kept_for_saves_from_before_its_preemption_too(world):
+    """vLLM frees a request's blocks at the first of two reports, while the load still writes, and fails at the second."""
+    r, _ = compute_all(world, "a", range(19))  # its saves are not reported yet
+    world.side.plan(step({}, preempted=["a"]))
+    assert world.side.matched(r, 0) == (19, True)
+    world.side.allocated(r, [30, 31, 32, 33, 34], 19)
+    assert len(world.side.plan(step({})).loads) == 1
+    assert world.side.finished(r) is False  # vLLM keeps them for the load
+    plan = world.side.plan(step({}))
+    assert (plan.awaiting, plan.dropped) == (set(), {"a"})
+    world.side.reported(output(WorkerReport(loaded={"a": LoadResult(3, 10, 0.1)}), received=["a"]))
+    assert world.client.released == [(3, [])]
+    assert "a" in world.side._requests
+    world.side.reported(output(WorkerReport(saved={"a": 1})))
+    assert world.side._requests == {}
+
+
 def test_the_producers_answer_says_what_it_has_stored(world):
     r, _ = compute_all(world, "a", range(19), kv_transfer_params={"do_remote_decode": True})
     params = world.side.handover(r)
@@ -437,7 +480,9 @@ def test_what_was_found_and_not_loaded_is_told_after_its_lease_has_gone_back(wor
 def test_patience_is_a_factor_on_what_a_lookup_and_a_handover_get(world, monkeypatch):
     side = SchedulerSide(world.client, LAYOUT, "model", workers=1, instance="x", patience=20)
     given = []
-    monkeypatch.setattr(world.client, "lookup", lambda keys, timeout, speed: given.append(timeout) or wire.LookupReply(1, 0, [], 0, 0))
+    monkeypatch.setattr(
+        world.client, "lookup", lambda keys, timeout, speed: given.append(timeout) or wire.LookupReply(1, 0, [], 0, 0)
+    )
     assert side.matched(request("a", range(19)), 0) == (0, False)
     assert given == [20 * finding.LOOKUP_S]
     assert side._finder._stall_s(request("b", range(19))) == 20 * finding.HANDOVER_STALL_S

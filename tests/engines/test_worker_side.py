@@ -397,6 +397,71 @@ def test_saves_of_a_preempted_request_that_have_not_begun_never_read_its_blocks(
     client.close()
 
 
+def test_what_a_request_computes_after_its_preemption_is_stored_from_its_new_blocks(cache_daemon, engines):
+    """One step may tell of both: what was to be stored before is dropped, what this step computes is not."""
+    e = engines()
+    os.kill(cache_daemon.process.pid, signal.SIGSTOP)
+    try:
+        e.save("r", (key(1), b"", [3]))
+        plan = StepPlan(saves=[SaveJob("r", [ChunkSave(key(2), b"", 256, [4])])], preempted={"r"})
+        e.side.before_overwrite(plan)
+        e.kv[:, 3] = 0
+        e.side.start_loads(plan)
+        e.side.start_saves(plan)
+    finally:
+        os.kill(cache_daemon.process.pid, signal.SIGCONT)
+    saved = 0
+    while saved < 2:
+        saved += e.wait(e.side.report).saved["r"]
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    assert client.lookup([key(1)], 60).found == []
+    load, lease = job(client, "s", [key(2)], [[9]])
+    e.side.start_loads(StepPlan(loads=[load]))
+    assert e.wait(lambda: e.side.finished()[1]) == {"s"}
+    assert (e.kv[:, 9] == e.kv[:, 4]).all()
+    client.release(lease, 60)
+    client.close()
+
+
+class Reading(HostPages):
+    """A store that reads its blocks until the test says so; what is asked of the device, in order."""
+
+    def __init__(self, *args, **kw):
+        super().__init__(*args, **kw)
+        self.reads, self.may_end, self.asked = threading.Event(), threading.Event(), []
+
+    def mark(self):
+        self.asked.append("mark")
+
+    def store(self, *args):
+        self.asked.append("store")
+        self.reads.set()
+        assert self.may_end.wait(60)
+        return super().store(*args)
+
+    def settle(self):
+        self.asked.append("settle")
+
+
+def test_blocks_that_are_being_read_are_not_given_up_before_the_read_has_ended(cache_daemon, engines):
+    e = engines(kind=Reading)
+    pages = e.pages
+    try:
+        e.save("r", (key(1), b"", [3]), (key(2), key(1), [4]))
+        assert pages.reads.wait(60)
+        step = threading.Thread(target=e.side.before_overwrite, args=(StepPlan(preempted={"r"}),))
+        step.start()
+        step.join(0.05)
+        assert step.is_alive()
+    finally:
+        pages.may_end.set()
+    step.join(60)
+    assert not step.is_alive()
+    # The first chunk's copy has begun, so the device is waited for, too; the second one's never begins.
+    assert pages.asked == ["mark", "store", "settle"]
+    assert e.wait(e.side.report).saved == {"r": 1}
+
+
 def test_closing_twice_or_calling_after_close_is_harmless(cache_daemon):
     e = Engine(cache_daemon.socket)
     e.side.close()

@@ -259,7 +259,9 @@ class SchedulerSide:
         self._facts.finished(tracked)
         if tracked.loading is not None:
             self._dropped.add(request.request_id)
-        keep = tracked.outstanding > 0
+        # While it is loaded vLLM keeps its blocks until that has ended, and takes one report about a request, not two. What is
+        # still being stored of it is then from before a preemption: of blocks that are its own no longer.
+        keep = tracked.outstanding > 0 and tracked.loading is None
         if keep:
             self._awaiting.add(request.request_id)
         self._forget_if_done(request.request_id, tracked)
