@@ -81,7 +81,20 @@ def words(port: int, role: str, socket: str, model: str, step: int) -> list[str]
         "0.3",
     ]
     command += ["--max-num-seqs", "64", "--max-num-batched-tokens", str(step), "--compilation-config", GRAPHS]
+    command += ["--hf-overrides", json.dumps({"vocab_size": tokens_with_text(model)})]
     return [*command, "--kv-transfer-config", json.dumps(transfer)]
+
+
+def tokens_with_text(model: str) -> int:
+    """So many tokens the model may choose from: those of its tokenizer. A first token without text is not handed on, and a model
+    with random weights would mostly choose one where the tokenizer is another model's."""
+    known: int = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
+    file = Path(model) / "tokenizer.json"
+    if not file.is_file():
+        return known
+    from tokenizers import Tokenizer
+
+    return min(known, Tokenizer.from_file(str(file)).get_vocab_size())
 
 
 def serve(gpu: str, port: int, role: str, socket: str, model: str, out: Path, step: int) -> subprocess.Popen:
