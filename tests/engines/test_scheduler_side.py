@@ -237,11 +237,12 @@ def test_resumed_as_new_in_the_step_that_tells_of_its_preemption_the_new_blocks_
     r, _ = compute_all(world, "a", range(14))
     r.all_token_ids += [50, 51]
     r.num_tokens = 16
-    world.side.matched(r, 14)
+    world.side.matched(r, 8)
     world.side.allocated(r, [70, 71, 72, 73], 0)
-    plan = world.side.plan(step({"a": 16}, new=[("a", 0)], preempted=["a"]))
+    plan = world.side.plan(step({"a": 8}, new=[("a", 8)], preempted=["a"]))
     assert plan.preempted == {"a"}
     assert [c.block_ids for j in plan.saves for c in j.chunks] == [[72, 73]]
+    assert world.side._requests["a"].cached_tokens == 0  # nothing was cached when it came
 
 
 def test_a_token_whose_step_was_discarded_is_in_no_chunk(world):

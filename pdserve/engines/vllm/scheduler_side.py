@@ -186,8 +186,9 @@ class SchedulerSide:
             if (tracked := self._requests.get(request_id)) is not None:
                 self._storing.forget(tracked)
         for new in output.scheduled_new_reqs:
-            if (tracked := self._requests.get(new.req_id)) is not None:
-                tracked.cached_tokens = new.num_computed_tokens
+            # vLLM's second model runner names a request that resumes after a preemption among the new ones.
+            if (tracked := self._requests.get(new.req_id)) is not None and not tracked.scheduled:
+                tracked.scheduled, tracked.cached_tokens = True, new.num_computed_tokens
                 tracked.computing_since = time.monotonic()
                 self._facts.scheduled(tracked, new.num_computed_tokens)
             self._advance(plan, new.req_id, new.num_computed_tokens, output)

@@ -67,6 +67,7 @@ class Tracked:
     next_chunk: int = 0  # full chunks before this are stored, being stored, or not worth it
     tail_done: bool = False
     outstanding: int = 0  # save jobs times workers that have not reported yet
+    scheduled: bool = False  # some of its own tokens have been computed
     cached_tokens: int = 0  # of the prompt, when it was first scheduled: from the engine's own cache and from ours
     handover: Wait | None = None
     handed_over: bool = False  # what a producer promised has been loaded, or tried: it promises nothing any more
