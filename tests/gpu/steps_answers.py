@@ -56,7 +56,7 @@ def pressure(run: Run) -> None:
         raise RuntimeError(f"exit {done.returncode}; see pressure.log")
     found = results["pressure"] = json.loads((run.out / "pressure.json").read_text())
     if done.returncode:
-        raise RuntimeError(f"{found}; see pressure.log")
+        raise RuntimeError(f"{'; '.join(found['wrong'])} ({found['what']}); see pressure.json")
     row("preemptions, aborts, resets: answers as plain vLLM's", f"{found['equal']} of {found['answers']} ({found['what']})")
 
 

@@ -16,18 +16,30 @@ def scripts():
     try:
         import check_pressure
         import gpu_session
+        import pressure_verdict
         import steps_cost
         import timeline
 
-        yield types.SimpleNamespace(pressure=check_pressure, session=gpu_session, cost=steps_cost, timeline=timeline)
+        yield types.SimpleNamespace(
+            pressure=check_pressure, verdict=pressure_verdict, session=gpu_session, cost=steps_cost, timeline=timeline
+        )
     finally:
         sys.path.remove(str(GPU))
-        for name in ("check_pressure", "gpu_session", "steps_cost", "timeline"):
+        for name in ("check_pressure", "gpu_session", "pressure_verdict", "steps_cost", "timeline"):
             sys.modules.pop(name, None)
 
 
 def test_a_dry_run_names_every_step_and_what_is_missing(tmp_path):
-    words = [sys.executable, "-P", str(GPU / "run_all.py"), "--model", str(tmp_path), "--out", str(tmp_path), "--dry-run"]
+    words = [
+        sys.executable,
+        "-P",
+        str(GPU / "run_all.py"),
+        "--model",
+        str(tmp_path),
+        "--out",
+        str(tmp_path),
+        "--dry-run",
+    ]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     for step in ("copies", "timeline", "overhead", "pressure", "peers"):
         assert any(line.startswith(step) for line in done.stdout.splitlines()), done.stdout + done.stderr
@@ -48,7 +60,9 @@ class Core:
     def __init__(self):
         self.scheduler = types.SimpleNamespace(
             schedule=lambda: types.SimpleNamespace(total_num_scheduled_tokens=1),
-            update_from_output=lambda ids: {0: types.SimpleNamespace(outputs=[types.SimpleNamespace(new_token_ids=ids)])},
+            update_from_output=lambda ids: {
+                0: types.SimpleNamespace(outputs=[types.SimpleNamespace(new_token_ids=ids)])
+            },
         )
 
     def preprocess_add_request(self, request):
@@ -57,9 +71,7 @@ class Core:
 
 def test_a_timeline_shares_the_whole_time_out_among_its_phases(scripts):
     core = Core()
-    llm = types.SimpleNamespace(
-        llm_engine=types.SimpleNamespace(engine_core=types.SimpleNamespace(engine_core=core))
-    )
+    llm = types.SimpleNamespace(llm_engine=types.SimpleNamespace(engine_core=types.SimpleNamespace(engine_core=core)))
     watch = scripts.timeline.Timeline(llm, None)
     for _ in range(2):  # the second is not disturbed by the first
         watch.begin()
@@ -75,25 +87,65 @@ def test_a_timeline_shares_the_whole_time_out_among_its_phases(scripts):
         assert all(ms >= 0 for ms in found.values())
 
 
+def answer(prompt, last=1, *, turn="cold", top=((1, -0.1), (2, -3.0))):
+    first = [[prompt, -0.5], [9, -2.0]]
+    return {"turn": turn, "prompt": prompt, "tokens": [prompt, last], "top": [first, [list(pair) for pair in top]]}
+
+
 def good():
     left = {"saves": 0, "blocks": 0}
-    answers = [(i, [i, 1]) for _ in range(3) for i in range(2)]
+    answers = [answer(i) for _ in range(3) for i in range(2)]
     return {
-        "answers": answers, "preempted": 3, "aborted": 1, "resets": 1, "loads": 2, "loads that failed": [], "left": left,
+        "answers": answers, "preempted": 3, "aborted": 1, "resets": 1, "resets refused by vLLM": 0,
+        "loads": 2, "loads that failed": [], "left": left,
     }  # fmt: skip
 
 
+def control(**change):
+    return {k: v for k, v in {**good(), **change}.items() if "loads" not in k}
+
+
+def ending(*last):
+    """good() answers, the last of them another one."""
+    return [*good()["answers"][: -len(last)], *last]
+
+
+WANTED = [answer(0), answer(1)]
+TIED = ((1, -0.6931), (2, -0.6933))
+
+
 def test_the_pressure_check_finds_each_thing_that_is_wrong(scripts):
-    wanted = {"0": [0, 1], "1": [1, 1]}
-    shown, wrong = scripts.pressure.judge(wanted, good())
-    assert (shown["equal"], shown["answers"], wrong) == (6, 6, [])
+    shown, wrong = scripts.verdict.judge(WANTED, good(), control())
+    assert (shown["equal"], shown["answers"], shown["control"]["equal"], wrong) == (6, 6, 6, [])
     for change in (
         {"answers": good()["answers"][:-1]},
-        {"answers": [*good()["answers"][:-1], (1, [1, 2])]},
-        {"preempted": 0}, {"aborted": 0}, {"resets": 0}, {"loads": 0}, {"loads that failed": ["digest"]},
-        {"left": {"saves": 0, "blocks": 5}},
+        {"answers": ending(answer(1, 2, top=((2, -0.1), (1, -3.0))))},
+        {"answers": ending(answer(1, top=((1, -0.11), (2, -3.0))))},  # the same tokens, from other KV
+        {"preempted": 0}, {"aborted": 0}, {"resets": 0}, {"resets refused by vLLM": 2}, {"left": {"saves": 0, "blocks": 5}},
     ):  # fmt: skip
-        assert len(scripts.pressure.judge(wanted, {**good(), **change})[1]) == 1
+        assert len(scripts.verdict.judge(WANTED, {**good(), **change}, control())[1]) == 1
+        (said,) = scripts.verdict.judge(WANTED, good(), control(**change))[1]
+        assert said.startswith("control: ")
+    for change in ({"loads": 0}, {"loads that failed": ["digest"]}):
+        assert len(scripts.verdict.judge(WANTED, {**good(), **change}, control())[1]) == 1
+
+
+def test_a_near_tie_of_both_engines_is_told_and_only_the_control_s_kind_is_allowed(scripts):
+    wanted = [answer(0), answer(1, top=TIED)]
+    tied, same = answer(1, 2, top=((2, -0.6931), (1, -0.6932))), answer(1, top=TIED)
+    alike = [answer(0), same] * 2 + [answer(0)]
+    ours, plain = {**good(), "answers": [*alike, tied]}, control(answers=[*alike, tied])
+    shown, wrong = scripts.verdict.judge(wanted, ours, plain)
+    (there,) = shown["different"]
+    assert (there["turn"], there["prompt"], there["position"], there["wanted"], there["found"]) == ("cold", 1, 1, 1, 2)
+    assert there["logprobs_there"] == {"wanted's": [-0.6931, -0.6933], "found's": [-0.6932, -0.6931]}
+    assert (shown["equal"], shown["near ties"], shown["control"]["near ties"], wrong) == (5, 1, 1, [])
+    (said,) = scripts.verdict.judge(wanted, ours, control(answers=[*alike, same]))[1]
+    assert said == "1 answers differ at near ties, none of the control's does"
+    # A tie for one of the two engines only, or with a token that the other has not among its best: KV that is not the same.
+    for top in (((2, -0.1), (1, -3.0)), ((2, -0.6931), (7, -0.6932))):
+        (said,) = scripts.verdict.judge(wanted, {**ours, "answers": [*alike, answer(1, 2, top=top)]}, plain)[1]
+        assert said.startswith("1 answers are not plain vLLM's")
 
 
 def test_some_prompts_of_the_pressure_check_begin_alike(scripts):
