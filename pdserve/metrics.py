@@ -185,7 +185,7 @@ PROXY = {
         Counter,
         "Streams that began with their producer's own first token (--early-token), by what the consumer said to it: confirmed, "
         "differed (asked anew behind it), unanswered (it died, or the client left), ended (the answer was that token)",
-        ("became",),
+        ("outcome",),
         unit="streams",
         act="differed: expected with sampling, once each for what chance decides; with temperature 0 only between tokens as good "
         "as each other. Many: producers and consumers may not serve the same weights.",

@@ -89,8 +89,8 @@ def test_what_is_greedy_is_what_plain_vllm_says(pd: Deployment, proxy: Client) -
         (_, plain), (handed_on, ours) = stream(pd.plain, body), stream(proxy, body)
         assert summed(ours) == summed(plain)
         assert handed_on or not summed(plain)["text"]
-    assert total(proxy.metrics(), "pdserve_first_tokens_total", became="confirmed") >= 3
-    assert total(proxy.metrics(), "pdserve_first_tokens_total", became="unanswered") == 0
+    assert total(proxy.metrics(), "pdserve_first_tokens_total", outcome="confirmed") >= 3
+    assert total(proxy.metrics(), "pdserve_first_tokens_total", outcome="unanswered") == 0
 
 
 def test_what_is_sampled_is_one_text(pd: Deployment, proxy: Client) -> None:
@@ -111,7 +111,7 @@ def test_what_is_sampled_is_one_text(pd: Deployment, proxy: Client) -> None:
         while ids and ids[-1] == half:
             ids.pop()
         assert got["text"] == (text_of(pd, ids) if ids else ""), got
-    counts = {name: total(proxy.metrics(), "pdserve_first_tokens_total", became=name) for name in ("confirmed", "differed")}
+    counts = {name: total(proxy.metrics(), "pdserve_first_tokens_total", outcome=name) for name in ("confirmed", "differed")}
     assert sum(counts.values()) == 16 + total(before, "pdserve_first_tokens_total")
     assert counts["differed"] >= 1, counts  # sixteen times two equal throws of a coin: never
 

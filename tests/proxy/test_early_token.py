@@ -35,7 +35,7 @@ class Two:
 
     def counts(self) -> dict[str, int]:
         names = ("confirmed", "differed", "unanswered", "ended")
-        return {name: int(self.on.value("pdserve_first_tokens_total", became=name)) for name in names}
+        return {name: int(self.on.value("pdserve_first_tokens_total", outcome=name)) for name in names}
 
 
 @pytest.fixture(params=[(1, False), (2, True)], ids=["one", "two"])
@@ -180,7 +180,7 @@ async def test_without_another_consumer_the_client_is_told(rig: Any) -> None:
         assert first["choices"][0]["text"]
         assert error["error"]["code"] == 502
         assert done == "[DONE]"
-        assert r.value("pdserve_first_tokens_total", became="unanswered") == 1
+        assert r.value("pdserve_first_tokens_total", outcome="unanswered") == 1
 
 
 async def test_a_consumer_that_refuses_afterwards_ends_the_stream_with_an_error(rig: Any) -> None:
