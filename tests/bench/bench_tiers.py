@@ -129,24 +129,26 @@ def operations(folder: Path, rounds: int) -> list[dict[str, Any]]:
     return [row(name, times, ratio=statistics.median(times) / ping) for name, times in found.items()]
 
 
-def write_on_demand(path: str, chunks: int, go: Any, stop: Any) -> None:
-    """Another engine, in a process of its own: stores new chunks, so many a call, without pause while `go` is set."""
+def write_on_demand(path: str, chunks: int, pause: float, go: Any, stop: Any) -> None:
+    """Another engine, in a process of its own: stores new chunks, so many a call, with so many seconds between calls, while `go`
+    is set."""
     client, payload, n = CacheClient(path, "writer"), np.full(SHARD, 7, np.uint8), 1
     while not stop.is_set():
         if go.wait(0.1):
             n += 1
             store(client, keys((n * 1000 + chunks) * 10**6, chunks), payload)
-            time.sleep(0.00025 * chunks)  # 8 x 64 KiB every few ms: a few hundred MB/s
+            time.sleep(pause)
     client.close()
 
 
 def pressure(folder: Path, rounds: int) -> list[dict[str, Any]]:
     """A full arena with a disk tier below; one client looks 40 chunks up, and pings, while another process does nothing, stores
-    into this daemon without pause (8 chunks a call as in an engine's step, or a long prompt's 400), or stores into another
-    daemon just like it: what the machine alone makes of that."""
+    into this daemon (8 chunks a call, as an engine with steps of 2048 tokens, or 400 at once, both at some 3000 chunks a second;
+    or 32 a call, steps of 8192 tokens, 30 times a second: as eight engines that each prefill 30,000 tokens a second), or stores
+    into another daemon just like it: what the machine alone makes of that."""
     spawn = get_context("spawn")
     stop = spawn.Event()
-    arms = ("idle", "another daemon under store pressure", "under store pressure", "400 chunks a call")
+    arms = ("idle", "another daemon under store pressure", "under store pressure", "32 chunks a call, 30 a second", "400 chunks a call")
     found: dict[str, list[float]] = {name: [] for name in arms}
     pings: dict[str, list[float]] = {name: [] for name in arms}
     under = 0.0
@@ -157,9 +159,10 @@ def pressure(folder: Path, rounds: int) -> list[dict[str, Any]]:
             own.mkdir()
             words = ("--disk", str(own / "kv"), "--disk-size", "512MiB", "--disk-min-free", "0")
             caches.append(stack.enter_context(daemon(own, 256 << 20, *words)))
-        for name, (cache, _), chunks in zip(arms[1:], (*caches, caches[1]), (8, 8, 400), strict=True):
+        writes = ((caches[0], 8, 0.002), (caches[1], 8, 0.002), (caches[1], 32, 1 / 30), (caches[1], 400, 0.1))
+        for name, ((cache, _), chunks, pause) in zip(arms[1:], writes, strict=True):
             goes[name] = spawn.Event()
-            writers.append(spawn.Process(target=write_on_demand, args=(str(cache.socket), chunks, goes[name], stop)))
+            writers.append(spawn.Process(target=write_on_demand, args=(str(cache.socket), chunks, pause, goes[name], stop)))
             writers[-1].start()
         hot = keys(1, 40)
         for _, client in caches:
