@@ -104,16 +104,15 @@ class Splitter:
             takeover.cached = self._dialect.cached_tokens(handover)
         body = self._dialect.decode_body(exchange.endpoint, ask.body, handover, takeover.ask_ids)
         takeover.sent, takeover.prompt = body, exchange.prompt_tokens
-        if exchange.first is not None and exchange.first.over:
-            if leg is not None:
-                await leg.drop()
-            return await self._say_all(exchange, takeover)
         # The producer's reply tells of route "pd"; of several prompts the first event does not tell which they are.
         told = bool(why) and alone != "several-prompts"
         if told:
             self._began.expect(exchange.request_id)
         try:
-            await self._decode(exchange, body, why, takeover, consumer, leg)
+            if exchange.first is not None and exchange.first.over:
+                await self._say_all(exchange, takeover, leg)
+            else:
+                await self._decode(exchange, body, why, takeover, consumer, leg)
         finally:
             if told:
                 self._began.forget(exchange.request_id)
@@ -132,11 +131,12 @@ class Splitter:
         self._measure(exchange)
         exchange.client.events(takeover.begin(exchange.first), exchange.first.over)
 
-    async def _say_all(self, exchange: Exchange, takeover: Takeover) -> None:
+    async def _say_all(self, exchange: Exchange, takeover: Takeover, leg: EarlyLeg | None) -> None:
         """The answer ends with its first token."""
+        if leg is not None:
+            await leg.drop()
         exchange.tell_route()
         self._begin(exchange, takeover)
-        self._labelled("first_tokens_total", "ended").inc()
         exchange.client.lifetime.on(Event.END)
         await exchange.client.ready()
 

@@ -15,12 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from ports import free_port
 
 from pdserve import env, topology
 from pdserve import target as targets
@@ -139,12 +141,30 @@ class Deployment:
         assert not left, f"left in the cache daemon: {left}"
 
 
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> None:
-    """Polls until the condition holds; fails with `what` when it does not in time."""
+def wait_for(condition: Callable[[], Any], seconds: float, what: str, log: Path | None = None) -> None:
+    """Polls until the condition holds; fails with `what`, and the end of the log, when it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"{what} after {seconds:g} s"
+        if time.monotonic() >= deadline:
+            end = f":\n{log.read_text()[-2000:]}" if log is not None else ""
+            raise AssertionError(f"{what} after {seconds:g} s{end}")
         time.sleep(0.1)
+
+
+@contextmanager
+def proxy_before(deployment: Deployment, folder: Path, *words: str) -> Iterator[Client]:
+    """A proxy of its own before engines that run, ended with the block."""
+    port, log = free_port(), folder / "proxy.log"
+    command = [sys.executable, "-P", "-m", "pdserve", "proxy", "--port", str(port), *words]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder)
+    try:
+        with Client(f"http://127.0.0.1:{port}", model=deployment.client.model, timeout=240) as client:
+            wait_for(client.healthy, 120, "the proxy was not ready", log)
+            yield client
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def run_pdserve(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import openai
 import pytest
-from ports import free_port
 
 from pdserve.openai_client import Client, total
 
 from .conformance_rows import SAY, TEXT
-from .conftest import wait_for
+from .conftest import proxy_before
 
 if TYPE_CHECKING:
     from .conftest import Deployment
@@ -32,19 +29,9 @@ USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 
 @pytest.fixture
 def proxy(pd: Deployment, tmp_path: Path) -> Iterator[Client]:
-    port, log = free_port(), tmp_path / "proxy.log"
-    command = [sys.executable, "-P", "-m", "pdserve", "proxy", "--port", str(port), "--early-decode", "--early-token"]
-    for role in ("prefill", "decode"):
-        command += [f"--{role}", pd.target.engines[role][0]]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=tmp_path)
-    try:
-        with Client(f"http://127.0.0.1:{port}", model=pd.client.model, timeout=240) as client:
-            wait_for(client.healthy, 120, f"the proxy was not ready:\n{log.read_text()[-2000:]}")
-            yield client
-    finally:
-        process.terminate()
-        process.wait(60)
+    roles = [word for role in ("prefill", "decode") for word in (f"--{role}", pd.target.engines[role][0])]
+    with proxy_before(pd, tmp_path, "--early-decode", "--early-token", *roles) as client:
+        yield client
 
 
 def stream(client: Client, body: dict[str, Any]) -> tuple[bool, list[Any]]:

@@ -33,7 +33,7 @@ def router(pd: Deployment, tmp_path: Path) -> Iterator[Client]:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=tmp_path)
     try:
         with Client(f"http://127.0.0.1:{port}", model=pd.client.model, timeout=120) as client:
-            wait_for(client.healthy, 120, f"vllm-router was not ready:\n{log.read_text()[-2000:]}")
+            wait_for(client.healthy, 120, "vllm-router was not ready", log)
             yield client
     finally:
         process.terminate()

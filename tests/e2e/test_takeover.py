@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from ports import free_port
 
 from pdserve.openai_client import Client
 
 from .conformance_rows import SAY, WEATHER
-from .conftest import wait_for
+from .conftest import proxy_before, wait_for
 
 if TYPE_CHECKING:
     from .conftest import Deployment
@@ -37,19 +34,10 @@ SAMPLED = 120
 
 @pytest.fixture
 def proxy(pd: Deployment, tmp_path: Path) -> Iterator[Client]:
-    port, log = free_port(), tmp_path / "proxy.log"
     engines = {"decode-0": pd.target.engines["decode"][0], "prefill-0": pd.target.engines["prefill"][0]}
-    command = [sys.executable, "-P", "-m", "pdserve", "proxy", "--port", str(port), "--policy", "session"]
-    command += ["--both", *(f"{name}={url}" for name, url in engines.items())]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=tmp_path)
-    try:
-        with Client(f"http://127.0.0.1:{port}", model=pd.client.model, timeout=240) as client:
-            wait_for(client.healthy, 120, f"the proxy was not ready:\n{log.read_text()[-2000:]}")
-            yield client
-    finally:
-        process.terminate()
-        process.wait(60)
+    both = ("--both", *(f"{name}={url}" for name, url in engines.items()))
+    with proxy_before(pd, tmp_path, "--policy", "session", *both) as client:
+        yield client
 
 
 class Stream:

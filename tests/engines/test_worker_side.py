@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 import types
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -374,22 +375,30 @@ def test_awaited_requests_are_reported_once_their_saves_are_done(engines):
     assert e.side.finished()[0] == {"gone"}  # nothing outstanding: at once
 
 
+@contextmanager
+def halted(daemon):
+    os.kill(daemon.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(daemon.process.pid, signal.SIGCONT)
+
+
+def until_saved(e, count):
+    """So many saves of request r were reported, done or dropped."""
+    while count > 0:
+        count -= e.wait(e.side.report).saved["r"]
+
+
 def test_saves_of_a_preempted_request_that_have_not_begun_never_read_its_blocks(cache_daemon, engines):
     e = engines()
-    os.kill(
-        cache_daemon.process.pid, signal.SIGSTOP
-    )  # the first save hangs in its reservation, the second one in the queue
-    try:
+    with halted(cache_daemon):  # the first save hangs in its reservation, the second one in the queue
         e.save("r", (key(1), b"", [3]))
         e.save("r", (key(2), key(1), [4]))
         time.sleep(0.1)
         e.side.before_overwrite(StepPlan(preempted={"r"}))
         e.kv[:] = 0  # overwritten
-    finally:
-        os.kill(cache_daemon.process.pid, signal.SIGCONT)
-    saved = 0
-    while saved < 2:
-        saved += e.wait(e.side.report).saved["r"]
+    until_saved(e, 2)
     client = CacheClient(cache_daemon.socket, "scheduler")
     assert client.lookup([key(1)], 60).found == []
     assert client.lookup([key(2)], 60).found == []
@@ -400,19 +409,14 @@ def test_saves_of_a_preempted_request_that_have_not_begun_never_read_its_blocks(
 def test_what_a_request_computes_after_its_preemption_is_stored_from_its_new_blocks(cache_daemon, engines):
     """One step may tell of both: what was to be stored before is dropped, what this step computes is not."""
     e = engines()
-    os.kill(cache_daemon.process.pid, signal.SIGSTOP)
-    try:
+    with halted(cache_daemon):
         e.save("r", (key(1), b"", [3]))
         plan = StepPlan(saves=[SaveJob("r", [ChunkSave(key(2), b"", 256, [4])])], preempted={"r"})
         e.side.before_overwrite(plan)
         e.kv[:, 3] = 0
         e.side.start_loads(plan)
         e.side.start_saves(plan)
-    finally:
-        os.kill(cache_daemon.process.pid, signal.SIGCONT)
-    saved = 0
-    while saved < 2:
-        saved += e.wait(e.side.report).saved["r"]
+    until_saved(e, 2)
     client = CacheClient(cache_daemon.socket, "scheduler")
     assert client.lookup([key(1)], 60).found == []
     load, lease = job(client, "s", [key(2)], [[9]])
