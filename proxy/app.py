@@ -24,8 +24,10 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 
-from pdserve import engines, log, metrics, trace
+from pdserve import engines, log, trace
 from pdserve.errors import ConfigError
+from pdserve.metrics import metric
+from pdserve.metrics.proxy import PROXY
 from pdserve.proxy import keys, openai, options, series, workers
 from pdserve.proxy.access import Access
 from pdserve.proxy.admin import Admin
@@ -64,7 +66,7 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
     """The app. Its fleet, metrics registry and settings are at app.state. `shared` is what it has with other workers."""
     shared = shared or Alone()
     registry = CollectorRegistry()
-    made = metrics.build(metrics.PROXY, registry)
+    made = metric.build(PROXY, registry)
     places = dict(settings.places)
     instances = [Instance(name, role, Upstream(name, url), places.get(name, "")) for name, role, url in settings.instances]
     fleet = Fleet(instances, settings.deadlines, made, settings.models, settings.probe_every, shared)

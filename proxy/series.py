@@ -8,7 +8,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest, multiprocess
 
-from pdserve import metrics
+from pdserve.metrics.proxy import PROXY
 
 _LABEL = "instance"
 
@@ -17,7 +17,7 @@ def forget(made: dict[str, Any], instance: str) -> None:
     """Drops what was counted of this engine. What several workers count in their files stays there, and is not shown."""
     if _several():
         return
-    for name, about in metrics.PROXY.items():
+    for name, about in PROXY.items():
         if _LABEL not in about.labels:
             continue
         samples = [sample for family in made[name].collect() for sample in family.samples]

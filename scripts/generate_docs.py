@@ -8,7 +8,8 @@ from pathlib import Path
 
 os.environ["COLUMNS"] = "80"  # argparse wraps help at the terminal's width
 
-from pdserve import cli_reference, metrics_reference, topology_schema
+from pdserve import cli_reference, topology_schema
+from pdserve.metrics import reference
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -18,7 +19,7 @@ def main() -> None:
         "topology.md": topology_schema.page(),
         "topology.schema.json": json.dumps(topology_schema.schema(), indent=2) + "\n",
         "cli.md": cli_reference.page(),
-        "metrics.md": metrics_reference.page(),
+        "metrics.md": reference.page(),
     }
     for name, text in pages.items():
         file = DOCS / name

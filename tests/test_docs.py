@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import Histogram
 
-from pdserve import cli_tree, metrics
+from pdserve import cli_tree
+from pdserve.metrics import reference
+from pdserve.metrics.metric import PREFIX
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -117,7 +119,7 @@ BARE = ("launch", "bench", "topology", "cache", "completion", "model", "size")
 
 def catalogue() -> set[str]:
     suffixes = {Histogram: ("_bucket", "_count", "_sum")}
-    names = {metrics.PREFIX + name: about for table in metrics.TABLES for name, about in table.items()}
+    names = {PREFIX + name: about for _, table, _ in reference.TABLES for name, about in table.items()}
     return {name + suffix for name, about in names.items() for suffix in ("", *suffixes.get(about.kind, ()))}
 
 

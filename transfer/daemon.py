@@ -17,8 +17,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from pdserve import log, metrics
+from pdserve import log
 from pdserve.errors import ConfigError, ProtocolError
+from pdserve.metrics.cache import CACHE
+from pdserve.metrics.metric import build
 from pdserve.trace import Tracing
 from pdserve.transfer import arena, faults, journal, scrub, tracing, wire
 from pdserve.transfer.catalog import Catalog
@@ -75,7 +77,7 @@ class Daemon:
         self.daemon_id = uuid.uuid4().hex
         self.started = time.time()
         self.registry = CollectorRegistry()
-        self.metrics = metrics.build(metrics.CACHE, self.registry)
+        self.metrics = build(CACHE, self.registry)
         self.log = log.get("cache")
         self.fault = fault
         path = arena.path_for(name)

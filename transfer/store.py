@@ -28,7 +28,7 @@ _OURS = 0
 
 
 class Store:
-    """The DRAM tier's index. `metrics` are those of pdserve.metrics.CACHE. Not thread-safe: the daemon's loop owns it."""
+    """The DRAM tier's index. `metrics` are those of pdserve.metrics.cache. Not thread-safe: the daemon's loop owns it."""
 
     def __init__(self, capacity: int, policy: EvictionPolicy, metrics: dict[str, Any]) -> None:
         self.allocator = Allocator(capacity)

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pdserve import metrics
+from pdserve.metrics.metric import build
+from pdserve.metrics.proxy import PROXY
 from pdserve.proxy.dashboard.board import Memory
 from pdserve.proxy.dashboard.collector import Collector
 from pdserve.proxy.dashboard.engines import _NAMES
@@ -58,7 +59,7 @@ def main() -> None:
     )
 
     registry = CollectorRegistry()
-    made = metrics.build(metrics.PROXY, registry)
+    made = build(PROXY, registry)
     instances = [
         Instance(f"e{n}", "decode", Upstream(f"e{n}", "http://127.0.0.1:1"), up=True) for n in range(args.engines)
     ]

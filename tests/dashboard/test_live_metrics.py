@@ -14,7 +14,9 @@ import pytest
 from dashboard_stand import Shadow, Stand, get, until
 from prometheus_client.parser import text_string_to_metric_families
 
-from pdserve import metrics
+from pdserve.metrics.cache import CACHE
+from pdserve.metrics.metric import PREFIX, Metric
+from pdserve.metrics.proxy import PROXY
 
 PYTHONS_OWN = ("python_", "process_")
 
@@ -29,18 +31,18 @@ def families(text: str) -> set[str]:
     return {name for name in found if not name.startswith(PYTHONS_OWN) and not name.endswith("_created")}
 
 
-def catalogue(table: dict[str, metrics.Metric]) -> set[str]:
-    return {(metrics.PREFIX + name).removesuffix("_total") for name in table}
+def catalogue(table: dict[str, Metric]) -> set[str]:
+    return {(PREFIX + name).removesuffix("_total") for name in table}
 
 
 def test_the_proxy_exports_its_catalogue_and_nothing_else(stand: Stand) -> None:
     assert stand.ask()[0] == 200
-    assert families(page(stand, "metrics")) == catalogue(metrics.PROXY)
+    assert families(page(stand, "metrics")) == catalogue(PROXY)
 
 
 def test_the_daemon_exports_its_catalogue_and_nothing_else(stand: Stand, shadow: Shadow) -> None:
     shadow.load(shadow.store(3))
-    assert families(page(stand, "cache")) == catalogue(metrics.CACHE)
+    assert families(page(stand, "cache")) == catalogue(CACHE)
 
 
 def test_several_workers_export_the_same(tmp_path: Path) -> None:
@@ -48,7 +50,7 @@ def test_several_workers_export_the_same(tmp_path: Path) -> None:
         for _ in range(4):
             assert stand.ask()[0] == 200
         found = families(page(stand, "metrics"))
-        assert found <= catalogue(metrics.PROXY)  # of what has no series yet, several workers show nothing
+        assert found <= catalogue(PROXY)  # of what has no series yet, several workers show nothing
         assert "pdserve_requests" in found
 
 

@@ -14,13 +14,14 @@ import pytest
 import yaml
 from prometheus_client import Histogram
 
-from pdserve import metrics
-from pdserve.metrics_reference import VLLM
+from pdserve.metrics import reference
+from pdserve.metrics.metric import PREFIX
+from pdserve.metrics.reference import VLLM
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "deploy" / "prometheus"
 NAME = re.compile(r"\b(?:pdserve_\w+|(?:pdserve|vllm):[\w:]+)")
-CATALOGUE = {metrics.PREFIX + name: metric for table in metrics.TABLES for name, metric in table.items()}
+CATALOGUE = {PREFIX + name: metric for _, table, _ in reference.TABLES for name, metric in table.items()}
 
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="there is no promtool here (Debian package prometheus)"

@@ -8,8 +8,9 @@ from dashboard_stand import until
 from in_browser import chromium, new_page
 from prometheus_client.parser import text_string_to_metric_families
 
-from pdserve import metrics
-from pdserve.metrics_reference import VLLM
+from pdserve.metrics.engine import ENGINE
+from pdserve.metrics.metric import PREFIX
+from pdserve.metrics.reference import VLLM
 from pdserve.openai_client import Client
 
 PATIENCE = 60_000  # ms; reached only when a test fails
@@ -36,7 +37,7 @@ def test_engines_export_the_catalogue_and_what_is_read_of_vllm(pd: Any) -> None:
     pd.client.complete(prompt, max_tokens=4)  # a load, which engines tell of
     consumer = families(page_of(pd.target.engines["decode"][0]))
     ours = {name for name in consumer if name.startswith("pdserve_") and not name.endswith("_created")}
-    assert ours == {(metrics.PREFIX + name).removesuffix("_total") for name in metrics.ENGINE}
+    assert ours == {(PREFIX + name).removesuffix("_total") for name in ENGINE}
     assert {name.removesuffix("_total") for name in VLLM} <= set(consumer)
 
     def passed_on() -> bool:

@@ -7,9 +7,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 from scheduler_output import step
 
-from pdserve import metrics
 from pdserve.chunk import ChunkLayout
 from pdserve.errors import CacheUnavailable, UnsupportedError
+from pdserve.metrics.cache import CACHE
+from pdserve.metrics.metric import build
 from pdserve.transfer import wire
 from pdserve.transfer.eviction import LeafFirstLru
 from pdserve.transfer.store import Store
@@ -84,7 +85,7 @@ def output(report=None, received=()):
 @pytest.fixture
 def world(monkeypatch):
     monkeypatch.setattr(finding, "MIN_TOKENS", 2)
-    store = Store(1 << 22, LeafFirstLru(), metrics.build(metrics.CACHE, CollectorRegistry()))
+    store = Store(1 << 22, LeafFirstLru(), build(CACHE, CollectorRegistry()))
     client = DirectClient(store)
     return types.SimpleNamespace(
         store=store, client=client, side=SchedulerSide(client, LAYOUT, "model", workers=1, instance="prefill-0")

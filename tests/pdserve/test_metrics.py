@@ -8,10 +8,11 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pdserve import metrics, metrics_reference
+from pdserve.metrics import reference
+from pdserve.metrics.metric import PREFIX, build
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL = {name: metric for table in metrics.TABLES for name, metric in table.items()}
+ALL = {name: metric for _, table, _ in reference.TABLES for name, metric in table.items()}
 # What a label may be called: each of these takes its values from a closed set, never from a client.
 LABELS = {
     "class", "endpoint", "route", "status", "instance", "role", "leg", "reason", "decision", "how", "tier", "result", "kind",
@@ -41,13 +42,13 @@ def test_names_are_as_prometheus_wants_them(name: str) -> None:
 
 
 def test_no_name_is_used_twice() -> None:
-    assert len(ALL) == sum(len(table) for table in metrics.TABLES)
+    assert len(ALL) == sum(len(table) for _, table, _ in reference.TABLES)
 
 
 def exposed() -> str:
     registry = CollectorRegistry()
-    for table in metrics.TABLES:
-        for name, made in metrics.build(table, registry).items():
+    for _, table, _ in reference.TABLES:
+        for name, made in build(table, registry).items():
             child = made.labels(*["x"] * len(table[name].labels)) if table[name].labels else made
             child.observe(1) if isinstance(made, Histogram) else child.inc()
     return generate_latest(registry).decode()
@@ -55,7 +56,7 @@ def exposed() -> str:
 
 def test_all_of_it_can_be_read_back() -> None:
     families = {family.name for family in text_string_to_metric_families(exposed())}
-    wanted = {(metrics.PREFIX + name).removesuffix("_total") for name in ALL}
+    wanted = {(PREFIX + name).removesuffix("_total") for name in ALL}
     assert {name for name in families if not name.endswith("_created")} == wanted
 
 
@@ -69,10 +70,10 @@ def test_promtool_finds_nothing_to_say() -> None:
 
 def test_the_page_is_up_to_date() -> None:
     written = (ROOT / "docs" / "metrics.md").read_text()
-    assert written == metrics_reference.page(), "docs/metrics.md is out of date: make docs-generate"
+    assert written == reference.page(), "docs/metrics.md is out of date: make docs-generate"
 
 
 def test_the_page_has_a_row_for_each() -> None:
-    page = metrics_reference.page()
+    page = reference.page()
     for name in ALL:
         assert page.count(f"| `pdserve_{name}` |") == 1

@@ -15,7 +15,8 @@ import pytest
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from pdserve import metrics
+from pdserve.metrics.metric import build
+from pdserve.metrics.proxy import PROXY
 from pdserve.proxy import locating as locating_
 from pdserve.proxy.locating import Locating
 from pdserve.proxy.policies import chunk_location
@@ -65,7 +66,7 @@ async def heard(daemon: Any, until: Any) -> AsyncIterator[Any]:
     assert isinstance(policy, chunk_location.Policy)
     routing.learn(FACTS, HERE, 5, 2000)
     registry = CollectorRegistry()
-    locating = Locating(routing, (("cache", daemon.url),), "t", metrics.build(metrics.PROXY, registry))
+    locating = Locating(routing, (("cache", daemon.url),), "t", build(PROXY, registry))
     await locating.start()
     await until(lambda: daemon.asked)
 
@@ -179,7 +180,7 @@ async def test_a_real_daemons_side_and_its_restart(until: Any) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as bound:
         serving = asyncio.create_task(server.serve([bound]))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        made = metrics.build(metrics.PROXY, CollectorRegistry())
+        made = build(PROXY, CollectorRegistry())
         locating = Locating(routing, (("cache", url),), "secret", made)
         await locating.start()
         routing.learn(FACTS, HERE, 5, 2000)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
-from pdserve import metrics
+from pdserve.metrics.metric import build
+from pdserve.metrics.proxy import PROXY
 from pdserve.proxy import series
 
 
 def test_what_is_forgotten_takes_no_room() -> None:
     registry = CollectorRegistry()
-    made = metrics.build(metrics.PROXY, registry)
+    made = build(PROXY, registry)
     for n in range(20):  # engines that come and go
         name = f"decode-{n}"
         made["instance_up"].labels(name, "decode").set(1)

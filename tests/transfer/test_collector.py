@@ -4,7 +4,8 @@ import weakref
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pdserve import metrics
+from pdserve.metrics.cache import CACHE
+from pdserve.metrics.metric import build
 from pdserve.transfer import wire
 from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.collector import LONGEST_S, QUIET_S, Collector
@@ -43,7 +44,7 @@ def test_who_is_never_quiet_is_collected_now_and_then(collector):
 
 def test_what_a_cache_has_most_of_is_not_the_collectors():
     gone = Gone()
-    store = Store(200 * PAGE, POLICIES["lru"](), metrics.build(metrics.CACHE, CollectorRegistry()))
+    store = Store(200 * PAGE, POLICIES["lru"](), build(CACHE, CollectorRegistry()))
     store.on_forgotten.append(lambda chunk: gone.removed(chunk.key, "dram", "capacity", 1.0))
     names = [i.to_bytes(32, "little") for i in range(1, 401)]
     gc.collect()

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
-from pdserve import metrics
+from pdserve.metrics.cache import CACHE
+from pdserve.metrics.metric import build
 from pdserve.transfer.flows import MOST_ENGINES, OTHERS, Flows
 
 
 def test_bytes_are_the_engines_own_and_names_are_bounded() -> None:
     registry = CollectorRegistry()
-    flows = Flows(metrics.build(metrics.CACHE, registry)["cache_engine_bytes_total"])
+    flows = Flows(build(CACHE, registry)["cache_engine_bytes_total"])
 
     def told(engine: str, direction: str, tier: str) -> float | None:
         return registry.get_sample_value(

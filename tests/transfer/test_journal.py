@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from pdserve import metrics
 from pdserve.errors import StartError
+from pdserve.metrics.cache import CACHE
+from pdserve.metrics.metric import build
 from pdserve.transfer import append_file, journal
 from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.eviction import LeafFirstLru
@@ -30,7 +31,7 @@ class World:
         self.journal = Journal(path)
         self.left = self.journal.read(SIZE)
         self.journal.begin(SIZE, self.left)
-        self.store = Store(SIZE, LeafFirstLru(), metrics.build(metrics.CACHE, CollectorRegistry()))
+        self.store = Store(SIZE, LeafFirstLru(), build(CACHE, CollectorRegistry()))
         self.store.on_committed.append(self.journal.committed)
         self.store.on_forgotten.append(self.journal.forgotten)
 

@@ -3,7 +3,8 @@
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pdserve import metrics
+from pdserve.metrics.cache import CACHE
+from pdserve.metrics.metric import build
 from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.eviction import LeafFirstLru
 from pdserve.transfer.pins import Pins
@@ -17,7 +18,7 @@ def key(i):
 
 @pytest.fixture
 def world():
-    store = Store(100 * PAGE, LeafFirstLru(), metrics.build(metrics.CACHE, CollectorRegistry()))
+    store = Store(100 * PAGE, LeafFirstLru(), build(CACHE, CollectorRegistry()))
     return store, Pins(store)
 
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from prometheus_client import CollectorRegistry
 
-from pdserve import metrics
+from pdserve.metrics.cache import CACHE
+from pdserve.metrics.metric import build
 from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.eviction import LeafFirstLru
 from pdserve.transfer.store import LEASE_S, RESERVATION_S, Store
@@ -14,7 +15,7 @@ from pdserve.transfer.wire import BUSY, EXISTS, FULL, GRANTED, TOO_LARGE, Commit
 
 
 def make(pages: int) -> Store:
-    return Store(pages * PAGE, LeafFirstLru(), metrics.build(metrics.CACHE, CollectorRegistry()))
+    return Store(pages * PAGE, LeafFirstLru(), build(CACHE, CollectorRegistry()))
 
 
 def key(i: int) -> bytes:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pdserve import kernels, metrics
+from pdserve import kernels
+from pdserve.metrics.cache import CACHE
+from pdserve.metrics.metric import build
 from pdserve.transfer import writing
 from pdserve.transfer.allocator import PAGE
 from pdserve.transfer.eviction import LeafFirstLru
@@ -79,7 +81,7 @@ class World:
 
     def __init__(self, tier=None, pages=40, **rules):
         self.arena = np.zeros(pages * PAGE, np.uint8)
-        self.metrics = metrics.build(metrics.CACHE, CollectorRegistry())
+        self.metrics = build(CACHE, CollectorRegistry())
         self.store = Store(self.arena.size, LeafFirstLru(), self.metrics)
         self.posted = queue.Queue()
         self.tiering = Tiering(self.store, lambda: self.arena, self.metrics, self.posted.put)

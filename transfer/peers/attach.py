@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from pdserve import env, metrics
+from pdserve import env
 from pdserve.errors import ConfigError
+from pdserve.metrics.metric import build
+from pdserve.metrics.peers import PEERS
 from pdserve.transfer.peers import sources
 from pdserve.transfer.peers.node import Node
 from pdserve.transfer.transports import registry
@@ -30,7 +32,7 @@ def attach(daemon: Daemon, args: argparse.Namespace) -> None:
         return
     name = args.host_name or urlsplit(listen).hostname or ""
     security = Security(_secret(args.peer_secret_file), args.peer_cert or "", args.peer_key or "", args.peer_ca or "")
-    node_metrics = metrics.build(metrics.PEERS, daemon.registry)
+    node_metrics = build(PEERS, daemon.registry)
     daemon.node = Node(
         name=name,
         epoch=daemon.daemon_id,

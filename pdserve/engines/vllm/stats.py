@@ -13,8 +13,8 @@ from typing import Any
 from prometheus_client import Counter, Gauge
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from pdserve import metrics
 from pdserve.engines.vllm.breakeven import BreakEven, Choice
+from pdserve.metrics.engine import ENGINE, LOADING
 
 
 class EngineStats:
@@ -109,7 +109,7 @@ class PromStats(KVConnectorPromMetrics):
         kinds = {Counter: self._counter_cls, Gauge: self._gauge_cls}
         self._series = {
             name: kinds[m.kind](name=f"pdserve_{name}", documentation=m.help, labelnames=[*labelnames, *m.labels])
-            for name, m in metrics.ENGINE.items()
+            for name, m in ENGINE.items()
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
@@ -121,7 +121,7 @@ class PromStats(KVConnectorPromMetrics):
             return self._series[name].labels(*engine, *labels)
 
         for reason, count in data["decisions"].items():
-            decision = "load" if reason in metrics.LOADING else "compute"
+            decision = "load" if reason in LOADING else "compute"
             of("engine_load_decisions_total", decision, reason).inc(count)
         for tier, tokens in data["tokens"].items():
             of("engine_loaded_tokens_total", tier).inc(tokens)

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pdserve import kernels, metrics
+from pdserve import kernels
 from pdserve.chunk import FORMAT_VERSION
+from pdserve.metrics.cache import CACHE
+from pdserve.metrics.metric import build
+from pdserve.metrics.peers import PEERS
 from pdserve.transfer.eviction import LeafFirstLru
 from pdserve.transfer.lower import Rules
 from pdserve.transfer.peers import fetching, follow
@@ -45,7 +48,7 @@ class Host:
         self.name, self.network = name, network
         self.arena = np.zeros(pages * PAGE, np.uint8)
         registry = CollectorRegistry()
-        self.metrics = metrics.build(metrics.CACHE, registry) | metrics.build(metrics.PEERS, registry)
+        self.metrics = build(CACHE, registry) | build(PEERS, registry)
         self.store = Store(self.arena.size, LeafFirstLru(), self.metrics)
         self.transport = FakeTransport(network, Local(name, self.arena), Limits())
         self.listed = {}

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pdserve import log, metrics
+from pdserve import log
 from pdserve.errors import ConfigError
+from pdserve.metrics.cache import CACHE
+from pdserve.metrics.metric import build
 from pdserve.transfer.eviction import LeafFirstLru
 from pdserve.transfer.peers.attach import attach
 from pdserve.transfer.store import Store
@@ -23,7 +25,7 @@ OPTIONS = {
 def daemon():
     """What attach() uses of a daemon."""
     registry = CollectorRegistry()
-    made = metrics.build(metrics.CACHE, registry)
+    made = build(CACHE, registry)
     tiering = SimpleNamespace(beyond=None)
     return SimpleNamespace(
         registry=registry, metrics=made, daemon_id="e", chunk_tokens=256, store=Store(1 << 20, LeafFirstLru(), made),

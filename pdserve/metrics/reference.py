@@ -1,15 +1,18 @@
-"""docs/metrics.md, made from the catalogue in metrics.py by `make docs-generate`."""
+"""docs/metrics.md, made from the tables beside this file by `make docs-generate`."""
 
 from __future__ import annotations
 
 from prometheus_client import Counter, Gauge
 
-from pdserve import metrics
-from pdserve.metrics import Metric
+from pdserve.metrics.cache import CACHE
+from pdserve.metrics.engine import ENGINE
+from pdserve.metrics.metric import PREFIX, Metric
+from pdserve.metrics.peers import PEERS
+from pdserve.metrics.proxy import PROXY
 
 _HEAD = """# Metrics
 
-<!-- Made from pdserve/metrics.py by `make docs-generate`. Change it there. -->
+<!-- Made from pdserve/metrics/ by `make docs-generate`. Change it there. -->
 
 Everything is in Prometheus' text format. The tables below are the whole catalogue: a test compares them with what running
 processes export, in both directions.
@@ -42,11 +45,12 @@ Ready to use, in `deploy/` and in the installed package:
 A metric that moves does not say why: [the dashboard](dashboard.md) shows the same figures live with every recent request,
 and `pdserve explain REQUEST` tells the story of one.
 """
-_TABLES = (
-    ("Proxy", metrics.PROXY, "At `/metrics` of the proxy."),
-    ("Cache daemon", metrics.CACHE, "At `/metrics` of each daemon's admin port."),
-    ("Peers", metrics.PEERS, "At the same place, in deployments over several hosts."),
-    ("Connector in an engine", metrics.ENGINE, "At `/metrics` of the engine, with vLLM's `model_name` and `engine` labels before these."),
+#: each with its title, and where it is shown
+TABLES = (
+    ("Proxy", PROXY, "At `/metrics` of the proxy."),
+    ("Cache daemon", CACHE, "At `/metrics` of each daemon's admin port."),
+    ("Peers", PEERS, "At the same place, in deployments over several hosts."),
+    ("Connector in an engine", ENGINE, "At `/metrics` of the engine, with vLLM's `model_name` and `engine` labels before these."),
 )  # fmt: skip
 # What the dashboard, the rules and routing read of vLLM's own names. vLLM documents all of them.
 VLLM = {
@@ -69,7 +73,7 @@ Passed on unchanged but for `instance`, whatever the version of vLLM exports. Th
 
 def page() -> str:
     parts = [_HEAD]
-    for title, table, where in _TABLES:
+    for title, table, where in TABLES:
         head = f"\n## {title}\n\n{where}\n\n| name | type | unit | labels | meaning | when it moves |\n|---|---|---|---|---|---|"
         parts.append("\n".join([head, *(_row(name, metric) for name, metric in table.items())]))
     vllm = "\n".join(f"| `{name}` | {meaning} |" for name, meaning in VLLM.items())
@@ -79,5 +83,5 @@ def page() -> str:
 def _row(name: str, metric: Metric) -> str:
     kind = "counter" if metric.kind is Counter else "gauge" if metric.kind is Gauge else "histogram"
     labels = ", ".join(f"`{label}`" for label in metric.labels) or "-"
-    cells = (f"`{metrics.PREFIX}{name}`", kind, metric.unit, labels, metric.help, metric.act)
+    cells = (f"`{PREFIX}{name}`", kind, metric.unit, labels, metric.help, metric.act)
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
