@@ -77,6 +77,10 @@ class Verdict:
 FOCUS = {"pd-interference": "decode, busy", "long-doc-qa": "repeat"}
 
 
+PLAIN, WITHOUT_LOADS = "gpu-cache", ("no-cache", "pd", "nixl", "cache-never")
+FOUND_MORE, FOUND_NONE = 0.05, 0.01  # of all prompt tokens
+
+
 def focus(result: Result) -> str | None:
     """The group that verdicts are given of; None: all requests."""
     name = FOCUS.get(result.workload)
@@ -118,6 +122,21 @@ def disturbance(result: Result) -> list[str]:
         )
         found.append(f"{arm or 'ITL p99'}: ITL p99 beside long prompts is {ratio.value:.3f} of idle ({surely}).")
     return found
+
+
+def idle_caches(result: Result) -> list[str]:
+    """Where one arm found much more in its caches than plain vLLM did: a sentence for each other one that found no more. It may have
+    been plain vLLM itself."""
+    found = {arm: summarise(result.of(arm), result.timeout) for arm in result.arms}
+    shares = {arm: s.cached for arm, s in found.items() if s is not None and s.cached is not None}
+    plain = shares.get(PLAIN)
+    if plain is None or max(shares.values()) < plain + FOUND_MORE:
+        return []
+    return [
+        f"{arm} found {share:.0%} of its prompt tokens cached, {PLAIN} {plain:.0%}: what {arm} has below the GPU gave nothing."
+        for arm, share in shares.items()
+        if arm not in (PLAIN, *WITHOUT_LOADS) and share < plain + FOUND_NONE
+    ]
 
 
 def _ratio(metric: Metric, result: Result, a: str, b: str, group: str | None) -> Ratio | None:

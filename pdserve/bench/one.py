@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from pdserve import target as targets
-from pdserve.bench import cli, facts, records_of, results, runner, show, workloads
+from pdserve.bench import cli, compare, facts, records_of, results, runner, show, workloads
 from pdserve.bench.load import Options, Outcome
 from pdserve.bench.plan import Plan
 from pdserve.bench.progress import Progress
@@ -132,7 +132,7 @@ def add(result: Result, outcome: Outcome, arm: str, repetition: int, about: Mapp
 def finish(args: argparse.Namespace, result: Result) -> int:
     """Judges the run itself, shows it, writes it. 1 if the client was too late for the figures to be believed."""
     late = too_late(result, args.max_client_overhead)
-    result.notes += late
+    result.notes += [*compare.idle_caches(result), *late]
     counts = phases(result.records)
     if left := {k: v for k, v in counts.items() if k != "measured"}:
         said = ", ".join(f"{n} {name}" for name, n in left.items())

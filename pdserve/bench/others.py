@@ -95,6 +95,8 @@ def remarks(arm: str, on_cpu: bool) -> list[str]:
         return [f"LMCache {lmcache_version()}, in process (LMCacheConnectorV1), chunks of 256, pinned memory."]
     if arm == "lmcache":
         return [f"LMCache {lmcache_version()}, MP mode, chunks of 256, LRU, shared memory, engine-driven transfer."]
+    if arm == "offloading":
+        return ["OffloadingConnector: vLLM's own, with its defaults (LRU, prompts only), as many bytes as cache.size."]
     if arm == "nixl":
         found = find_spec("nixl_cu12")
         places = list(found.submodule_search_locations or []) if found else []

@@ -79,13 +79,15 @@ def run(
     seconds: float,
     stop_seconds: float,
     say: Callable[[str], None],
+    about: Sequence[str] = (),
 ) -> str:
-    """`todo`: each load's words, parsed; all name the same arms, topology and folder. How it ended, in words."""
+    """`todo`: each load's words, parsed; all name the same arms, topology and folder. `about`: what a reader of every result must
+    know. How it ended, in words."""
     until = time.monotonic() + seconds - stop_seconds
     first = todo[loads[0].name]
     base = arms.read_base(first.topology)
     names, notes = arms.usable(variants.parse(first.arms), base)
-    notes = [*notes, *arms.remarks(names, base), HOW]
+    notes = [*notes, *about, *arms.remarks(names, base), HOW]
     try:
         with (
             limited(seconds - stop_seconds) as off,
@@ -174,7 +176,7 @@ class _Rounds:
         late = one.too_late(result, CLIENT_BOUND_MS)
         for sentence in late:
             self._say("   " + sentence)
-        result.notes = [*self._notes[name], *late]
+        result.notes = [*self._notes[name], *compare.idle_caches(result), *late]
         results.write(result, self._todo[name].out, name)
 
     def _show(self, result: Result) -> None:

@@ -42,8 +42,9 @@ both: [{{port: 1, gpus: [{gpu}]}}]
 cache: {{size: {cache_gib}GiB}}
 proxy: {{port: 2}}
 """
+TOKEN_BYTES = 2 * 36 * 8 * 128 * 2  # K and V, layers, KV heads, head size, bf16: Qwen3-8B
 FIRST_PORT, PORTS = 21000, 100  # of GPU 0; so many for each GPU
-STOP_SECONDS = 45.0  # kept back for stopping everything
+STOP_SECONDS = 30.0  # kept back for stopping everything (three engines took 13)
 #: dummy weights answer with tokens that are no text: what came is told by ids; and every arm is sent the same conversation
 COMMON = """--endpoint completions --extra-body {"return_token_ids":true} --settle 0.5 --timeout 60"""
 
@@ -59,6 +60,11 @@ class Step:
     words: str = ""
     about: str = field(default="", compare=False)
 
+    @property
+    def sizes(self) -> str:
+        own = f"Every arm has a KV cache of its own of {self.kv_gib} GiB on the GPU ({(self.kv_gib << 30) // TOKEN_BYTES // 1000}k tokens)"
+        return f"{own}; each that keeps KV on the host has {self.cache_gib} GiB there ({(self.cache_gib << 30) // TOKEN_BYTES // 1000}k)."
+
 
 TURNS_20K = (
     "multi-round-qa --num-users 10 --num-rounds 10 --qps 1 --user-history-prompt 20000 --synthetic-answers --time 60"
@@ -66,26 +72,28 @@ TURNS_20K = (
 AGENTS = (
     "trace-replay --trace-directory {traces} --scale 0.3 --max-context 16000 --time-scale 0.3 --max-delay 10 --max-output 100 --slo-ttft 1"
 )
-RANDOM = "random --num-prompts 40 --random-input-len 8000 --random-output-len 128"
-ALL_HIT = "all-hit --num-requests 60 --output-len 64"
+# short turns, so that there are many: each one more makes the interval narrower
+RANDOM = "random --num-prompts 24 --random-input-len 8000 --random-output-len 128"
+ALL_HIT = "all-hit --num-requests 40 --output-len 64"
 STEPS = {
     "agents": Step("gpu-cache,cache,lmcache", (
         Load("agents", f"{AGENTS} --users 32 --duration 30 --warmup 10", 36),
         Load("agents-8", f"{AGENTS} --users 8 --duration 20 --warmup 5", 22, rounds=1, since=3, arms=("gpu-cache", "cache")),
     ), kv_gib=16, cache_gib=56, about="recorded agents' conversations: 32 users' KV is three times what the GPU holds; 8 users' fits"),
     "turns": Step("gpu-cache,cache", (
-        Load("turns", f"{TURNS_20K} --duration 30 --warmup 10 --slo-ttft 1", 34),
-        Load("random", RANDOM, 16, rounds=6),
-        Load("all-hit", ALL_HIT, 13, rounds=6),
-    ), kv_gib=16, cache_gib=48, about="ten users in conversation about 20k tokens each, the GPU holds five; and nothing to gain"),
+        Load("turns", f"{TURNS_20K} --duration 26 --warmup 8 --slo-ttft 1", 31),
+        Load("random", RANDOM, 9, rounds=12),
+        Load("all-hit", ALL_HIT, 9, rounds=12),
+        Load("agents-8", f"{AGENTS} --users 8 --duration 16 --warmup 4", 18),
+    ), kv_gib=16, cache_gib=48, about="ten users in conversation about 20k tokens each, the GPU holds five; nothing to gain; low load"),
     "documents": Step("gpu-cache,cache,lmcache,offloading", (
-        Load("documents", "long-doc-qa --num-documents 8 --document-length 20000 --output-len 100", 26),
-        Load("random", RANDOM, 20, rounds=2),
+        Load("documents", "long-doc-qa --num-documents 8 --document-length 20000 --output-len 100", 20),
+        Load("random", RANDOM, 10, rounds=6),
     ), cache_gib=28, about="8 documents of 20k, asked again at random, against all that keep KV on the host; and nothing to reuse"),
     "no-loss": Step("gpu-cache,cache", (
-        Load("random", RANDOM, 16, rounds=9),
-        Load("all-hit", ALL_HIT, 13, rounds=9),
-        Load("calm", f"{AGENTS} --users 8 --duration 20", 22, rounds=3),
+        Load("random", RANDOM, 9, rounds=16),
+        Load("all-hit", ALL_HIT, 9, rounds=16),
+        Load("agents-8", f"{AGENTS} --users 8 --duration 16 --warmup 4", 18),
     ), kv_gib=36, about="where a cache below the GPU's can only be in the way: nothing reused, and everything in the GPU's own cache"),
     "rates": Step("gpu-cache,cache", (
         Load("rates", "cache-rate --num-requests 12 --prompt-len 20000 --num-prefixes 8", 45, rounds=4),
@@ -155,6 +163,7 @@ def check(lane: Lane) -> None:
         print(
             f"   {load.name}: {len(made.stages)} stages, longest {made.longest()} tokens, {load.rounds} rounds of {load.seconds} s an arm"
         )
+    print(f"   {lane.step.sizes}")
     print(
         f"   at most {sum(load.seconds * load.rounds for load in lane.step.loads) * len(lane.step.arms.split(',')):.0f} s of turns"
     )
@@ -162,7 +171,7 @@ def check(lane: Lane) -> None:
 
 def measure(lane: Lane) -> str:
     todo = {load.name: suite.parsed(lane.words(load)) for load in lane.step.loads}
-    return suite.run(lane.step.loads, todo, lane.left(), STOP_SECONDS, say)
+    return suite.run(lane.step.loads, todo, lane.left(), STOP_SECONDS, say, about=[lane.step.sizes])
 
 
 def regimes(lane: Lane) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pdserve.bench import compare, results, stats
@@ -276,3 +277,16 @@ def test_two_files_are_compared_and_what_differs_is_said(tmp_path: Path) -> None
     assert merged.arms == ["a", "b"]
     assert any("differ in seed" in note for note in merged.notes)
     assert any(v.sentence.startswith("TTFT mean: b is") for v in compare.verdicts(merged))
+
+
+def test_an_arm_whose_cache_gave_nothing_is_named_where_another_one_gave_much() -> None:
+    def told(shares: dict[str, int]) -> list[str]:
+        whole = result({arm: [[1.0, 2.0]] for arm in shares})
+        whole.records = [msgspec.structs.replace(r, cached_tokens=shares[r.arm]) for r in whole.records]
+        return compare.idle_caches(whole)
+
+    assert told({"gpu-cache": 30, "cache": 80, "lmcache": 80}) == []
+    (said,) = told({"gpu-cache": 30, "cache": 80, "lmcache": 30, "pd": 30})
+    assert said.startswith("lmcache found 30% of its prompt tokens cached, gpu-cache 30%")
+    assert told({"gpu-cache": 0, "cache": 0, "lmcache": 0}) == [], "nothing to reuse: nobody found anything"
+    assert told({"cache": 80, "lmcache": 0}) == [], "nothing to compare with"
