@@ -70,7 +70,7 @@ class Probe:
             "compilation_config": GRAPHS,
         }
         self.llm = LLM(options["model"], **{**arguments, **more, **options.get("engine", {})})
-        self.side, self._timeline = None, None
+        self.side, self._timeline, self._arms = None, None, None
         if options.get("connector"):
             from vllm.distributed.kv_transfer import get_kv_transfer_group
 
@@ -137,6 +137,29 @@ class Probe:
         if not on:
             half._storing.job = lambda *_: None
         return {}
+
+    def _arms_module(self):
+        sys.path.insert(0, str(Path(__file__).parent))
+        import store_arms
+
+        return store_arms
+
+    def store_arm(self, arm: str) -> dict:
+        """How what is computed from now on is stored; see store_arms.py."""
+        if self._arms is None:
+            self._arms = self._arms_module().StoreArms(self.side)
+        self.connector(arm != "idle")
+        self._arms.choose(arm)
+        return {}
+
+    def about(self) -> dict:
+        """What moves the KV."""
+        return {"on_device": self.side._pages.on_device, "pages": self.side._pages.describe()}
+
+    def kernels_alone(self, grids: list[int]) -> dict:
+        if self._arms is None:
+            self.store_arm("full")
+        return self._arms.alone(grids)
 
     def settle(self) -> dict:
         """Waits until no save is under way."""
@@ -268,7 +291,8 @@ class Probe:
         }  # fmt: skip
 
     def _lanes(self, stop: threading.Event, moved: list[int], how: str) -> list[threading.Thread]:
-        """`how`: "store:direct:1024" (threads), "load:dma:32" (thread blocks of the scatter), or two of them with "+" between."""
+        """`how`: "store:direct:1024" (threads), "load:dma:32" (thread blocks of the scatter), "load:copies:0" (DMA and no
+        kernel), "load:head4:32" (one head at a time, 4 buffers); or two of them with "+" between."""
         ways = [part.split(":") for part in how.split("+")]
         moves = [self._mover(way == "load", kind, int(size)) for way, kind, size in ways]
 
@@ -291,21 +315,32 @@ class Probe:
         items = [wire.ReserveItem(os.urandom(32), b"", 0, heads, shard, 256, count=heads) for _ in range(79)]
         grants = client.reserve("bench", items, 5)
         top = pages.num_blocks - 1 - 79 * 16 * load
-        # Lanes of their own: those of the engine have one thread each.
-        more = {} if kind == "direct" else {"blocks": size}
-        device = gpu.Gpu(pages._arch, pages._device, pages._geometry, pages._staging_bytes, **more)
         parts = []
         for n, grant in enumerate(grants):
             ids = [top - 16 * n - i for i in range(16)]
             parts.append((ids, 256, stride, client.arena.bytes[grant.offset :].ctypes.data))
         lane, direct = (gpu.LOAD if load else gpu.SAVE), (size if kind == "direct" else 0)
+        # Lanes of their own: those of the engine have one thread each.
+        device, work = None, None
+        if kind == "copies":
+            areas = [client.arena.bytes[g.offset : g.offset + heads * stride] for g in grants]
+            work = self._arms_module().Copies(pages, areas, load).once
+        elif kind.startswith("head"):
+            device, parts = self._arms_module().one_head(pages, parts, size, int(kind[4:] or 3))
+        else:
+            more = {} if kind == "direct" else {"blocks": size}
+            device = gpu.Gpu(pages._arch, pages._device, pages._geometry, pages._staging_bytes, **more)
 
         def once() -> int:
-            device.wait(lane, device.submit(lane, None, parts, direct)[-1])
-            return len(parts) * heads * shard
+            if work is not None:
+                work()
+            else:
+                device.wait(lane, device.submit(lane, None, parts, direct)[-1])
+            return len(grants) * heads * shard
 
         def end() -> None:
-            device.close()
+            if device is not None:
+                device.close()
             client.abort([g.reservation for g in grants], 5)
 
         return int(load), once, end

@@ -1,0 +1,72 @@
+"""Steps of run_all.py that take apart what stores cost a prefill, and loads an answer: arms in one engine, in strict turns."""
+
+from __future__ import annotations
+
+import statistics
+
+from gpu_session import Engine, Run, results, row, write
+
+#: the first is what the others are compared with
+ARMS = ("idle", "full", "dma:32", "dma:528", "copies:0", "gathers:528", "nothing", "gentle")
+ON_CPU = ("idle", "full", "nothing")
+GRIDS = (32, 132, 264, 528, 1056)
+LOADS = ("load:dma:32", "load:copies:0", "load:dma:528", "load:head3:32", "load:head3:132", "load:head6:66")
+
+
+def only_ours(run: Run) -> Engine:
+    """Our engine, of a pair that was started before, or alone."""
+    if "pdserve" not in run.started:
+        run.engine("pdserve", connector=True, socket=run.socket, **run.big)
+    return run.started["pdserve"]
+
+
+def stores(run: Run) -> None:
+    """24 x 4000 + 64 with nothing to reuse: each arm once a round, always in the same order; ratios are to the round's idle one."""
+    ours = only_ours(run)
+    on_device = ours.do("about")["on_device"]
+    if on_device:
+        alone = results["kernels alone, ms a chunk"] = ours.do("kernels_alone", grids=GRIDS)
+        row("one chunk's kernel alone, waited for, ms", ", ".join(f"{k} {v:.3f}" for k, v in alone.items()))
+    arms = ARMS if on_device else ON_CPU
+    found: dict[str, list[dict]] = results.setdefault("stores", {arm: [] for arm in arms})
+    for again in range(run.rounds + 1):
+        for n, arm in enumerate(arms):
+            ours.do("store_arm", arm=arm)
+            first = 200000 + 1000 * again + 100 * n
+            got = ours.do("generate", seeds=list(range(first, first + 24)), n=4000, out=64)
+            ours.do("settle")  # what is still being stored must not slow the next one down
+            if again:  # the first is a warm-up
+                stored = sum(tokens for tokens, _ in ours.do("rates")["stores"])
+                found[arm].append({"tok_s": got["tok_s"], "cpu_ms": got["cpu_ms"], "ms": got["ms"], "stored": stored})
+            else:
+                ours.do("rates")
+            write()
+    ours.do("store_arm", arm="full")
+    idle = found[arms[0]]
+    for arm in arms:
+        each = [a["tok_s"] / b["tok_s"] for a, b in zip(found[arm], idle, strict=True)]
+        ms, cpu, stored = (statistics.median(x[k] for x in found[arm]) for k in ("ms", "cpu_ms", "stored"))
+        row(
+            f"24 x 4000 + 64, stores: {arm}",
+            f"{statistics.median(each):.4f} of idle ({min(each):.3f} to {max(each):.3f}, mean {statistics.mean(each):.4f}); "
+            f"{ms:.0f} ms, {cpu:.0f} of a processor, {stored:.0f} tokens stored; {len(each)} rounds",
+        )
+
+
+def loads(run: Run) -> None:
+    """Time between tokens of 8 streams while 20k tokens are loaded without a pause, each way after an idle run."""
+    ours = only_ours(run)
+    found: dict[str, list[dict]] = results.setdefault("loads", {})
+    for again in range(4):
+        for n, how in enumerate(LOADS):
+            seed = 20 + 10 * n + again
+            found.setdefault(f"idle, {how}", []).append(ours.do("itl", streams=8, out=150, seed=seed + 500))
+            found.setdefault(how, []).append(ours.do("itl", streams=8, out=150, seed=seed, disturb=how))
+            write()
+    for how in LOADS:
+        said = []
+        for q in ("p50", "p99"):
+            each = [a[q] / b[q] for a, b in zip(found[how], found[f"idle, {how}"], strict=True)]
+            said.append(f"{q} {statistics.median(each):.3f} ({min(each):.3f} to {max(each):.3f})")
+        speed = statistics.median(x["loaded_gb_s"] for x in found[how])
+        row(f"ITL of 8 streams, of idle, {how}", f"{', '.join(said)}; {speed:.1f} GB/s")
