@@ -64,7 +64,8 @@ class Pages(Protocol):
         """Prepares for copies to and from this arena; cheap when it is the same one as before."""
 
     def decoding(self, now: bool) -> None:
-        """Whether answers are being generated at present: then stores should not get in their way, else they should be fast."""
+        """Whether answers are being generated at present, in short steps: then stores should not get in their way, else they
+        should be fast."""
 
     def mark(self) -> Any:
         """What the engine has submitted so far. Called on the engine's thread."""
@@ -247,8 +248,8 @@ class DevicePages:
 
     def _way(self, lane: int) -> int:
         """Loads are always DMA: somebody waits for them, and they delay a decoding step by a tenth. Stores by DMA would make
-        each such step wait for all of them (its small copies queue behind), so then they go gently. A prefill's steps are
-        long and copy little; it loses less to DMA than to a multiprocessor that is not its own."""
+        each such step wait for all of them (its small copies queue behind), so then they go gently. Beside a prefill, whose
+        steps are long and copy little, a multiprocessor that is not its own for seconds costs more than DMA."""
         return GENTLE_THREADS if lane == gpu.SAVE and self._decoding else 0
 
     def _ready(self, area: np.ndarray, stride: int) -> gpu.Gpu:

@@ -18,7 +18,7 @@ from pdserve.transfer.store import Store
 pytest.importorskip("vllm", reason="the connector's messages derive from vLLM's classes")
 from pdserve.engines.vllm import finding
 from pdserve.engines.vllm.messages import LoadResult, SaveJob, StepPlan, WorkerReport
-from pdserve.engines.vllm.scheduler_side import SchedulerSide
+from pdserve.engines.vllm.scheduler_side import LONG_STEP, SchedulerSide
 
 BLOCK, CHUNK = 4, 8
 LAYOUT = ChunkLayout(kind="opaque-block", kv_dtype="float32", layers=2, block_tokens=BLOCK, block_bytes=512, shards=1)
@@ -535,6 +535,16 @@ def test_a_step_says_whether_it_computes_anything(world):
     compute_all(world, "a", range(19))
     assert world.side.plan(step({})).idle
     assert not world.side.plan(step({"a": 1}, cached=[("a", None, 19)])).idle
+
+
+def test_an_answer_is_minded_in_short_steps_and_not_beside_a_long_prefill(world):
+    compute_all(world, "a", range(19))
+    one = ("a", None, 19)
+    assert world.side.plan(step({"a": 1}, cached=[one])).decodes
+    long = world.side.plan(step({"a": 1, "b": LONG_STEP}, new=[("b", 0)], cached=[one]))
+    assert not long.decodes
+    assert world.side.plan(step({"a": 1, "b": LONG_STEP // 2}, cached=[one, ("b", None, LONG_STEP)])).decodes
+    assert not world.side.plan(step({"c": 8}, new=[("c", 0)])).decodes
 
 
 def test_the_daemon_is_not_asked_about_fewer_tokens_than_a_load_is_worth(world, monkeypatch):

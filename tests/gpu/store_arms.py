@@ -28,7 +28,9 @@ class StoreArms:
 
     def __init__(self, side: Any) -> None:
         self._pages = side._pages.parts[0]
-        self._own = {name: getattr(self._pages, name) for name in ("store_all", "_way", "_gpu") if hasattr(self._pages, name)}
+        self._own = {
+            name: getattr(self._pages, name) for name in ("store_all", "_way", "_gpu") if hasattr(self._pages, name)
+        }
         self._devices: dict[tuple[int, ...], gpu.Gpu] = {}
         self._stream: Any = None
         self._staged: Any = None
@@ -95,7 +97,9 @@ class StoreArms:
         """Lanes of their own, with another grid."""
         if (blocks, depth) not in self._devices:
             p = self._pages
-            self._devices[blocks, depth] = gpu.Gpu(p._arch, p._device, p._geometry, p._staging_bytes, blocks=blocks, depth=depth)
+            self._devices[blocks, depth] = gpu.Gpu(
+                p._arch, p._device, p._geometry, p._staging_bytes, blocks=blocks, depth=depth
+            )
         return self._devices[blocks, depth]
 
     def _open(self) -> None:

@@ -22,6 +22,9 @@ from pdserve.engines.vllm.tracked import Hit, Tracked
 from pdserve.errors import CacheError, UnsupportedError
 from pdserve.transfer.client import CacheClient
 
+#: tokens of a step that takes so long anyway that an answer's next token is not seen to wait for what is stored beside it
+LONG_STEP = 2048
+
 
 class SchedulerSide:
     """One per engine. `client` is its own connection to the daemon, used for lookups and releases only."""
@@ -204,7 +207,7 @@ class SchedulerSide:
                     tracked.block_ids = []
                 tracked.block_ids.extend(new_blocks[0])
             if computed >= tracked.request.num_prompt_tokens:
-                plan.decodes = True
+                plan.decodes = output.total_num_scheduled_tokens < LONG_STEP
                 if tracked.computing_since:
                     self._time_prefill(tracked)
             if computed + output.num_scheduled_tokens.get(request_id, 0) >= self._storing.due(tracked):
