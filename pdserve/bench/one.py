@@ -68,15 +68,19 @@ def make_plan(args: argparse.Namespace, server: Server) -> Plan:
     return plan
 
 
-def users(args: argparse.Namespace, plan: Plan) -> int:
+def most_users(args: argparse.Namespace, server: Server) -> int:
     """At most so many requests at a time, as far as the plan says."""
+    return _users(args, make_plan(args, server))
+
+
+def _users(args: argparse.Namespace, plan: Plan) -> int:
     return int(args.concurrency or args.max_users or max(stage.concurrency for stage in plan.stages))
 
 
 def begin(args: argparse.Namespace, server: Server) -> Result:
     """The result's head, and the check of the client itself."""
     plan = make_plan(args, server)
-    overhead = runner.overhead(users(args, plan), args.max_client_overhead) if args.max_client_overhead else {}
+    overhead = runner.overhead(_users(args, plan), args.max_client_overhead) if args.max_client_overhead else {}
     hidden = ("api_key", "header", "target", "json", "quiet", "out", "name")
     parameters = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in hidden}
     return Result(
@@ -121,7 +125,7 @@ def measure(
 def add(result: Result, outcome: Outcome, arm: str, repetition: int, about: Mapping[str, Any]) -> Run:
     run = Run(
         arm=arm, repetition=repetition, seconds=outcome.seconds, stages=outcome.stages, facts=dict(about),
-        lag_p99_ms=quantile(outcome.lag_ms, 0.99) if outcome.lag_ms else 0.0,
+        lag_p99_ms=runner.lag_p99(outcome),
         periods=outcome.ramp.periods if outcome.ramp else [], carried_users=outcome.ramp.carried if outcome.ramp else None,
     )  # fmt: skip
     result.runs.append(run)

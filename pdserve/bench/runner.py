@@ -93,6 +93,11 @@ def run(
         raise _first(group) from group
 
 
+def lag_p99(outcome: Outcome) -> float:
+    """How late this client's own loop was."""
+    return quantile(outcome.lag_ms, 0.99) if outcome.lag_ms else 0.0
+
+
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """Of several tasks' failures, the one that says most: our own sentence if there is one."""
     flat: list[BaseException] = []

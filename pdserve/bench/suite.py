@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from pdserve.bench import arms, cli, compare, one, results, runner, variants
-from pdserve.bench.results import Result
+from pdserve.bench.regimes import judge, sweep
+from pdserve.bench.results import Result, Run
 from pdserve.errors import PdserveError
 
 SHOWN = ("TTFT mean", "output tok/s", "requests within the target")
@@ -40,6 +42,11 @@ class Load:
 
     def takes_part(self, turn: int) -> bool:
         return self.since <= turn < self.since + self.rounds
+
+
+def _kind(args: argparse.Namespace) -> ModuleType:
+    """Who knows how to send a load's words: a workload, or a sweep over the points of `regimes`."""
+    return sweep if args.word == "regimes" else one
 
 
 class TimeUp(KeyboardInterrupt):
@@ -129,8 +136,9 @@ class _Rounds:
         say: Callable[[str], None],
     ) -> None:
         self._loads, self._todo, self._up, self._say = loads, todo, up, say
-        self._found = {name: one.begin(args, next(iter(up.values()))[0]) for name, args in todo.items()}
-        most = max(one.users(args, one.make_plan(args, next(iter(up.values()))[0])) for args in todo.values())
+        server = next(iter(up.values()))[0]
+        self._found: dict[str, Result] = {name: _kind(args).begin(args, server) for name, args in todo.items()}
+        most = max(_kind(args).most_users(args, server) for args in todo.values())
         overhead = runner.overhead(most, float("inf"))  # told, never refused: what is up costs more than it
         for result in self._found.values():
             result.notes += notes
@@ -160,8 +168,9 @@ class _Rounds:
         names = self._arms(load)
         for arm in names if turn % 2 else names[::-1]:
             server, raw = self._up[arm]
+            args = self._todo[load.name]
             try:
-                run = one.measure(self._todo[load.name], server, result, arm, turn, {"topology": raw})
+                run: Run = _kind(args).measure(args, server, result, arm, turn, {"topology": raw})
             except PdserveError as error:
                 self._notes[load.name].append(f"{arm} failed in round {turn} and was left out from then on: {error}")
                 self._say(self._notes[load.name][-1])
@@ -181,6 +190,10 @@ class _Rounds:
 
     def _show(self, result: Result) -> None:
         """The verdicts so far; whatever ends this early loses nothing that was said."""
+        if (adaptive := judge.adaptive_of(result.arms)) and result.workload == "regimes":
+            for sentence in judge.sentences(result, adaptive, judge.judge(result, adaptive)):
+                self._say("   " + sentence)
+            return
         for verdict in compare.verdicts(result, compare.focus(result)):
             if verdict.metric in SHOWN:
                 self._say("   " + verdict.sentence)

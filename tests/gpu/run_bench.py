@@ -19,8 +19,9 @@ from pathlib import Path
 import yaml
 
 from pdserve import topology
-from pdserve.bench import runner, suite, variants, workloads
-from pdserve.bench.regimes import cli as regimes_cli
+from pdserve.bench import one, suite, variants
+from pdserve.bench.regimes import sweep
+from pdserve.bench.runner import Server
 from pdserve.bench.suite import Load
 from pdserve.deploy import plan
 
@@ -44,9 +45,11 @@ proxy: {{port: 2}}
 """
 TOKEN_BYTES = 2 * 36 * 8 * 128 * 2  # K and V, layers, KV heads, head size, bf16: Qwen3-8B
 FIRST_PORT, PORTS = 21000, 100  # of GPU 0; so many for each GPU
+SERVER = Server("", "", 32768, 1.0)  # what the engines will say of themselves
 STOP_SECONDS = 30.0  # kept back for stopping everything (three engines took 13)
-#: dummy weights answer with tokens that are no text: what came is told by ids; and every arm is sent the same conversation
-COMMON = """--endpoint completions --extra-body {"return_token_ids":true} --settle 0.5 --timeout 60"""
+IDS = """--extra-body {"return_token_ids":true}"""  # dummy weights answer with tokens that are no text: what came is told by ids
+WORKLOADS = "--endpoint completions --max-client-overhead 0"  # every arm is sent the same conversation
+SETTLE = ("0.5", "0.3")  # of a workload, of a point
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,6 @@ class Step:
     loads: tuple[Load, ...]
     kv_gib: int = 8
     cache_gib: int = 36
-    words: str = ""
     about: str = field(default="", compare=False)
 
     @property
@@ -73,7 +75,7 @@ AGENTS = (
     "trace-replay --trace-directory {traces} --scale 0.3 --max-context 16000 --time-scale 0.3 --max-delay 10 --max-output 100 --slo-ttft 1"
 )
 # short turns, so that there are many: each one more makes the interval narrower
-RANDOM = "random --num-prompts 24 --random-input-len 8000 --random-output-len 128"
+RANDOM = "random --num-prompts {} --random-input-len 8000 --random-output-len 128"
 ALL_HIT = "all-hit --num-requests 40 --output-len 64"
 STEPS = {
     "agents": Step("gpu-cache,cache,lmcache", (
@@ -82,24 +84,27 @@ STEPS = {
     ), kv_gib=16, cache_gib=56, about="recorded agents' conversations: 32 users' KV is three times what the GPU holds; 8 users' fits"),
     "turns": Step("gpu-cache,cache", (
         Load("turns", f"{TURNS_20K} --duration 26 --warmup 8 --slo-ttft 1", 31),
-        Load("random", RANDOM, 9, rounds=12),
+        Load("random", RANDOM.format(24), 9, rounds=12),
         Load("all-hit", ALL_HIT, 9, rounds=12),
         Load("agents-8", f"{AGENTS} --users 8 --duration 16 --warmup 4", 18),
     ), kv_gib=16, cache_gib=48, about="ten users in conversation about 20k tokens each, the GPU holds five; nothing to gain; low load"),
     "documents": Step("gpu-cache,cache,lmcache,offloading", (
-        Load("documents", "long-doc-qa --num-documents 8 --document-length 20000 --output-len 100", 20),
-        Load("random", RANDOM, 10, rounds=6),
-    ), cache_gib=28, about="8 documents of 20k, asked again at random, against all that keep KV on the host; and nothing to reuse"),
+        Load("documents", "long-doc-qa --num-documents 8 --document-length 20000 --output-len 100", 16),
+        Load("regimes-peers", "regimes --working-sets 36000,150000 --lengths 12000 --reuse 0,90 --users 1 --requests 4", 11),
+        Load("random-peers", RANDOM.format(16), 7, rounds=6),
+    ), cache_gib=28, about="8 documents of 20k, asked again at random, against all that keep KV on the host; what each is worth "
+        "at a point; and nothing to reuse"),
     "no-loss": Step("gpu-cache,cache", (
-        Load("random", RANDOM, 9, rounds=16),
+        Load("random", RANDOM.format(24), 9, rounds=16),
         Load("all-hit", ALL_HIT, 9, rounds=16),
         Load("agents-8", f"{AGENTS} --users 8 --duration 16 --warmup 4", 18),
     ), kv_gib=36, about="where a cache below the GPU's can only be in the way: nothing reused, and everything in the GPU's own cache"),
     "rates": Step("gpu-cache,cache", (
         Load("rates", "cache-rate --num-requests 12 --prompt-len 20000 --num-prefixes 8", 45, rounds=4),
     ), about="0 to 100 % of each 20k prompt sent before"),
-    "regimes": Step("gpu-cache,cache-always,cache", (), words="--working-sets 30000,150000 --lengths 1000,12000 --reuse 0,90 "
-        "--users 1,4 --requests 6 --repetitions 4 --settle 0.3", about="the adaptive arm against the best fixed one at every point"),
+    "regimes": Step("gpu-cache,cache-always,cache", (
+        Load("regimes", "regimes --working-sets 36000,150000 --lengths 1000,12000 --reuse 0,90 --users 1,4 --requests 6", 45, rounds=4),
+    ), about="the adaptive arm against the best fixed one at every point"),
 }  # fmt: skip
 
 
@@ -123,27 +128,9 @@ class Lane:
 
     def words(self, load: Load) -> list[str]:
         name, *words = load.words.format(traces=self.traces).split()
-        common = [
-            *COMMON.split(),
-            "--arms",
-            self.step.arms,
-            "--topology",
-            str(self.topology),
-            "--first-port",
-            str(self.first_port),
-        ]
-        return [
-            name,
-            *words,
-            *common,
-            "--max-client-overhead",
-            "0",
-            "--out",
-            str(self.out),
-            "--name",
-            load.name,
-            "--quiet",
-        ]
+        given = [*IDS.split(), "--arms", self.step.arms, "--topology", str(self.topology), "--first-port", str(self.first_port)]
+        given += ["--settle", SETTLE[name == "regimes"], "--timeout", "60", "--out", str(self.out), "--name", load.name, "--quiet"]
+        return [name, *words, *given, *([] if name == "regimes" else WORKLOADS.split())]
 
     def left(self) -> float:
         return self.until - time.monotonic()
@@ -158,11 +145,9 @@ def check(lane: Lane) -> None:
             print(f"   {arm}: {process.shell()}")
     for load in lane.step.loads:
         args = suite.parsed(lane.words(load))
-        made = workloads.make(args.word, args)
-        runner.check_length(made, lane.base["engine"]["max_model_len"])
-        print(
-            f"   {load.name}: {len(made.stages)} stages, longest {made.longest()} tokens, {load.rounds} rounds of {load.seconds} s an arm"
-        )
+        plans = [one.make_plan(args, SERVER)] if args.word != "regimes" else sweep.plans(args, SERVER)
+        longest = max(made.longest() for made in plans)
+        print(f"   {load.name}: plans {len(plans)}, longest {longest} tokens, {load.rounds} rounds of {load.seconds} s an arm")
     print(f"   {lane.step.sizes}")
     print(
         f"   at most {sum(load.seconds * load.rounds for load in lane.step.loads) * len(lane.step.arms.split(',')):.0f} s of turns"
@@ -172,29 +157,6 @@ def check(lane: Lane) -> None:
 def measure(lane: Lane) -> str:
     todo = {load.name: suite.parsed(lane.words(load)) for load in lane.step.loads}
     return suite.run(lane.step.loads, todo, lane.left(), STOP_SECONDS, say, about=[lane.step.sizes])
-
-
-def regimes(lane: Lane) -> str:
-    words = ["regimes", *lane.step.words.split(), "--arms", lane.step.arms, "--topology", str(lane.topology)]
-    args = suite.parsed(
-        [
-            *words,
-            "--out",
-            str(lane.out),
-            "--keep-up",
-            "--first-port",
-            str(lane.first_port),
-            "--quiet",
-            "--budget",
-            f"{lane.left() - STOP_SECONDS:.0f}",
-        ]
-    )
-    try:
-        with suite.limited(lane.left() - STOP_SECONDS / 3):
-            regimes_cli.main(args)
-    except suite.TimeUp:
-        return "time was up"
-    return "to its end"
 
 
 def say(text: str) -> None:
@@ -250,7 +212,7 @@ def main() -> int:
         return 0
     vllm_command()
     began = time.monotonic()
-    ended = (regimes if args.step == "regimes" else measure)(lane)
+    ended = measure(lane)
     say(f"{args.step}: {ended}, {time.monotonic() - began:.0f} s")
     return 0
 

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import re
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from pdserve import topology
-from pdserve.bench import arms, facts, records_of, results, runner, variants
-from pdserve.bench.load import Options
-from pdserve.bench.progress import Progress
-from pdserve.bench.regimes import grid, judge
-from pdserve.bench.results import Result, Run
-from pdserve.bench.runner import Server
+from pdserve.bench import arms, cli, compare, results, variants
+from pdserve.bench.regimes import judge, sweep
+from pdserve.bench.results import Result
 from pdserve.bench.show import print_table
-from pdserve.errors import ConfigError, UpstreamError
-from pdserve.openai_client import Client
-from pdserve.target import Target
+from pdserve.errors import ConfigError
 
-DECISIONS = "pdserve_engine_load_decisions_total"
 EXAMPLES = """examples:
   pdserve bench regimes --topology local-cpu-both --working-sets 8000,60000 --lengths 1000,3000 --reuse 0,90 --users 1
   pdserve bench regimes --topology gpu.yaml --arms gpu-cache,cache-always,cache --repetitions 5 --out res
@@ -57,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--settle", type=float, default=1.0, metavar="S", help="pause between stages (default %(default)s)"
     )
+    parser.add_argument("--extra-body", default="{}", metavar="JSON", help="goes into every request's body")
     parser.add_argument("--keep-up", action="store_true", help="start every arm once and keep all up")
     parser.add_argument(
         "--budget", type=float, default=0.0, metavar="S", help="with --keep-up: begin no round that would end later"
@@ -72,37 +64,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    points = grid.points(*(_numbers(args, name) for name in ("working_sets", "lengths", "reuse", "users")))
+    sweep.points(args)
+    cli.extra_of(args)
     names = variants.parse(args.arms)
     if not judge.adaptive_of(names) or len(names) < 2:
         known = " or ".join(judge.ADAPTIVES)
         raise ConfigError("--arms", f"{args.arms!r} has no adaptive arm and a fixed one", f"Name {known}, and others.")
+    if args.requests < 1 or args.repetitions < 1 or args.output_len < 1 or args.timeout <= 0:
+        raise ConfigError("--requests, --repetitions, --output-len, --timeout", "must be positive")
     base = arms.read_base(args.topology)
     names, notes = arms.usable(names, base)
-    result = Result(
-        workload="regimes", command=facts.command(), started=results.now(), seed=args.seed, timeout=args.timeout,
-        parameters={"points": [p.name for p in points], "requests": args.requests}, machine=facts.machine(),
-        versions=facts.versions(), notes=notes,
-    )  # fmt: skip
+    if not judge.adaptive_of(names) or len(names) < 2:
+        raise ConfigError("--arms", "no adaptive arm and a fixed one can be started here", " ".join(notes))
+    result = sweep.begin(args)
+    result.notes += [*notes, *arms.remarks(names, base)]
     with tempfile.TemporaryDirectory(prefix="pdserve-regimes-") as folder:
         turns = _kept_up if args.keep_up else _in_turns
-        turns(args, names, base, Path(folder), points, result)
+        turns(args, names, base, Path(folder), result)
     return _finish(args, result)
 
 
-def _in_turns(
-    args: argparse.Namespace, names: list[str], base: arms.Raw, folder: Path, points: list[grid.Point], result: Result
-) -> None:
+def _in_turns(args: argparse.Namespace, names: list[str], base: arms.Raw, folder: Path, result: Result) -> None:
     for repetition in range(1, args.repetitions + 1):
         for name in names:
             with arms.deployment(name, base, folder, args) as (server, raw):
-                target = Target.of(topology.load(folder / f"{raw['name']}.yaml"))
-                result.runs.append(_turn(args, server, target, name, repetition, points, result))
+                sweep.measure(args, server, result, name, repetition, {"topology": raw})
 
 
-def _kept_up(
-    args: argparse.Namespace, names: list[str], base: arms.Raw, folder: Path, points: list[grid.Point], result: Result
-) -> None:
+def _kept_up(args: argparse.Namespace, names: list[str], base: arms.Raw, folder: Path, result: Result) -> None:
     """With --budget, rounds of all arms until the next one would not fit. Every other one goes the other way, so that no arm is always
     the first."""
     until = time.monotonic() + args.budget if args.budget else float("inf")
@@ -111,8 +100,7 @@ def _kept_up(
         for repetition in range(1, args.repetitions + 1):
             began = time.monotonic()
             for name, (server, raw) in list(up.items())[:: 1 if repetition % 2 else -1]:
-                target = Target.of(topology.load(folder / f"{raw['name']}.yaml"))
-                result.runs.append(_turn(args, server, target, name, repetition, points, result))
+                sweep.measure(args, server, result, name, repetition, {"topology": raw})
             if args.out:
                 results.write(result, args.out, args.name)
             if time.monotonic() + 1.1 * (time.monotonic() - began) > until:
@@ -120,53 +108,8 @@ def _kept_up(
                 return
 
 
-def _turn(
-    args: argparse.Namespace,
-    server: Server,
-    target: Target,
-    arm: str,
-    repetition: int,
-    points: list[grid.Point],
-    result: Result,
-) -> Run:
-    progress = Progress(sys.stderr, f"regimes {arm} #{repetition}", args.quiet)
-    run = Run(arm=arm, repetition=repetition, seconds=0.0, facts={"decisions": {}})
-    for point in points:
-        plan = grid.plan(point, args.requests, args.output_len, args.seed)
-        runner.check_length(plan, server.max_len)
-        before = decisions(target)
-        options = Options(server.model, args.seed, timeout=args.timeout, settle=args.settle)
-        outcome = runner.run(plan, server, options, salt=f"/{repetition}", on_record=progress.on_record)
-        records_of.fill_in(server, outcome.records)
-        run.facts["decisions"][point.name] = {
-            k: v - before.get(k, 0) for k, v in decisions(target).items() if v > before.get(k, 0)
-        }
-        run.seconds += outcome.seconds
-        for record in outcome.records:
-            record.arm, record.repetition = arm, repetition
-        result.records += outcome.records
-    progress.end()
-    return run
-
-
-def decisions(target: Target) -> dict[str, int]:
-    """What all engines decided so far, by decision and reason; nothing where they have no such metric."""
-    found: dict[str, int] = {}
-    for url in (u for urls in target.engines.values() for u in urls):
-        try:
-            with Client(url) as engine:
-                metrics = engine.metrics()
-        except UpstreamError:
-            continue
-        for name, value in metrics.items():
-            if name.startswith(DECISIONS):
-                labels = dict(re.findall(r'(\w+)="([^"]*)"', name))
-                key = f"{labels.get('decision', '?')}: {labels.get('reason', '?')}"
-                found[key] = found.get(key, 0) + int(value)
-    return found
-
-
 def _finish(args: argparse.Namespace, result: Result) -> int:
+    result.notes += compare.idle_caches(result)
     adaptive = judge.adaptive_of(result.arms)
     judged = judge.judge(result, adaptive)
     said = judge.sentences(result, adaptive, judged)
@@ -188,14 +131,3 @@ def _finish(args: argparse.Namespace, result: Result) -> int:
         for line in said:
             print(line)
     return 1 if any(j.verdict == "behind" for j in judged) else 0
-
-
-def _numbers(args: argparse.Namespace, name: str) -> list[int]:
-    text = getattr(args, name)
-    try:
-        found = [int(float(word)) for word in text.split(",") if word.strip()]
-    except ValueError:
-        found = []
-    if not found or min(found) < 0 or (name == "reuse" and max(found) > 100) or (name != "reuse" and min(found) < 1):
-        raise ConfigError(f"--{name.replace('_', '-')}", f"{text!r} is not a list of numbers that make sense")
-    return found

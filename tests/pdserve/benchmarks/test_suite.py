@@ -56,7 +56,10 @@ def test_rounds_of_several_workloads_over_arms_that_are_up(base: Path, tmp_path:
         Load("too-long", "random --num-prompts 2", 10**6),
     )
     todo = {load.name: suite.parsed(words(load, base, tmp_path / "out")) for load in loads}
-    ended = suite.run(loads, todo, 600, 60, said.append)
+    points = Load("points", "regimes --working-sets 60 --lengths 30 --reuse 0,90 --users 1 --requests 2", 0.0, rounds=1)
+    common = ["--arms", "gpu-cache,cache", "--topology", str(base), "--settle", "0", "--quiet"]
+    todo["points"] = suite.parsed([*points.words.split(), *common, "--out", str(tmp_path / "out"), "--name", "points"])
+    ended = suite.run((*loads, points), todo, 600, 60, said.append, about=["Two arms."])
     assert ended == "to its end"
     few, single, late = (results.read(tmp_path / "out" / f"{name}.json") for name in ("few", "one-arm", "late"))
     assert [(run.arm, run.repetition) for run in few.runs] == [
@@ -68,7 +71,13 @@ def test_rounds_of_several_workloads_over_arms_that_are_up(base: Path, tmp_path:
     assert {len(few.of(run.arm, run.repetition)) for run in few.runs} == {4}
     assert [(run.arm, run.repetition) for run in single.runs] == [("cache", 1)]
     assert [(run.arm, run.repetition) for run in late.runs] == [("cache", 2)]
-    assert suite.HOW in few.notes
+    assert {suite.HOW, "Two arms."} <= set(few.notes)
+    swept = results.read(tmp_path / "out" / "points.json")
+    assert [(run.arm, list(run.facts["decisions"])) for run in swept.runs] == [
+        (arm, ["set 30, length 30, reuse 0 %, users 1", "set 60, length 30, reuse 90 %, users 1"])
+        for arm in ("gpu-cache", "cache")
+    ]
+    assert {len(swept.of(arm)) for arm in swept.arms} == {2 + 2 + 2}, "two documents once, two requests at each point"
     assert not (tmp_path / "out" / "too-long.json").exists()
     assert sum(line.startswith("left out: too-long") for line in said) == 3
     assert running() == []
