@@ -40,6 +40,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.cli_doctor": (CORE, "pdserve.doctor"),
     # Looks at every part from outside; the two children of it that import an engine or a driver do nothing else.
     "pdserve.doctor": (CORE, "pdserve.doctor", "pdserve.deploy", "pdserve.kernels", "pdserve.transfer.tiers", "numpy", "rich"),
+    "pdserve.doctor.memory": (CORE, "pdserve.doctor", "pdserve.deploy", "pdserve.transfer.arena"),
     "pdserve.doctor.probe_vllm": ("vllm",),
     "pdserve.doctor.probe_ucx": (),
     "pdserve.__main__": (CORE, "pdserve.cli_tree"),

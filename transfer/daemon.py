@@ -87,7 +87,7 @@ class Daemon:
         if found is None:
             self._left = []
             found = arena.create(path, size, self._progress(size))
-        self.arena = found
+        self.arena, self.huge_bytes = found, found.huge_bytes()
         self.journal.begin(size, self._left)
         self.store = Store(self.arena.size, POLICIES[policy](), self.metrics)
         self.store.on_committed.append(self.journal.committed)
@@ -320,6 +320,7 @@ class Daemon:
             "uptime_s": round(time.time() - self.started, 1),
             "chunk_tokens": self.chunk_tokens,
             "arena": str(self.arena.path),
+            "huge_bytes": self.huge_bytes,
             "clients": [c.label for c in self.clients.values()],
             **self.store.stats(),
             "pinned_bytes": self.pins.total,

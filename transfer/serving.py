@@ -65,9 +65,10 @@ async def serve(
     scrubbing = asyncio.create_task(daemon.scrubber.run())
     host, port = listener.getsockname()[:2]
     daemon.log.info(
-        "ready: %s, %.2f GiB, chunks of %d tokens, admin http://%s:%d",
+        "ready: %s, %.2f GiB, %.2f of them in huge pages, chunks of %d tokens, admin http://%s:%d",
         path,
         daemon.arena.size / 2**30,
+        daemon.huge_bytes / 2**30,
         daemon.chunk_tokens,
         host,
         port,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from pdserve.deploy import preflight
 from pdserve.doctor.finding import Finding, fail, ok, skip, warn
 from pdserve.doctor.subject import Subject
 from pdserve.errors import ConfigError
+from pdserve.transfer import arena
 
 SHM, LEFTOVERS, HUGE, LOCK, NUMA = "shared memory", "leftovers", "huge pages", "memory lock", "numa"
 GIB = 1 << 30
@@ -81,24 +84,34 @@ def mapped() -> set[str]:
 
 
 def huge_pages(subject: Subject) -> Iterator[Finding]:
-    option = next(
-        (line.split()[3] for line in _read("/proc/mounts").splitlines() if line.split()[1:2] == ["/dev/shm"]), ""
-    )
-    mounted = next((word for word in option.split(",") if word.startswith("huge=")), "")
     setting = _read("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
     chosen = setting.partition("[")[2].partition("]")[0] or "unknown"
+    try:
+        refused = arena.huge_page_trial()
+    except OSError as error:
+        yield skip(HUGE, f"/dev/shm has no room to try one ({error})")
+        return
     top = subject.topology
-    yield judge_huge_pages(mounted, chosen, top.cache.size if top and top.cache else 0)
+    yield judge_huge_pages(refused, chosen, top.cache.size if top and top.cache else 0)
 
 
-def judge_huge_pages(mounted: str, setting: str, arena: int) -> Finding:
-    if mounted and mounted != "huge=never":
-        return ok(HUGE, f"/dev/shm is mounted with {mounted}")
-    text = f"/dev/shm has 4 KiB pages (shmem_enabled: {setting})"
-    if arena < LARGE_ARENA:
-        return ok(HUGE, f"{text}; enough for an arena of this size" if arena else text)
-    means = f"An arena of {preflight.gib(arena)} is {arena >> 12} pages: starting and pinning it takes longer."
-    return warn(HUGE, text, means, "mount -o remount,huge=within_size /dev/shm")
+def judge_huge_pages(refused: int, setting: str, size: int) -> Finding:
+    """`refused`: the errno with which the kernel answered to whoever asked for one."""
+    if not refused:
+        return ok(HUGE, f"given to the arena, which asks for them (shmem_enabled: {setting})")
+    text = f"none for the arena: {os.strerror(refused)} (shmem_enabled: {setting})"
+    if size < LARGE_ARENA:
+        return ok(HUGE, f"{text}; small ones are enough for an arena of this size" if size else text)
+    means = f"An arena of {preflight.gib(size)} is {size >> 12} pages: starting, mapping and pinning it takes longer."
+    return warn(HUGE, text, means, _how_to_get_huge_pages(refused, setting))
+
+
+def _how_to_get_huge_pages(refused: int, setting: str) -> str:
+    if setting == "deny":
+        return "echo never > /sys/kernel/mm/transparent_hugepage/shmem_enabled (deny forbids also what is asked for)"
+    if refused in (errno.ENOMEM, errno.EBUSY, errno.EAGAIN):
+        return "Memory is in pieces, or the control group's limit is near: echo 1 > /proc/sys/vm/compact_memory, then start."
+    return "Linux 6.1 or newer gives them on request; before: mount -o remount,huge=within_size /dev/shm"
 
 
 def memory_lock(subject: Subject) -> Iterator[Finding]:

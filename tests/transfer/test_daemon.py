@@ -17,6 +17,7 @@ from pdserve import kernels
 from pdserve.errors import CacheUnavailable
 from pdserve.transfer import wire
 from pdserve.transfer.client import CacheClient
+from pdserve.transfer.mapping import huge_page
 
 CHUNK = 1 << 20
 
@@ -87,6 +88,16 @@ def test_a_client_that_dies_leaves_no_lease_and_no_reservation(cache_daemon):
     while (after := cache_daemon.status())["clients"] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert (after["leases"], after["reservations"], after["chunks"], after["used_bytes"]) == (0, 0, 1, 4096)
+
+
+def test_the_arena_lies_where_huge_pages_can_be_mapped_and_the_status_says_how_many(cache_daemon):
+    client = CacheClient(cache_daemon.socket, "a")
+    assert client.lookup([key(1)], 30).found == []
+    assert client.arena.bytes.ctypes.data % max(huge_page(), 4096) == 0
+    said = cache_daemon.status()["huge_bytes"]
+    assert said == client.arena.huge_bytes()
+    client.close()
+    assert f"{said / 2**30:.2f} of them in huge pages" in cache_daemon.log.read_text()
 
 
 def test_no_daemon_is_one_quick_error_and_one_warning(tmp_path, caplog):

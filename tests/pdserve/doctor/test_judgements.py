@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import resource
 from typing import Any
 
@@ -109,9 +110,11 @@ def test_shared_memory_and_leftovers() -> None:
 
 
 def test_huge_pages_and_memory_lock() -> None:
-    is_told(memory.judge_huge_pages("", "never", GIB), "ok")
-    is_told(memory.judge_huge_pages("", "never", 64 * GIB), "warn", "remount,huge=within_size")
-    is_told(memory.judge_huge_pages("huge=always", "never", 64 * GIB), "ok")
+    is_told(memory.judge_huge_pages(0, "never", 64 * GIB), "ok", "given to the arena", "never")
+    is_told(memory.judge_huge_pages(errno.EINVAL, "never", GIB), "ok", "small ones are enough")
+    is_told(memory.judge_huge_pages(errno.EINVAL, "never", 64 * GIB), "warn", "Linux 6.1", "remount,huge=within_size")
+    is_told(memory.judge_huge_pages(errno.EINVAL, "deny", 64 * GIB), "warn", "echo never", "deny forbids")
+    is_told(memory.judge_huge_pages(errno.ENOMEM, "never", 64 * GIB), "warn", "compact_memory")
     is_told(memory.judge_memory_lock(resource.RLIM_INFINITY, GIB, ["mlx5_0"]), "ok")
     is_told(memory.judge_memory_lock(8 << 20, GIB, []), "ok", "only RDMA")
     is_told(memory.judge_memory_lock(8 << 20, GIB, ["mlx5_0"]), "warn", "mlx5_0", "ulimit -l unlimited")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import json
 import os
@@ -18,11 +19,12 @@ from typing import Any
 import pytest
 
 from pdserve import __main__ as command
-from pdserve.doctor import child, gpu, network, probe_cuda, registry, report, runner, storage, subject
+from pdserve.doctor import child, gpu, memory, network, probe_cuda, registry, report, runner, storage, subject
 from pdserve.doctor.finding import Finding, fail, ok, warn
 from pdserve.doctor.runner import Check
 from pdserve.doctor.subject import Subject
 from pdserve.errors import ConfigError, NotRunning
+from pdserve.transfer import arena
 
 
 def test_a_hanging_and_a_broken_check_hide_nothing() -> None:
@@ -71,6 +73,20 @@ def test_checks_of_this_machine_say_something_true() -> None:
     )
     assert by_name["cores"].found == f"{len(os.sched_getaffinity(0))} usable"
     assert not [f for f in found if "the check itself failed" in f.found]
+
+
+def test_huge_pages_are_tried_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = memory.huge_pages(Subject())
+    assert found.status == "ok"
+    assert ("given to the arena" in found.found) == (arena.huge_page_trial() == 0)
+
+    def full() -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(arena, "huge_page_trial", full)
+    (found,) = memory.huge_pages(Subject())
+    assert (found.status, found.check) == ("skip", memory.HUGE)
+    assert "No space left" in found.found
 
 
 def test_the_driver_is_asked_in_a_child() -> None:
