@@ -57,6 +57,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # The three that run inside vLLM; the dialect and the command beside them do not.
     "pdserve.engines.vllm": (CORE, "msgspec"),
     "pdserve.engines.vllm.detokenizing": (CORE, "tokenizers"),
+    "pdserve.engines.vllm.naps": (CORE, "vllm"),
     "pdserve.engines.vllm.connector": (CORE, "pdserve.transfer", "vllm", "torch"),
     "pdserve.engines.vllm.scheduler_side": (CORE, "pdserve.transfer", "vllm"),
     "pdserve.engines.vllm.worker_side": (CORE, "pdserve.transfer", "vllm"),

@@ -31,6 +31,8 @@ SLOW_S = 1.0
 #: calls with less time than this leave connecting again to the background: mapping a large arena takes longer
 PATIENT_S = 1.0
 _CHUNK = 1 << 18
+#: answers that nobody waits for: so many may lie unread until a call comes by
+MANY = 64
 
 
 class _Dialled(NamedTuple):
@@ -104,6 +106,24 @@ class CacheClient:
         return self._count(
             self._call(lambda i: wire.Release(i, lease, loaded_chunks, loaded_bytes, corrupt or []), timeout)
         )
+
+    def release_soon(
+        self, lease: int, loaded_chunks: int = 0, loaded_bytes: int = 0, corrupt: list[bytes] | None = None
+    ) -> None:
+        """release() for who has no time for the answer: the next call finds it, or the keeper where there are many. Raises
+        CacheUnavailable where there is no connection; the daemon has then taken the lease back."""
+        if not self._lock.acquire(timeout=SLOW_S):
+            raise CacheUnavailable("another call holds the connection")
+        try:
+            if self._socket is None:
+                raise CacheUnavailable("there is no connection")
+            many = len(self._given_up) >= MANY
+            self._send_back(lambda i: wire.Release(i, lease, loaded_chunks, loaded_bytes, corrupt or []), nudge=many)
+        except OSError as e:
+            self._disconnect()
+            self._lost(e)
+        finally:
+            self._lock.release()
 
     def prefetch(self, keys: list[bytes], timeout: float) -> int:
         """Has the run of these keys brought up from the lower tiers; how many of them are on their way. Holds nothing."""
@@ -247,7 +267,7 @@ class CacheClient:
             if granted:
                 self._send_back(lambda i: wire.Abort(i, granted))
 
-    def _send_back(self, make: Callable[[int], wire.Request]) -> None:
+    def _send_back(self, make: Callable[[int], wire.Request], *, nudge: bool = True) -> None:
         assert self._socket is not None
         self._next_id += 1
         self._given_up.add(self._next_id)  # nobody waits for its answer
@@ -256,7 +276,8 @@ class CacheClient:
             self._socket.sendall(wire.encode(make(self._next_id)))
         except TimeoutError as e:
             raise ConnectionAbortedError("the daemon stopped reading") from e
-        self._nudge()
+        if nudge:
+            self._nudge()
 
     def _nudge(self) -> None:
         if self._wake >= 0:

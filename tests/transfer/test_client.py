@@ -129,6 +129,22 @@ def test_space_that_was_granted_to_a_call_that_gave_up_goes_back(cache_daemon, s
     client.close()
 
 
+def test_leases_are_released_without_a_wait_and_later_calls_have_their_own_answers(cache_daemon, stopped):
+    stop, go_on = stopped
+    client = CacheClient(cache_daemon.socket, "x")
+    with pytest.raises(CacheUnavailable):
+        client.release_soon(1)  # there is no connection yet, so no lease of ours
+    put(client, 1)
+    leases = [client.lookup([key(1)], 10).lease for _ in range(70)]
+    stop()  # and yet it returns
+    for lease in leases:
+        client.release_soon(lease, 1, SIZE)
+    go_on()
+    assert len(client.lookup([key(1)], 10).found) == 1
+    until(lambda: cache_daemon.status()["leases"] == 1)
+    client.close()
+
+
 def test_prefetch_brings_up_what_memory_has_lost_within_bounds(tmp_path, start_cache):
     """Of 40 chunks in a row on disk at most a quarter of memory is on its way up at once; no lease, and no key is made up."""
     disk = ("--disk", str(tmp_path / "kv"), "--disk-size", "128MiB", "--disk-min-free", "0")

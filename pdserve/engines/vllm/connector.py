@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from pdserve import log
 from pdserve.chunk import AS_IS
-from pdserve.engines.vllm import detokenizing, finding, layout, stages, versions
+from pdserve.engines.vllm import detokenizing, finding, layout, naps, stages, versions
 from pdserve.engines.vllm.facts import Teller
 from pdserve.engines.vllm.messages import StepPlan
 from pdserve.engines.vllm.scheduler_side import SchedulerSide
@@ -61,6 +61,7 @@ class PdserveConnector(KVConnectorBase_V1):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
+            naps.install()
             fingerprint = layout.model_fingerprint(
                 vllm_config, transfer.get_from_extra_config("pdserve.model_fingerprint", "")
             )

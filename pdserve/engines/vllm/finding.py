@@ -19,7 +19,6 @@ from pdserve.transfer.client import CacheClient
 
 #: a lookup on the way of a request; what is not answered by then is a miss
 LOOKUP_S = 0.05
-RPC_S = 1.0
 #: fewer tokens than this are computed rather than loaded or stored
 MIN_TOKENS = 16
 #: a GPU computes this many in the time that a load takes at least: a step more
@@ -252,12 +251,13 @@ class Finder:
             self.give_back(hit)
 
     def give_back(self, hit: Hit, chunks: int = 0, nbytes: int = 0, corrupt: list[bytes] | None = None) -> None:
-        """Ends the lease, and says what was read under it."""
+        """Ends the lease, and says what was read under it. Nobody waits for the answer: a request that has been loaded is
+        about to run."""
         if hit.daemon_id != self._client.daemon_id:
             return  # that daemon is gone, and the lease with it
         if not hit.lease and not corrupt:
             return
         try:
-            self._client.release(hit.lease, RPC_S, chunks, nbytes, corrupt)
+            self._client.release_soon(hit.lease, chunks, nbytes, corrupt)
         except CacheError as e:
             self._log.debug("lease not released, it ends by itself: %s", e)

@@ -169,8 +169,9 @@ class _Load:
     def _fly(self, pages: Parts, arena: Arena, flight: _Flight, chunks: Sequence[ChunkLoad]) -> None:
         """Submits all of them, which waits while all buffers are in use."""
         flight.chunks, flight.verified = chunks, [0] * len(chunks)
-        for at in range(0, len(chunks), pages.together):
-            some = chunks[at : at + pages.together]
+        # The first by itself: while it is on its way, the next ones are made ready.
+        for at in (0, *range(1, len(chunks), pages.together)):
+            some = chunks[at : at + pages.together] if at else chunks[:1]
             for part in pages.parts:
                 copies = part.load_all(self._mark, [_source(part, arena, chunk) for chunk in some])
                 flight.moving.extend((at + i, part, copy) for i, copy in enumerate(copies))

@@ -16,6 +16,7 @@ from pdserve.engines.vllm.facts import LegFacts, Nobody, Teller
 from pdserve.engines.vllm.finding import Finder, Mode
 from pdserve.engines.vllm.first import told
 from pdserve.engines.vllm.messages import ChunkExpected, ChunkLoad, LoadJob, LoadResult, StepPlan, WorkerReport
+from pdserve.engines.vllm.naps import clock
 from pdserve.engines.vllm.stats import EngineStats
 from pdserve.engines.vllm.storing import Storing
 from pdserve.engines.vllm.tracked import Hit, Tracked
@@ -184,6 +185,8 @@ class SchedulerSide:
         plan.dropped, plan.idle = self._dropped, not output.total_num_scheduled_tokens
         self._loads, self._awaiting, self._dropped = [], set(), set()
         self._finder.busy = output.total_num_scheduled_tokens > 0
+        if self._finder.busy:
+            clock.computed()
         self._storing.recent.at_epoch(self._client.content)
         for request_id in plan.preempted:  # what of it was to be stored may not have been
             if (tracked := self._requests.get(request_id)) is not None:
@@ -312,6 +315,8 @@ class SchedulerSide:
                 tracked = self._requests.get(request_id)
                 if tracked is not None:
                     tracked.result = result if tracked.result is None else tracked.result.merged(result)
+        if connector_output.finished_recving:
+            clock.ended()
         for request_id in connector_output.finished_recving or ():  # all ranks are done with the arena's bytes
             tracked = self._requests.get(request_id)
             if tracked is not None and tracked.loading is not None:

@@ -14,6 +14,7 @@ from pdserve import log
 from pdserve.engines.vllm.facts import Nobody, StoreFacts, Teller
 from pdserve.engines.vllm.loading import Loader
 from pdserve.engines.vllm.messages import LoadJob, LoadResult, StepPlan, WorkerReport
+from pdserve.engines.vllm.naps import clock
 from pdserve.engines.vllm.parts import Parts
 from pdserve.engines.vllm.saving import Saver
 from pdserve.errors import CacheError
@@ -120,6 +121,7 @@ class WorkerSide:
             self._report.loaded[job.request_id] = result
             self._loading.discard(job.request_id)
             self._lock.notify_all()
+        clock.ended()  # where the engine core is in this process
 
     def _saved(self, request_id: str) -> None:
         with self._lock:
