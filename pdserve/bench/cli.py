@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import sys
@@ -34,6 +35,10 @@ SHOWN = {
     "pd-interference": "--arms gpu-cache,pd --topology local-cpu --scale 0.1 --out res",
     "trace-replay": "--trace-directory traces --scale 0.02 --duration 120",
 }
+
+
+#: what a workload cannot do without
+NEEDED = {"sharegpt": " --dataset-path conversations.json", "trace-replay": " --trace-directory traces --duration 60"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,13 +87,21 @@ def _folded(text: str) -> str:
 
 def _shown(name: str) -> str:
     more = SHOWN.get(name, "--scale 0.1 --seed 7 --out res")
-    return f"examples:\n  pdserve bench {name} http://127.0.0.1:8000\n  pdserve bench {name} {more}"
+    needed = NEEDED.get(name, "")
+    return f"examples:\n  pdserve bench {name} http://127.0.0.1:8000{needed}\n  pdserve bench {name} {more}"
 
 
 def default_words(words: list[str]) -> list[str]:
     """`pdserve bench`, `pdserve bench URL` and `pdserve bench --requests 4` mean `quick`."""
     known = ("quick", *workloads.NAMES, "compare", "report", "regimes", "-h", "--help")
-    return words if words and words[0] in known else ["quick", *words]
+    if words and words[0] in known:
+        return words
+    named = words[0] if words and not words[0].startswith("-") and "://" not in words[0] else ""
+    near = difflib.get_close_matches(named, known[:-2], 1)
+    if near or (named and len(words) > 1 and not words[1].startswith("-")):  # `quick` takes one deployment's name, not two
+        fix = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known[:-2])}."
+        raise ConfigError("bench", f"{named!r} is no workload", fix)
+    return ["quick", *words]
 
 
 def main(args: argparse.Namespace) -> int:

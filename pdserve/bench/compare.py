@@ -246,9 +246,10 @@ def merged(a: Result, b: Result, names: tuple[str, str]) -> Result:
     notes = []
     for field in ("workload", "seed", "timeout", "machine", "parameters"):
         one, other = getattr(a, field), getattr(b, field)
-        if field == "machine":
-            one, other = ({k: v for k, v in m.items() if k != "load"} for m in (one, other))
-        if one != other:
+        if isinstance(one, dict):
+            differing = [k for k in {**one, **other} if one.get(k) != other.get(k) and k not in ("word", "load")]
+            notes += [f"The two differ in {field}, {k}: {one.get(k)} and {other.get(k)}." for k in differing]
+        elif one != other:
             notes.append(f"The two differ in {field}: {one} and {other}.")
     notes.append("The two did not run in turns: a drift of the machine between them counts as a difference.")
     whole = Result(

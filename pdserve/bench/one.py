@@ -56,6 +56,7 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--rate", "an open loop has no users to ramp", "Give either --rate or --start-users.")
     cli.headers_of(args)
     cli.extra_of(args)
+    results.check_folder(args.out)
 
 
 def make_plan(args: argparse.Namespace, server: Server) -> Plan:
@@ -65,6 +66,9 @@ def make_plan(args: argparse.Namespace, server: Server) -> Plan:
         given["max_context"] = int(server.max_len * CONTEXT_SHARE) - runner.SLACK_TOKENS
     plan = workloads.make(args.word, argparse.Namespace(**given))
     runner.check_length(plan, server.max_len)
+    if (args.rate or args.concurrency or args.start_users) and all(s.given for s in plan.stages if s.measured):
+        problem = f"{plan.workload} says itself when each request comes in"
+        raise ConfigError("--rate, --concurrency, --start-users", problem, "Leave them out; its own options say how much.")
     return plan
 
 
@@ -138,6 +142,8 @@ def finish(args: argparse.Namespace, result: Result) -> int:
     late = too_late(result, args.max_client_overhead)
     result.notes += [*compare.idle_caches(result), *late]
     counts = phases(result.records)
+    if not counts.get("measured"):
+        result.notes.append("Nothing was measured: there was nothing to send, or --warmup and --duration left nothing of it.")
     if left := {k: v for k, v in counts.items() if k != "measured"}:
         said = ", ".join(f"{n} {name}" for name, n in left.items())
         result.notes.append(f"Not in the figures: {said} requests; {counts.get('measured', 0)} were measured.")

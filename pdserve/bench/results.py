@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,18 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
+def check_folder(folder: Path | None) -> None:
+    """Before anything is measured: where results go can be written. It is made."""
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError("--out", f"{folder} cannot be written: {error.strerror}", "Name a folder.") from error
+
+
 def write(result: Result, folder: Path, name: str = "") -> list[Path]:
     """NAME.json and NAME.csv in the folder; NAME is the workload's unless given."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,6 +93,8 @@ def read(file: Path) -> Result:
 
 def read_folder(folder: Path) -> list[tuple[Path, Result]]:
     """Every result below the folder; other JSON files are left alone."""
+    if not folder.is_dir():
+        raise ConfigError("", f"{folder} is no folder", "Name the one that was given as --out.")
     found = []
     for file in sorted(folder.rglob("*.json")):
         try:

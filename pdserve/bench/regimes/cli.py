@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     sweep.points(args)
     cli.extra_of(args)
+    results.check_folder(args.out)
     names = variants.parse(args.arms)
     if not judge.adaptive_of(names) or len(names) < 2:
         known = " or ".join(judge.ADAPTIVES)

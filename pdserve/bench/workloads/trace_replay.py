@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="TOKENS",
-        help="a conversation ends where it would pass this (default %(default)s)",
+        help="a conversation ends where it would pass this (default: what the server takes)",
     )
     parser.add_argument(
         "--warm-prefix-pct",
@@ -63,14 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="TOKENS",
-        help="longest answer, after scaling (default %(default)s)",
+        help="longest answer, after scaling (default: as recorded)",
     )
     parser.add_argument("--no-recycle", action="store_true", help="end when every conversation was taken once")
     parser.add_argument(
         "--block-size",
         type=int,
         default=0,
-        help="tokens of a block, where the file does not say (Mooncake: 512) (default %(default)s)",
+        help="tokens of a block (default: as the file says; Mooncake's: 512)",
     )
 
 

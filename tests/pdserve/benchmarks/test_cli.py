@@ -7,11 +7,12 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from pdserve import bench
-from pdserve.bench import cli, facts, one, records_of, runner, workloads
+from pdserve.bench import cli, facts, one, records_of, results, runner, workloads
 from pdserve.bench.record import Record
 from pdserve.bench.runner import Server
 from pdserve.errors import ConfigError, UpstreamError
@@ -30,6 +31,14 @@ def test_without_a_word_it_is_quick() -> None:
     for name in workloads.NAMES:
         needed = {"sharegpt": ["--dataset-path", "x"], "trace-replay": ["--trace-directory", "x"]}.get(name, [])
         assert parse(name, *needed).word == name
+
+
+def test_a_workload_that_does_not_exist_is_no_deployments_name() -> None:
+    with pytest.raises(ConfigError, match="Did you mean long-doc-qa"):
+        parse("long-docs-qa")
+    with pytest.raises(ConfigError, match=r"'nonsense' is no workload\. Known: quick, long-doc-qa"):
+        parse("nonsense", "http://x:1")
+    assert (parse("my-1p1d").word, parse("my-1p1d", "--json").target) == ("quick", "my-1p1d")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +61,24 @@ def test_without_a_word_it_is_quick() -> None:
 def test_what_makes_no_sense_is_refused_first(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         one.check(parse("random", *words))
+
+
+def test_results_have_somewhere_to_go_before_anything_is_measured(tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        one.check(parse("random", "--out", str(taken)))
+    one.check(parse("random", "--out", str(tmp_path / "new" / "folder")))
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    with pytest.raises(ConfigError, match="is no folder"):
+        results.read_folder(taken)
+
+
+def test_a_load_that_a_workload_would_ignore_is_refused() -> None:
+    server = Server("http://x:1", "m", None, 1.0)
+    with pytest.raises(ConfigError, match="says itself when each request comes in"):
+        one.make_plan(parse("multi-round-qa", "--rate", "3"), server)
+    assert one.make_plan(parse("random", "--rate", "3"), server).stages
 
 
 def test_a_prompt_that_is_too_long_says_which_scale_fits() -> None:

@@ -273,9 +273,11 @@ def test_two_files_are_compared_and_what_differs_is_said(tmp_path: Path) -> None
     rng = random.Random(7)
     a, b = result({"": [times(rng, 100)] * 2}), result({"": [times(rng, 20)] * 2})
     b.seed = 9
+    a.parameters, b.parameters = {"scale": 1.0, "rate": 2.0}, {"scale": 0.5, "rate": 2.0}
     merged = compare.merged(a, b, ("a", "b"))
     assert merged.arms == ["a", "b"]
     assert any("differ in seed" in note for note in merged.notes)
+    assert [n for n in merged.notes if "parameters" in n] == ["The two differ in parameters, scale: 1.0 and 0.5."]
     assert any(v.sentence.startswith("TTFT mean: b is") for v in compare.verdicts(merged))
 
 
