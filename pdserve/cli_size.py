@@ -104,7 +104,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as data")
 
 
+def _refuse(args: argparse.Namespace) -> None:
+    """What would end in a division by zero, a simulation without end, or an answer to another question."""
+    positive = ("scale", "max_context", "chunk_tokens", "max_instances", "seqs", "instances")
+    not_negative = ("users", "conversations", "duration", "gpu_tokens", "kv_bytes_per_token")
+    for name in (*positive, *not_negative):
+        value = getattr(args, name)
+        if value is not None and not (value > 0 if name in positive else value >= 0):
+            word = "positive" if name in positive else "at least 0"
+            raise ConfigError(f"--{name.replace('_', '-')}", f"{value:g} is not {word}")
+    if not 0 < args.quantile <= 1:
+        raise ConfigError("--quantile", f"{args.quantile:g} is no part of the requests", "Write it like 0.95.")
+    if args.trace and args.workload not in ("", "trace-replay"):
+        raise ConfigError("--trace", f"is a load, and so is --workload {args.workload}", "Give one of them.")
+
+
 def main(args: argparse.Namespace) -> int:
+    _refuse(args)
     bytes_per_token = args.kv_bytes_per_token or kv_bytes.per_token(_config(args.model), args.kv_dtype)
     found = _speeds(args, bytes_per_token)
     if not (args.trace or args.workload):
@@ -112,9 +128,11 @@ def main(args: argparse.Namespace) -> int:
     plan = _plan(args)
     most = args.conversations or (sum(1 for _ in args.trace.iterdir()) if args.trace and args.trace.is_dir() else 0)
     load = work.of(plan, args.chunk_tokens, most)
+    if not any(talks for measured, _, _, talks in load.stages if measured):
+        raise ConfigError("--workload-args", f"leave {plan.workload} nothing to send")
     setup = _setup(args, bytes_per_token, found)
     if args.check:
-        return _check(args, load, found, setup)
+        return _check(args, plan.workload, load, found, setup)
     target, sizes = _slo(args.slo), _sizes(args.sizes)
     with output.steps(len(sizes)) as bar:
         points = advise.sweep(load, found, setup, sizes, args.max_instances, target, args.quantile, bar.step)
@@ -154,9 +172,12 @@ def _speeds(args: argparse.Namespace, bytes_per_token: int) -> speeds.Speeds:
 def _plan(args: argparse.Namespace) -> Plan:
     name = args.workload or "trace-replay"
     try:
-        words = [str(word) for word in json.loads(args.workload_args)]
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ConfigError("--workload-args", f"no JSON list: {error}") from error
+        given = json.loads(args.workload_args)
+    except json.JSONDecodeError as error:
+        raise ConfigError("--workload-args", f"no JSON: {error}") from error
+    if not isinstance(given, list):
+        raise ConfigError("--workload-args", f"{args.workload_args} is no list", 'Write it like \'["--num-documents", "20"]\'.')
+    words = [str(word) for word in given]
     if args.trace:
         words += ["--trace-directory", str(args.trace), "--max-context", str(args.max_context)]
     return workloads.plan_of(name, words, seed=args.seed, scale=args.scale)
@@ -179,7 +200,7 @@ def _slo(text: str) -> float:
         seconds = float(value.removesuffix("s"))
     except ValueError:
         seconds = 0.0
-    if name != "ttft" or seconds <= 0:
+    if name != "ttft" or not 0 < seconds < float("inf"):
         raise ConfigError("--slo", f"{text!r} is no target", "Write it like ttft=2 (seconds).")
     return seconds
 
@@ -189,7 +210,7 @@ def _sizes(text: str) -> list[float]:
         found = [float(word) for word in text.split(",") if word.strip()]
     except ValueError:
         found = []
-    if not found or min(found) < 0:
+    if not found or not all(0 <= gib < float("inf") for gib in found):
         raise ConfigError("--sizes", f"{text!r} is not a list of GiB", "Write it like 0,64,256.")
     return found
 
@@ -236,9 +257,11 @@ def _show(args: argparse.Namespace, advice: Advice, found: speeds.Speeds, bytes_
     )
 
 
-def _check(args: argparse.Namespace, load: work.Work, found: speeds.Speeds, setup: simulate.Setup) -> int:
+def _check(args: argparse.Namespace, workload: str, load: work.Work, found: speeds.Speeds, setup: simulate.Setup) -> int:
     """The sizes' first entry is what the real run had."""
     result = results.read(args.check)
+    if result.workload != workload:
+        raise ConfigError("--check", f"{args.check} is a run of {result.workload}, simulated is {workload}")
     if args.arm not in result.arms:
         raise ConfigError("--arm", f"{args.arm!r} is not in {args.check}", f"It has: {', '.join(result.arms)}.")
     tokens = int(_sizes(args.sizes)[0] * simulate.GIB / setup.kv_bytes)

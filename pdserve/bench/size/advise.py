@@ -54,7 +54,7 @@ def sweep(
     for gib in sizes_gib:
         tokens = int(gib * GIB / setup.kv_bytes)
         for count in range(1, most_instances + 1):
-            tell(f"{gib:g} GiB, {count} instances")
+            tell(f"{gib:g} GiB, {_counted(count)}")
             one = replace(setup, instances=count, tiers=((name, tokens), *setup.tiers[1:]))
             point = _point(gib, count, simulate(work, speeds, one), quantile)
             found.append(point)
@@ -100,6 +100,10 @@ def advise(
     )
 
 
+def _counted(instances: int) -> str:
+    return f"{instances} instance{'s' if instances != 1 else ''}"
+
+
 def _sentences(
     points: Sequence[Point],
     best: Point | None,
@@ -113,12 +117,12 @@ def _sentences(
     what = f"TTFT p{quantile * 100:g}"
     if best is None:
         said.append(
-            f"No simulated setup keeps {what} <= {target:g} s; the best is {shown.instances} instances with {shown.gib:g} GiB of {tier} "
+            f"No simulated setup keeps {what} <= {target:g} s; the best is {_counted(shown.instances)} with {shown.gib:g} GiB of {tier} "
             f"at {shown.ttft:.2f} s. Faster engines or more instances (--max-instances) are needed."
         )
     else:
         said.append(
-            f"Buy: {best.instances} instance{'s' if best.instances > 1 else ''} and {best.gib:g} GiB of {tier}: {what} {best.ttft:.2f} s, "
+            f"Buy: {_counted(best.instances)} and {best.gib:g} GiB of {tier}: {what} {best.ttft:.2f} s, "
             f"{best.hit_rate:.0%} of the prompt tokens hit ({best.gpu_rate:.0%} in the GPUs' own caches)."
         )
         less = [p for p in points if p.gib < best.gib and p.instances <= best.instances]

@@ -66,7 +66,7 @@ def read(name: str) -> Speeds:
     try:
         return msgspec.json.decode(Path(name).read_bytes(), type=Speeds)
     except OSError as error:
-        fix = f"Measure them: pdserve size --measure URL --out speeds.json; or use {', '.join(KNOWN)}."
+        fix = f"Measure them: pdserve size --measure URL --save speeds.json; or use {', '.join(KNOWN)}."
         raise ConfigError("--speeds", f"{name} cannot be read: {error}", fix) from error
     except msgspec.DecodeError as error:
         raise ConfigError("--speeds", f"{name} holds no speeds: {error}") from error

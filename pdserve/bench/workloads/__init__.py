@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from types import ModuleType
+from typing import NoReturn
 
 from pdserve.bench.plan import Plan
 from pdserve.errors import ConfigError
@@ -45,9 +46,14 @@ def make(name: str, args: argparse.Namespace) -> Plan:
     return plan
 
 
+class _Words(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(self.prog, message, f"pdserve bench {self.prog} --help lists its options.")
+
+
 def plan_of(name: str, words: list[str] | None = None, **overrides: object) -> Plan:
     """A workload's plan without the command line: its defaults, `words` as options, then `overrides`."""
-    parser = argparse.ArgumentParser(prog=name)
+    parser = _Words(prog=name)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0)
     module(name).add_arguments(parser)

@@ -251,6 +251,36 @@ def test_the_command_from_a_workload_to_a_purchase(tmp_path: Path, capsys: pytes
             run(*words, *bad)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--chunk-tokens", "0"], "--chunk-tokens: 0 is not positive"),
+        (["--seqs", "0"], "--seqs: 0 is not positive"),
+        (["--max-instances", "0"], "--max-instances: 0 is not positive"),
+        (["--scale", "0"], "--scale: 0 is not positive"),
+        (["--users", "-1"], "--users: -1 is not at least 0"),
+        (["--quantile", "2"], "--quantile: 2 is no part"),
+        (["--sizes", "nan"], "--sizes: 'nan'"),
+        (["--workload-args", '{"a": 1}'], "is no list"),
+        (["--workload-args", '["--nosuch"]'], "unrecognized arguments: --nosuch"),
+        (["--workload-args", '["--num-prompts", "0"]'], "nothing to send"),
+        (["--trace", "."], "and so is --workload random"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused_in_a_sentence(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run("--kv-bytes-per-token", "1", "--speeds", "h200-8b", "--workload", "random", *words)
+    assert said in str(caught.value)
+
+
+def test_another_workloads_run_checks_nothing(tmp_path: Path) -> None:
+    result = Result(workload="all-hit", command="", seed=0, timeout=60)
+    result.runs.append(Run(arm="", repetition=1, seconds=1))
+    results.write(result, tmp_path, "run")
+    with pytest.raises(ConfigError, match="is a run of all-hit, simulated is random"):
+        run("--kv-bytes-per-token", "1", "--speeds", "h200-8b", "--workload", "random", "--check", str(tmp_path / "run.json"))
+
+
 def test_the_command_checks_itself_against_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = workloads.plan_of("all-hit", ["--num-requests", "4"], scale=0.05)
     result = Result(workload="all-hit", command="", seed=0, timeout=60)
