@@ -9,14 +9,17 @@ All rows of a table come from one run, alternating with their baseline; figures 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from running_cache import RunningCache
 
 from pdserve import kernels
-from pdserve.transfer import wire
+from pdserve.transfer import arena, wire
+from pdserve.transfer.arena import Arena
 from pdserve.transfer.client import CacheClient
 from pdserve.transfer.staging_host import HostPages
 
 # The demo model on CPU vLLM: 30 layers, blocks of 128 tokens with 3 KV heads of 64, K and V, bf16.
 LAYERS, BLOCK_BYTES, BLOCKS = 30, 98304, 2
+PR_SET_THP_DISABLE = 41
 SHARD = LAYERS * BLOCK_BYTES * BLOCKS
 
 
@@ -43,24 +48,38 @@ def clock(call: Callable[[], object]) -> float:
 
 
 def interleaved(rounds: int, **calls: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each call, run in turn so that all see the same machine."""
+    """Median seconds of each call, run in turn so that all see the same machine, in another order each round, since what a
+    call finds in the cache is what the one before it left."""
+    order = random.Random(1)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(clock(call))
+        for name in order.sample(list(calls), len(calls)):
+            times[name].append(clock(calls[name]))
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def copies(client: CacheClient, rounds: int) -> list[dict[str, Any]]:
-    """Twelve chunks of 256 tokens between scattered engine blocks and the arena, and the same bytes by np.copyto."""
-    assert client.arena is not None
+@contextlib.contextmanager
+def only_small_pages() -> Iterator[None]:
+    """What is started meanwhile gets no huge pages, however it asks."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "PR_SET_THP_DISABLE")
+    try:
+        yield
+    finally:
+        libc.prctl(PR_SET_THP_DISABLE, 0, 0, 0, 0)
+
+
+def copies(arena: Arena, small: Arena, rounds: int) -> list[dict[str, Any]]:
+    """Twelve chunks of 256 tokens between scattered engine blocks and the arena, and the same bytes by np.copyto; beside it, an
+    arena that was made when there were only small pages."""
     chunks = 12
     pool = np.random.default_rng(0).integers(0, 256, LAYERS * chunks * BLOCKS * BLOCK_BYTES, dtype=np.uint8)
     per_layer = chunks * BLOCKS * BLOCK_BYTES
     bases = [pool.ctypes.data + i * per_layer for i in range(LAYERS)]
     pages = HostPages([bases], [BLOCK_BYTES] * LAYERS, BLOCK_BYTES, chunks * BLOCKS)
     order = np.random.default_rng(1).permutation(chunks * BLOCKS).tolist()
-    slots = [client.arena.bytes[i * SHARD : (i + 1) * SHARD] for i in range(chunks)]
+    slots, smalls = ([a.bytes[i * SHARD : (i + 1) * SHARD] for i in range(chunks)] for a in (arena, small))
     plain = [pool[i * SHARD : (i + 1) * SHARD] for i in range(chunks)]
 
     def each(call: Callable[[int], object]) -> Callable[[], None]:
@@ -74,8 +93,10 @@ def copies(client: CacheClient, rounds: int) -> list[dict[str, Any]]:
         rounds,
         memcpy_in=each(lambda i: np.copyto(slots[i], plain[i])),
         store=each(lambda i: pages.store(None, order[i * BLOCKS : (i + 1) * BLOCKS], 256, slots[i], SHARD)),
+        store_small=each(lambda i: pages.store(None, order[i * BLOCKS : (i + 1) * BLOCKS], 256, smalls[i], SHARD)),
         memcpy_out=each(lambda i: np.copyto(plain[i], slots[i])),
         load=each(lambda i: pages.load(None, slots[i], order[i * BLOCKS : (i + 1) * BLOCKS], 256, SHARD)),
+        load_small=each(lambda i: pages.load(None, smalls[i], order[i * BLOCKS : (i + 1) * BLOCKS], 256, SHARD)),
         digest=each(lambda i: kernels.digest(slots[i])),
     )
     speed = {name: chunks * SHARD / s / 1e9 for name, s in seconds.items()}
@@ -83,6 +104,8 @@ def copies(client: CacheClient, rounds: int) -> list[dict[str, Any]]:
         row("store: gather + digest + copy", "GB/s", speed["store"], "memcpy", speed["memcpy_in"]),
         row("load: copy + digest + scatter", "GB/s", speed["load"], "memcpy", speed["memcpy_out"]),
         row("digest alone", "GB/s", speed["digest"], "memcpy", speed["memcpy_in"]),
+        row("store", "GB/s", speed["store"], "in small pages", speed["store_small"]),
+        row("load", "GB/s", speed["load"], "in small pages", speed["load_small"]),
     ]
 
 
@@ -180,15 +203,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         daemon = RunningCache(Path(folder), f"bench-{os.getpid()}", 512 << 20, "--scrub-rate", "0")
         client = CacheClient(daemon.socket, "bench")
+        path = arena.path_for(f"bench-{os.getpid()}-small")
         try:
             client.connect(30)
-            rows = copies(client, args.rounds) + requests(client, args.rounds)
+            assert client.arena is not None
+            with only_small_pages():
+                small = arena.create(path, 128 << 20)
+            huge = f"{daemon.status()['huge_bytes'] >> 20} of 512 MiB of the arena in huge pages, {small.huge_bytes() >> 20} of the other"
+            rows = copies(client.arena, small, args.rounds) + requests(client, args.rounds)
             rows += processor(daemon, client, 0.8 * args.rounds)
         finally:
+            path.unlink(missing_ok=True)
             client.close()
             daemon.stop()
     print(
-        f"kernels: {kernels.path()[0]}; {platform.machine()}, Python {platform.python_version()}; medians of {args.rounds} rounds"
+        f"kernels: {kernels.path()[0]}; {platform.machine()}, Python {platform.python_version()}; medians of {args.rounds} rounds; {huge}"
     )
     for r in rows:
         ratio = r["value"] / r["baseline"]

@@ -2,7 +2,7 @@
 """Transports beside the plainest way to do the same, over a veth link between two network namespaces of its own.
 
     .venv/bin/python -P tests/bench/bench_transports.py [--rounds N] [--json FILE] [--only tcp,ucx,nixl,mooncake,calls]
-        [--streams 1,2,4] [--pin apart|together] [--realtime] [--steer]
+        [--streams 1,2,4] [--floors hot,cold] [--pin apart|together] [--realtime] [--steer]
 
 What the baselines are:
 
@@ -12,7 +12,9 @@ What the baselines are:
   ... of a file its source is cold (a file in memory of the arena's size), its sink is not; -Z: the same by sendfile
   C             the plainest fast program (transport_floor.cpp) between cold memory and cold memory, nothing decided, nothing digested:
                 "hot" is the same program with iperf3's one buffer, "cold" by send, "spin" with a receiver that never sleeps,
-                "sendfile" without a copy at the sender. What none of these reaches is not to be had on this machine
+                "sendfile" without a copy at the sender, "huge" with huge pages at both ends, as an arena has where the kernel
+                gives them. What none of these reaches is not to be had on this machine
+  small pages   ours with arenas of small pages
   raw UCX, NIXL tag or WRITE loops, four under way, cold memory as ours
 
 CPU seconds are of both ends, but for Mooncake (the sender alone). "resent" is how many of a million segments the sender's kernel
@@ -45,7 +47,15 @@ from typing import Any
 ENDS = Path(__file__).with_name("transport_ends.py")
 FLOOR = Path(__file__).with_name("transport_floor.cpp")
 #: name -> what it reads from, what it writes to
-FLOORS = {"hot": ("hot", "hot"), "cold": ("cold", "cold"), "spin": ("cold", "spin"), "sendfile": ("sendfile", "cold")}
+FLOORS = {
+    "hot": ("hot", "hot"),
+    "cold": ("cold", "cold"),
+    "spin": ("cold", "spin"),
+    "sendfile": ("sendfile", "cold"),
+    "cold huge": ("huge-cold", "huge-cold"),
+    "spin huge": ("huge-cold", "huge-spin"),
+    "sendfile huge": ("huge-sendfile", "huge-cold"),
+}
 MIB = 1 << 20
 A, B = "pdbench-a", "pdbench-b"
 PORT = 22150
@@ -164,9 +174,9 @@ def first_json(lines: Any) -> dict[str, Any]:
     return {}
 
 
-def ours(link: Link, scheme: str, query: str) -> list[dict[str, Any]]:
+def ours(link: Link, scheme: str, query: str, pages: str = "huge") -> list[dict[str, Any]]:
     listen = f"{scheme}://{link.address_b}:0{query}"
-    return pair(link, ["serve", listen], lambda facts: ["push", facts["url"], query])
+    return pair(link, ["serve", listen, pages], lambda facts: ["push", facts["url"], query, pages])
 
 
 def iperf(link: Link, streams: int, *more: str) -> list[dict[str, Any]]:
@@ -240,7 +250,9 @@ def mooncake(link: Link) -> list[dict[str, Any]]:
     return pair(link, ["mooncake_serve", link.address_b], sender)
 
 
-def contenders(link: Link, only: set[str], options: str, streams: list[int], program: list[str]) -> dict[str, Any]:
+def contenders(
+    link: Link, only: set[str], options: str, streams: list[int], program: list[str], floors: list[str]
+) -> dict[str, Any]:
     """Name -> one run. Those that are compared stand next to each other, so that they see the same machine."""
     found: dict[str, Any] = {}
     if "tcp" in only:
@@ -249,11 +261,12 @@ def contenders(link: Link, only: set[str], options: str, streams: list[int], pro
             found[f"iperf3 x{n}"] = lambda n=n: iperf(link, n)
             found[f"iperf3 x{n} of a file"] = lambda n=n: iperf_of_a_file(link, n)
             found[f"iperf3 x{n} of a file -Z"] = lambda n=n: iperf_of_a_file(link, n, "-Z")
-            for kind in FLOORS if program else ():
+            for kind in floors if program else ():
                 found[f"C {kind} x{n}"] = lambda n=n, kind=kind: floor(link, program, n, kind)
             found[f"bare TCP x{n}"] = lambda n=n: plain(link, n)
             found[f"tcp x{n}"] = lambda q=fixed: ours(link, "tcp", q + "&verify=0")
             found[f"tcp x{n} verified"] = lambda q=fixed: ours(link, "tcp", q)
+            found[f"tcp x{n} verified, small pages"] = lambda q=fixed: ours(link, "tcp", q, "small")
         found["tcp adaptive"] = lambda: ours(link, "tcp", f"?verify=1{options}")
     if "calls" in only:
         found["bare ping-pong"] = lambda: pair(
@@ -276,13 +289,20 @@ def main() -> None:
     parser.add_argument("--options", default="", help="of the URL, for all of ours: &segment=4MiB")
     parser.add_argument("--only", default="tcp,calls,ucx,nixl,mooncake")
     parser.add_argument("--streams", default="1,2,4")
+    parser.add_argument(
+        "--floors", default="hot,cold,cold huge,sendfile huge", help=f"of the C program: {', '.join(FLOORS)}"
+    )
     parser.add_argument("--pin", choices=("apart", "together"), default="")
     parser.add_argument("--realtime", action="store_true")
     parser.add_argument("--steer", action="store_true")
     args = parser.parse_args()
     if args.realtime and args.pin == "together":
         parser.error("with --realtime each end would keep the other from the core that they share")
-    streams = [int(n) for n in args.streams.split(",")]
+    if args.realtime and "spin" in args.floors and args.streams != "1":
+        parser.error("with --realtime several receivers that never sleep would keep the senders from every core")
+    streams, floors = [int(n) for n in args.streams.split(",")], args.floors.split(",")
+    if unknown := set(floors) - set(FLOORS):
+        parser.error(f"--floors: no {', '.join(sorted(unknown))}. Known: {', '.join(FLOORS)}")
     link = Link(args.pin, args.realtime, args.steer)
     link.up()
     print(f"{link.words}; medians of {args.rounds} runs in turn; load average {os.getloadavg()[0]:.1f}", flush=True)
@@ -292,7 +312,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="pdbench-") as folder:
             program = compiled_floor(folder) if "tcp" in only else []
             for _ in range(args.rounds):
-                for name, run in contenders(link, only, args.options, streams, program).items():
+                for name, run in contenders(link, only, args.options, streams, program, floors).items():
                     note(results[name], link, run)
     finally:
         link.down()

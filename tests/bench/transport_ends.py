@@ -53,17 +53,17 @@ class Sink:
             raise SystemExit(f"a piece did not arrive: {outcome}")
 
 
-def ours(name: str, url: str) -> Any:
+def ours(name: str, url: str, pages: str) -> Any:
     from pdserve.transfer.transports import registry
     from pdserve.transfer.transports.base import Local
     from pdserve.transfer.transports.security import Security
 
-    return registry.build(url, Local(name, shared_arena()), Security(SECRET))
+    return registry.build(url, Local(name, shared_arena(pages == "huge")), Security(SECRET))
 
 
-def serve(url: str) -> None:
+def serve(url: str, pages: str) -> None:
     async def main() -> None:
-        transport = ours("b", url)
+        transport = ours("b", url, pages)
         say(url=await transport.listen(url, Sink()))
         await asyncio.to_thread(until_stdin_ends)
         await transport.close()
@@ -71,12 +71,12 @@ def serve(url: str) -> None:
     _run(main())
 
 
-def push(url: str, query: str) -> None:
+def push(url: str, query: str, pages: str) -> None:
     from pdserve import kernels
     from pdserve.transfer.transports.base import Piece
 
     async def main() -> None:
-        transport = ours("a", url + query)
+        transport = ours("a", url + query, pages)
         connection = await transport.connect(url, Sink(), time.monotonic() + 20)
         arena = transport.local.arena
         for size in SIZES:

@@ -5,6 +5,7 @@
 //
 // SOURCE: hot (one buffer of 1 MiB a stream, as iperf3 is told to have), cold (all of 512 MiB of shared memory, by send), or sendfile
 // (the same memory by sendfile: its pages go into the socket, nobody copies them). SINK: hot, cold, or spin (cold, and never sleeps).
+// "huge-" before either: its memory is in huge pages, asked for as the daemon's arena does.
 #include <arpa/inet.h>
 #include <cerrno>
 #include <algorithm>
@@ -44,13 +45,20 @@ double cpu() {
   return used.ru_utime.tv_sec + used.ru_stime.tv_sec + 1e-6 * (used.ru_utime.tv_usec + used.ru_stime.tv_usec);
 }
 
+constexpr size_t HUGE_PAGE = 2 << 20;
+constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, which older headers do not name
+
 struct Arena {
   int fd = memfd_create("floor", 0);
   unsigned char* at;
-  Arena() {
+  explicit Arena(bool huge) {
     must(fd >= 0 && ftruncate(fd, ARENA) == 0, "memfd");
-    at = (unsigned char*)mmap(nullptr, ARENA, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
-    must(at != MAP_FAILED, "mmap");
+    auto* room = (unsigned char*)mmap(nullptr, ARENA + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    must(room != MAP_FAILED, "room");
+    at = (unsigned char*)(((uintptr_t)room + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+    must(mmap(at, ARENA, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == at, "mmap");
+    for (size_t i = 0; huge && i < ARENA; i += HUGE_PAGE) at[i] = 1;
+    if (huge) must(madvise(at, ARENA, COLLAPSE) == 0, "huge pages");
     for (size_t i = 0; i < ARENA; i += 8) *(uint64_t*)(at + i) = i * 0x9e3779b97f4a7c15ull;
   }
 };
@@ -98,8 +106,15 @@ sockaddr_in address(const char* host, int port) {
   return a;
 }
 
-void receive(const char* host, int streams, const std::string& sink) {
-  Arena arena;
+// Takes "huge-" off the word.
+bool wants_huge(std::string& word) {
+  const bool huge = word.rfind("huge-", 0) == 0;
+  if (huge) word.erase(0, 5);
+  return huge;
+}
+
+void receive(const char* host, int streams, std::string sink) {
+  Arena arena(wants_huge(sink));
   const int server = socket(AF_INET, SOCK_STREAM, 0);
   sockaddr_in a = address(host, 0);
   socklen_t size = sizeof a;
@@ -126,8 +141,8 @@ int dialled(const char* host, int port) {
   return sock;
 }
 
-void push(const char* host, int port, int streams, const std::string& source) {
-  Arena arena;
+void push(const char* host, int port, int streams, std::string source) {
+  Arena arena(wants_huge(source));
   const int control = dialled(host, port);
   std::vector<int> socks;
   for (int i = 0; i < streams; i++) socks.push_back(dialled(host, port));

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import resource
 import statistics
@@ -14,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from pdserve.transfer import arena
 
 MIB = 1 << 20
 SIZES = (1 * MIB, 8 * MIB, 32 * MIB)
@@ -31,17 +32,17 @@ def say(**facts: Any) -> None:
     print(json.dumps(facts), flush=True)
 
 
-def shared_arena() -> np.ndarray:
-    """Memory as a daemon's arena has it: shared, touched, in pages of whatever size the machine gives to shared memory."""
-    fd = os.memfd_create("arena")
+def shared_arena(huge: bool = True) -> np.ndarray:
+    """A daemon's arena, gone with this process; `huge`: in such pages if the kernel gives them, as a daemon's is."""
+    if not huge:
+        arena.huge_page = lambda: 0
+    path = arena.path_for(f"bench-{os.getpid()}")
     try:
-        os.posix_fallocate(fd, 0, ARENA)
-        memory = mmap.mmap(fd, ARENA, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        memory = arena.create(path, ARENA).bytes
     finally:
-        os.close(fd)
-    arena = np.frombuffer(memory, np.uint8)
-    arena.view(np.uint64)[:] = np.random.default_rng(1).integers(0, 2**63, ARENA // 8, np.uint64)
-    return arena
+        path.unlink(missing_ok=True)
+    memory.view(np.uint64)[:] = np.random.default_rng(1).integers(0, 2**63, ARENA // 8, np.uint64)
+    return memory
 
 
 #: what a receiver of bare loops answers when a round is there: its own CPU seconds

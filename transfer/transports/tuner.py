@@ -1,6 +1,7 @@
 """How many streams to use: more help where one is held back (long ways, small windows), fewer cost less CPU. Pure.
 
-Hill climbing with hysteresis. While there is more to send than fits, the bytes of a window of time are counted. After _SETTLED
+Hill climbing with hysteresis. While there is more to send than fits, bytes and time are counted, over as many pushes as it takes
+for a window of them: one push is often over sooner, and what lies between two is nobody's fault. After _SETTLED
 windows one neighbour (one more, next time one fewer) is tried for _TRIED windows; it is kept when it was clearly faster, or, for
 fewer, when it was not clearly slower. A trial that failed makes the next one come later, up to _RAREST windows.
 """
@@ -32,8 +33,9 @@ class Tuner:
         self._rates: list[float] = []
         self._base = 0.0
         self._wait = _SETTLED
-        self._began = -1.0
-        self._bytes = 0
+        #: when bytes were sent last, while others waited
+        self._last: float | None = None
+        self._bytes, self._seconds = 0, 0.0
 
     def allow(self, most: int) -> None:
         """There are so many streams now."""
@@ -46,17 +48,13 @@ class Tuner:
         if self._most == 1 or not self._adapt:
             return
         with self._lock:
-            if not more:
-                self._began = -1.0
-                return
-            if self._began < 0:
-                self._began, self._bytes = now, 0
-                return
-            self._bytes += size
-            seconds = now - self._began
-            if seconds >= WINDOW_S and self._bytes >= WINDOW_BYTES:
-                self._judge(self._bytes / seconds)
-                self._began, self._bytes = now, 0
+            if self._last is not None:
+                self._bytes += size
+                self._seconds += max(0.0, now - self._last)  # threads come here in any order
+            self._last = now if more else None
+            if self._seconds >= WINDOW_S and self._bytes >= WINDOW_BYTES:
+                self._judge(self._bytes / self._seconds)
+                self._bytes, self._seconds = 0, 0.0
 
     def _judge(self, rate: float) -> None:
         self._rates.append(rate)

@@ -43,6 +43,38 @@ def test_idle_time_is_not_measured():
     assert tuner.count == 1
 
 
+def bursts(tuner, speed, count, pieces):
+    """Pushes of so many pieces of 4 MiB, a second apart; returns the counts used."""
+    now, counts = 0.0, []
+    for _ in range(count):
+        now += 1.0
+        for left in reversed(range(pieces)):
+            counts.append(tuner.count)
+            now += (4 << 20) / speed(tuner.count)
+            tuner.sent(4 << 20, now, left > 0)
+    return counts
+
+
+def test_pushes_that_are_over_soon_count_together():
+    """64 MiB at 6 GB/s take 11 ms: less than a window, push after push."""
+    assert bursts(Tuner(4), lambda n: 6e9 * min(n, 2), 600, 16)[-1] == 2
+    assert bursts(Tuner(4), lambda n: 6e9, 600, 16).count(1) > 7000
+
+
+def test_what_lies_between_pushes_is_not_measured():
+    """Were it, a second stream would look no faster: nearly all of the time is idle."""
+    seen = []
+    tuner = Tuner(4)
+    tuner._judge = seen.append
+    bursts(tuner, lambda n: 6e9, 300, 4)
+    assert seen
+    assert all(5.9e9 < rate < 6.1e9 for rate in seen)
+
+
+def test_a_push_of_one_piece_says_nothing_of_streams():
+    assert set(bursts(Tuner(4), lambda n: 6e9 * n, 3000, 1)) == {1}
+
+
 def test_all_streams_always_where_told_so():
     tuner = Tuner(1, adapt=False)
     tuner.allow(4)
