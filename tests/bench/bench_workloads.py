@@ -68,13 +68,16 @@ TOPOLOGIES = {
 }
 PAIR = ("gpu-cache", "cache")
 AGENTS = "trace-replay --trace-directory {traces} --scale 0.02 --max-context 1600 --time-scale 0.05 --max-delay 2 --max-output 12"
+RANDOM = "random --num-prompts 6 --random-input-len 1000 --random-output-len 16 --max-concurrency 2"
+TALK = "multi-round-qa --num-users 4 --num-rounds 5 --qps 0.4 --shared-system-prompt 200 --user-history-prompt 1200 --answer-len 8 "
+TALK += "--synthetic-answers --time 22 --duration 22 --warmup 10 --slo-ttft 1"
+CHATS = "sharegpt --dataset-path {out}/conversations.json --num-conversations 6 --max-rounds 3 --output-len 8"
 LOADS = (
     Load("long-doc-qa", "long-doc-qa --num-documents 4 --document-length 1500 --output-len 8 --repeat-count 1 --repeat-mode tile "
          "--max-inflight-requests 1", 20),
-    Load("random", "random --num-prompts 6 --random-input-len 1000 --random-output-len 16 --max-concurrency 2", 14),
+    Load("random", RANDOM, 14),
     Load("all-hit", "all-hit --num-prompts 2 --num-requests 10 --prompt-len 1500 --output-len 16 --max-inflight-requests 2", 14),
-    Load("multi-round-qa", "multi-round-qa --num-users 4 --num-rounds 5 --qps 0.4 --shared-system-prompt 200 "
-         "--user-history-prompt 1200 --answer-len 8 --synthetic-answers --time 22 --duration 22 --warmup 10 --slo-ttft 1", 26, arms=PAIR),
+    Load("multi-round-qa", TALK, 26, arms=PAIR),
     Load("trace-replay", f"{AGENTS} --users 4 --duration 16 --warmup 3 --slo-ttft 1", 20, arms=PAIR),
     Load("cache-rate", "cache-rate --rates 0,50,100 --num-requests 2 --prompt-len 1500 --num-prefixes 4 --output-len 4", 20, arms=PAIR),
     Load("chat-docs", "chat-docs --num-documents 4 --document-length 1500 --num-users 6 --num-rounds 2 --output-len 8 "
@@ -82,8 +85,17 @@ LOADS = (
     Load("rag", "rag --num-requests 8 --num-templates 2 --template-len 600 --num-chunks 20 --chunk-len 150 --chunks-per-request 3 "
          "--output-len 8 --keep-order", 14, arms=PAIR),
     Load("doc-analysis", "doc-analysis --num-documents 10 --document-length 400 --output-len 8", 10, arms=PAIR),
-    Load("sharegpt", "sharegpt --dataset-path {out}/conversations.json --num-conversations 6 --max-rounds 3 --output-len 8", 10, arms=PAIR),
+    Load("sharegpt", CHATS, 10, arms=PAIR),
     Load("working-set", "working-set --working-sets 3000,7500 --document-length 1500 --num-requests 3 --output-len 4", 22, arms=PAIR),
+)  # fmt: skip
+#: two arms only, so that there is time for many turns: where nothing can be gained, and what two turns said too little of
+AGAIN = (
+    Load("no-reuse", RANDOM, 8, rounds=12),
+    Load("low-load", "chat-docs --num-documents 2 --document-length 1200 --num-users 4 --num-rounds 3 --output-len 8 "
+         "--max-inflight-requests 1", 8, rounds=12),
+    Load("sharegpt", CHATS, 7, rounds=6),
+    Load("multi-round-qa", TALK, 24),
+    Load("trace-replay", f"{AGENTS} --users 4 --duration 16 --warmup 3 --slo-ttft 1", 20),
 )  # fmt: skip
 INTERFERENCE = Load(
     "pd-interference",
@@ -113,6 +125,7 @@ class Step:
 REGIMES = "bench regimes --users 1 --requests 3 --output-len 2 --repetitions 3 --settle 0.3 --keep-up --quiet"
 STEPS = (
     Step("workloads", 720, "one", "gpu-cache,cache,lmcache", LOADS),
+    Step("no-loss", 700, "one", "gpu-cache,cache", AGAIN),
     Step("pd-interference", 270, "two", "gpu-cache,pd", (INTERFERENCE,)),
     Step("regimes", 330, "small", lines=(
         f"{REGIMES} --topology {{small}} --arms gpu-cache,cache-always,cache --working-sets 2000,6000 --lengths 300,1500 --reuse 0,90 "

@@ -1,6 +1,8 @@
 """Conversations of a local ShareGPT file: [{"id": .., "conversations": [{"from": "human", "value": ..}, {"from": "gpt", ..}]}].
 
-The humans' turns are sent as they are; the prompt grows by the server's own answers. Nothing is downloaded.
+The humans' turns are sent as they are, behind a few made-up words that all conversations of a run begin with and that are others in
+each repetition: without them a repetition would hit what the one before has left in a cache. The prompt grows by the server's own
+answers. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pdserve.bench.workloads import add_conversation_pace, scaled
 from pdserve.errors import ConfigError
 
 HELP = "conversations of a local ShareGPT file"
+MARK_TOKENS = 4
 CHARACTERS_PER_TOKEN = 4  # for the token counts of the plan only; the server's own are reported
 
 
@@ -71,12 +74,12 @@ def _turns(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _session(args: argparse.Namespace, number: int, turns: list[tuple[str, str]]) -> Session:
-    talk: list[Piece] = []
+    talk = [Piece("mark", MARK_TOKENS)]
     steps = []
     cut = max(1, int(args.max_turn_characters * args.scale))
     for turn, (question, recorded) in enumerate(turns[: args.max_rounds]):
         question = question[:cut]
-        talk.append(Piece("", max(1, len(question) // CHARACTERS_PER_TOKEN), text=question))
+        talk.append(Piece("", max(1, len(question) // CHARACTERS_PER_TOKEN), text=f"\n{question}" if turn == 0 else question))
         length = args.output_len or max(1, len(recorded[:cut]) // CHARACTERS_PER_TOKEN)
         out = scaled(length, args) if args.output_len else length
         steps.append(Step(tuple(talk), out, f"round {turn + 1}", think=args.think if turn else 0.0))

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from pdserve.bench import workloads
+from pdserve.bench.load import messages
 from pdserve.bench.plan import Plan, Session, every_step
 from pdserve.bench.text import VOCABULARY, Writer, sample
+from pdserve.bench.workloads import sharegpt
 from pdserve.errors import ConfigError
 
 SHAREGPT = [
@@ -174,6 +176,12 @@ def test_streams_run_alone_first_and_then_beside_long_prompts() -> None:
 def test_conversations_of_a_file(files: dict[str, list[str]], tmp_path: Path) -> None:
     plan = workloads.plan_of("sharegpt", files["sharegpt"])
     assert sorted(len(s.steps) for s in sessions(plan)) == [1, 2], "the one that no human begins is left out"
+    step = next(iter(sessions(plan))).steps[0]
+    (once,), (again,) = (messages(step, Writer(f"0{salt}", 1.0), {}) for salt in ("/1", "/2"))
+    made_up, question = once["content"].split("\n", 1)
+    assert len(made_up.split()) == sharegpt.MARK_TOKENS
+    assert again["content"].split("\n", 1)[1] == question
+    assert not again["content"].startswith(made_up), "or a repetition would hit what the one before has left"
     bad = tmp_path / "bad.json"
     bad.write_text("nothing")
     with pytest.raises(ConfigError, match="neither JSON nor JSONL"):
