@@ -19,6 +19,9 @@ from pdserve.transfer.tiers.base import TierError
 
 #: share of the arena that may be kept from eviction because it is on its way down
 DOWN_SHARE = 8
+#: but so many chunks always, in up to half of a small arena: they are committed in one go, and of a prompt of which only the first
+#: is written down, only the first is ever found again
+DOWN_LEAST, DOWN_HALF = 16, 2
 #: `on-evict`: begins to write and evict ahead above the first share of the arena, stops at the second
 HIGH, LOW = 0.90, 0.80
 #: chunks that are evicted ahead of need before requests have their turn
@@ -84,8 +87,8 @@ class Writing:
         if lower.indexed and lower.may_give(chunk.key) and lower.tier.contains([chunk.key])[0] is not None:
             chunk.below |= lower.bit
             return True
-        size = chunk.size
-        limit = self._store.allocator.capacity // DOWN_SHARE
+        size, capacity = chunk.size, self._store.allocator.capacity
+        limit = max(capacity // DOWN_SHARE, min(DOWN_LEAST * size, capacity // DOWN_HALF))
         if self.closing or lower.down >= lower.rules.max_queued or (lower.down and lower.down_bytes + size > limit):
             self._m["cache_tier_dropped_writes_total"].labels(lower.name).inc()
             return False

@@ -235,6 +235,21 @@ def test_a_queue_that_is_full_drops_writes_and_holds_little(world):
     assert w.store.stats()["used_bytes"] == 0
 
 
+def test_a_prompt_goes_down_whole_where_dram_is_hardly_larger(world):
+    """Five chunks committed together in an arena of twelve, behind a tier that answers only then."""
+    w = world(pages=48)
+    w.tier.faults.stall()
+    for i in range(1, 6):
+        assert w.put(i) == GRANTED
+    assert w.value("cache_tier_dropped_writes_total", "memory") == 0
+    assert w.put(6) == w.put(7) == GRANTED
+    assert w.value("cache_tier_dropped_writes_total", "memory") == 1, "half of the arena stays free for requests"
+    w.tier.faults.resume()
+    w.settle()
+    w.forget()
+    assert w.fetch(1, 2, 3, 4, 5) == ["memory"] * 5
+
+
 def test_writes_that_wait_are_carried_out_together_and_in_order_with_what_is_deleted(world):
     tier = Together()
     w = world(tier, pages=400)
