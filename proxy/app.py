@@ -42,6 +42,7 @@ from pdserve.proxy.guard import Limits, guarded
 from pdserve.proxy.history import History
 from pdserve.proxy.instance import Instance
 from pdserve.proxy.keys import Keys
+from pdserve.proxy.legs import Legs
 from pdserve.proxy.locating import Locating
 from pdserve.proxy.options import Settings, add_arguments
 from pdserve.proxy.pinning import Pinning
@@ -76,7 +77,8 @@ def build(settings: Settings, shared: Shared | None = None) -> FastAPI:
     fleet.on_new_life = routing.forget
     locating = Locating(routing, settings.caches, settings.admin_token, made)
     began = Began(settings.caches, settings.admin_token)
-    splitter = Splitter(fleet, dialect, routing, settings.deadlines, settings.early_decode, began, settings.early_token)
+    legs = Legs(fleet, dialect, routing, settings.deadlines, began)
+    splitter = Splitter(legs, settings.early_decode, settings.early_token)
     admission = Admission(settings.classes, settings.max_waiting, counted=made["slo_total"])
     known = keys.read(settings.api_keys, settings.api_keys_env)
     _check_classes(known, settings.classes)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -72,6 +73,15 @@ class Began:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for cache in self._caches:
             await cache.close()
+
+    @contextmanager
+    def expected(self, request: str) -> Iterator[None]:
+        """Within it, what is told of that request is kept."""
+        self.expect(request)
+        try:
+            yield
+        finally:
+            self.forget(request)
 
     def expect(self, request: str) -> None:
         """From now on what is told of it is kept, until forget()."""

@@ -3,7 +3,7 @@
 Every request earns a fifth of a second try; one is spent when an engine that is alive did not do its work (an error
 status, no answer in time) and another is asked instead. A try after a refused or broken connection is free: that engine
 does no work any more, so sending its requests elsewhere adds nothing to what the fleet was asked. Both are bounded for
-each single request too (split.ATTEMPTS, takeover.LIVES).
+each single request too (legs.ATTEMPTS, takeover.LIVES).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A decode leg that is sent while the prefill is still under way, so that its engine has the prompt's tokens, a place in
 its queue, and the first chunks, when the last one comes.
 
-It is used at most once, and whoever does not use it drops it: either way its connection is closed, and with it what its
-engine does.
+It is used at most once, and split.py, which sends it, drops it in the end: either way its connection is closed, and with it
+what its engine does.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ class EarlyLeg:
         self._opened = opened
         self._answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._done_with = asyncio.Event()
-        self._task = asyncio.create_task(self._hold())
+        self._task: asyncio.Task[None] | None = asyncio.create_task(self._hold())
 
     async def _hold(self) -> None:
+        head = self._answer
         try:
             with self.instance.serving():
                 async with self._opened as answer:
-                    self._answer.set_result(answer)
+                    head.set_result(answer)
                     await self._done_with.wait()
         except LegFailure as failure:
-            if not self._answer.done():
-                self._answer.set_exception(failure)
+            if not head.done():
+                head.set_exception(failure)
         finally:
-            self._answer.cancel()  # nothing happens where it is done
+            head.cancel()  # nothing happens where it is done
+            del head  # a failure holds this frame, and the future the failure: a circle
 
     @asynccontextmanager
     async def taken(self) -> AsyncIterator[Answer]:
@@ -47,11 +49,17 @@ class EarlyLeg:
             await self.drop()
 
     async def drop(self) -> None:
-        """Closes it; nobody reads what still comes."""
-        if not self._task.done():
-            self._task.cancel() if not self._answer.done() else self._done_with.set()
-        await asyncio.wait([self._task])
-        if self._answer.done() and not self._answer.cancelled():
-            self._answer.exception()  # seen: an early leg that failed is made good by an ordinary one
-        # A failure in it, or the cancelling, holds the frames it went through, which hold this leg: a circle.
-        del self._answer, self._task
+        """Closes it; nobody reads what still comes. Dropped twice is dropped once."""
+        if self._task is None:
+            return
+        task, answer = self._task, self._answer
+        if not task.done():
+            self._done_with.set() if answer.done() else task.cancel()
+        try:
+            await asyncio.wait([task])
+        finally:
+            if answer.done() and not answer.cancelled():
+                answer.exception()  # seen: an early leg that failed is made good by an ordinary one
+            # A failure in it, or the cancelling, holds the frames it went through, which hold this leg: a circle.
+            del self._answer
+            self._task = None

@@ -59,7 +59,7 @@ class _Connection(asyncio.Protocol):
         self._sink: Sink | None = None
         self._sink_error: Exception | None = None
         self._gap = 0.0  # seconds that may pass without a byte; 0 where a wait has one deadline
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser = cast(Any, None)
         self._reset()
 
     def _reset(self) -> None:
@@ -77,6 +77,8 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's are not subclasses of it
+        # It holds this connection, a circle until the connection is lost; one that never comes to be is not lost either.
+        self._parser = httptools.HttpResponseParser(self)
 
     def data_received(self, data: bytes) -> None:
         if self.complete or self.error:
@@ -95,6 +97,11 @@ class _Connection(asyncio.Protocol):
             self.transport.pause_reading()
         self._wake()
 
+    def disown(self) -> None:
+        """It was given up before anybody had it. The loop does not say that it is lost, so its circles are cut here."""
+        self.abort()
+        self.transport = self._parser = cast(Any, None)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
         # Without a length the end of the connection is the end of the body, if it was an orderly end.
@@ -103,7 +110,7 @@ class _Connection(asyncio.Protocol):
         if not self.complete:
             self._fail("it closed the connection before the answer was complete")
         self._sink = None
-        self._parser = cast(Any, None)  # it holds this connection: what is in no circle goes at once
+        self._parser = cast(Any, None)  # what is in no circle goes at once
         self._wake()
 
     # What the parser calls.
@@ -350,15 +357,18 @@ class Upstream:
     async def connect(self, loop: asyncio.AbstractEventLoop, wait: float) -> _Connection:
         if self._watch is None or self._watch.loop is not loop:
             self._watch = Watch(loop)
-        watch = self._watch
+        connection = _Connection(self._watch)
         try:
             async with asyncio.timeout(wait):
-                _, connection = await loop.create_connection(lambda: _Connection(watch), *self._address, ssl=self._tls)
-                return connection
-        except TimeoutError as exc:
-            raise LegFailure(504, f"no connection within {wait:g} s", self.name, "connect") from exc
-        except OSError as exc:
-            raise LegFailure(502, f"no connection ({exc.strerror or exc})", self.name, "connect") from exc
+                await loop.create_connection(lambda: connection, *self._address, ssl=self._tls)
+        except BaseException as exc:
+            connection.disown()  # cancelled when it has just been made, its socket is closed and nobody is told
+            if isinstance(exc, TimeoutError):
+                raise LegFailure(504, f"no connection within {wait:g} s", self.name, "connect") from exc
+            if isinstance(exc, OSError):
+                raise LegFailure(502, f"no connection ({exc.strerror or exc})", self.name, "connect") from exc
+            raise
+        return connection
 
     def give_back(self, connection: _Connection, now: float) -> None:
         if connection.reusable:

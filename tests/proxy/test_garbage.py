@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import os
+import socket
 import types
+import weakref
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +18,7 @@ from pdserve.errors import UpstreamError
 from pdserve.proxy.exchange import Exchange
 from pdserve.proxy.guard import Guarded
 from pdserve.proxy.relay import Client
-from pdserve.proxy.upstream import Upstream, _Connection
+from pdserve.proxy.upstream import LegFailure, Upstream, _Connection
 
 pytestmark = pytest.mark.anyio
 
@@ -144,3 +149,84 @@ async def test_a_body_that_is_refused_leaves_nothing_for_the_collector(rig: Any,
             assert (await r.complete(prompt="a" * 2000)).status == 413
         await r.settled()
         assert circles() == Counter()
+
+
+@pytest.fixture
+def full() -> Iterator[str]:
+    """A server that lets nobody in: its queue is full, so that a connection to it is neither made nor refused."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(2):
+            guest = stack.enter_context(socket.socket())
+            guest.setblocking(False)
+            guest.connect_ex(server.getsockname())
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("how", ["left", "late", "refused"])
+async def test_a_connection_that_is_not_made_leaves_nothing(full: str, how: str, until: Any, uncollected: None) -> None:
+    """Left while it is being made, too late, or refused: its socket is closed, and no circle waits for the collector."""
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        refusing = f"http://127.0.0.1:{gone.getsockname()[1]}"
+    engine = Upstream("d", refusing if how == "refused" else full)
+
+    async def ask() -> None:
+        with contextlib.suppress(LegFailure):
+            async with engine.request(b"GET", b"/", [], b"", 0.05 if how == "late" else 60):
+                pytest.fail("it was let in")
+
+    async def give_up() -> None:
+        asked = asyncio.create_task(ask())
+        if how == "left":
+            await until(lambda: engine.busy == 1)
+            asked.cancel()
+        await asyncio.wait([asked])
+
+    await give_up()  # the loop keeps a descriptor of its own from the first one on
+    await asyncio.sleep(0)
+    files = open_files()
+    circles()
+    for _ in range(3):
+        await give_up()
+    await until(lambda: open_files() <= files)
+    assert circles() == Counter()
+    assert engine.busy == 0
+
+
+async def test_a_connection_that_is_made_while_it_is_given_up_is_closed(
+    monkeypatch: pytest.MonkeyPatch, until: Any, uncollected: None
+) -> None:
+    """Its protocol is not told by the loop that it is lost."""
+    asked: list[asyncio.Task[None]] = []
+    seen: list[bytes] = []
+    connections: list[weakref.ref[_Connection]] = []
+    made = _Connection.connection_made
+
+    def given_up(self: _Connection, transport: Any) -> None:
+        made(self, transport)
+        connections.append(weakref.ref(self))
+        asked[0].cancel()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await reader.read())
+        writer.close()
+
+    async def ask(engine: Upstream) -> None:
+        async with engine.request(b"GET", b"/", [], b"", 60):
+            pytest.fail("nobody answers")
+
+    monkeypatch.setattr(_Connection, "connection_made", given_up)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    engine = Upstream("d", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    asked.append(asyncio.create_task(ask(engine)))
+    await asyncio.wait(asked)
+    await until(lambda: seen == [b""])
+    assert asked.pop().cancelled()
+    assert engine.busy == 0
+    await until(lambda: connections[0]() is None)
+    server.close()
+    await server.wait_closed()
