@@ -144,7 +144,8 @@ class Admission:
             raise Refused("The first token would come too late for its target; try again later.", expected)
         tenant, future = self._tenant(key), asyncio.get_running_loop().create_future()
         deadline = began + (WAIT_SHARE * slo.ttft or PATIENCE)
-        heapq.heappush(tenant.line, (priority, deadline, next(self._order), future))
+        place = (priority, deadline, next(self._order), future)
+        heapq.heappush(tenant.line, place)
         self.waiting += 1
         try:
             async with asyncio.timeout_at(deadline):
@@ -155,7 +156,10 @@ class Admission:
                 self.running.inside -= 1
                 self.let_in()
             else:
-                future.cancel()
+                # Taken out at once: behind others of a better priority it might never come to the front, where those are dropped.
+                if place in tenant.line:
+                    tenant.line.remove(place)
+                    heapq.heapify(tenant.line)
                 self.waiting -= 1
             if isinstance(exc, TimeoutError):
                 self._count(slo, "ttft", "refused")
@@ -207,7 +211,7 @@ class Admission:
     def _next(self) -> asyncio.Future[None] | None:
         """The next in line: the best priority, then the tenant that has had least, then the earliest deadline."""
         for tenant in self._tenants.values():
-            while tenant.line and tenant.line[0][3].done():
+            while tenant.line and tenant.line[0][3].done():  # given up, but not gone yet
                 heapq.heappop(tenant.line)
         waiting = [tenant for tenant in self._tenants.values() if tenant.line]
         if not waiting:

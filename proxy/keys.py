@@ -15,6 +15,7 @@ that is one of ours is not passed on; any other Authorization is.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -154,6 +155,6 @@ def _set(key: Key, word: str, where: str) -> None:
         number = kinds[name](value)
     except ValueError as exc:
         raise ConfigError(where, f"{word!r} is not a number", f"Write it like {name}=8.") from exc
-    if (number < 0 and name != "priority") or (name == "weight" and number == 0):
+    if not math.isfinite(number) or (number < 0 and name != "priority") or (name == "weight" and number == 0):
         raise ConfigError(where, f"{word!r} is out of range", "Give a positive number.")
     setattr(key, name, number)

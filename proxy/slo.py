@@ -10,6 +10,7 @@ number that is not above it; else to `default`, which has --slo-ttft and --slo-i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -84,7 +85,7 @@ def _numbers(text: str, given: str) -> dict[str, float]:
             number = int(value) if name == "priority" else float(value)
         except ValueError:
             number = -1.0
-        if name not in numbers or (number < 0 and name != "priority"):
+        if name not in numbers or not math.isfinite(number) or (number < 0 and name != "priority"):
             fix = "Write it like interactive:ttft=0.5,itl=0.05,priority=0."
             raise ConfigError("--slo-class", f"{word!r} in {text!r} is not understood", fix)
         numbers[name] = number

@@ -198,3 +198,24 @@ async def test_classes_through_the_proxy(rig: Any) -> None:
         assert r.value("pdserve_admission_streams_limit") < 4096
         unknown = await r.post("/v1/completions", body, X_Pdserve_Class="slow")
         assert (unknown.status, unknown.json()["error"]["code"]) == (400, "unknown_class")
+
+
+async def test_who_gives_up_behind_others_leaves_the_line() -> None:
+    """They never come to the front as long as somebody of a better priority waits."""
+    line = Line(target=100.0)
+    await fill(line, seconds=30)
+    first, later = Key("one"), Key("one")
+    line.ask("first", first, priority=-1)
+    await asyncio.sleep(0)
+    for n in range(20):
+        line.ask(f"later-{n}", later)
+        await asyncio.sleep(0)
+        line.tasks.pop().cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert line.gate.waiting == 1
+    assert [len(tenant.line) for tenant in line.gate._tenants.values() if tenant.line] == [1]
+    for task in line.tasks:
+        task.cancel()
+    await asyncio.gather(*line.tasks, return_exceptions=True)
+    assert at_rest(line.gate)

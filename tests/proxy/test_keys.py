@@ -39,6 +39,8 @@ def test_hashes_only_and_limits_by_name() -> None:
         (f"alice {HASH['k-alice']} speed=3", "'speed' is not known"),
         (f"alice {HASH['k-alice']} streams=many", "'streams=many' is not a number"),
         (f"alice {HASH['k-alice']} weight=0", "'weight=0' is out of range"),
+        (f"alice {HASH['k-alice']} weight=nan", "'weight=nan' is out of range"),
+        (f"alice {HASH['k-alice']} ttft=inf", "'ttft=inf' is out of range"),
     ],
 )
 def test_a_wrong_line_is_named(line: str, says: str) -> None:

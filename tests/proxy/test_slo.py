@@ -17,7 +17,7 @@ def test_classes_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", ":ttft=1", "a b", "default:ttft=1", "x:ttft", "x:ttft=soon", "x:ttft=-1", "x:tpot=1"]
+    "text", ["", ":ttft=1", "a b", "default:ttft=1", "x:ttft", "x:ttft=soon", "x:ttft=-1", "x:ttft=nan", "x:itl=inf", "x:tpot=1"]
 )
 def test_what_is_no_class(text: str) -> None:
     with pytest.raises(ConfigError):
