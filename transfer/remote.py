@@ -71,12 +71,13 @@ class Remote:
         ]
         if not unknown:
             return
-        for key in unknown:
-            self._known[key] = _Known(now + ASK_S, len(remotes))
+        asked = {key: _Known(now + ASK_S, len(remotes)) for key in unknown}
+        self._known |= asked
         for lower in remotes:
-            lower.call_up(lambda lower=lower: self._ask_on_thread(lower, unknown))  # type: ignore[misc]
+            lower.call_up(lambda lower=lower: self._ask_on_thread(lower, asked))  # type: ignore[misc]
 
-    def _ask_on_thread(self, lower: Lower, keys: list[bytes]) -> None:
+    def _ask_on_thread(self, lower: Lower, asked: dict[bytes, _Known]) -> None:
+        keys = list(asked)
         started = time.monotonic()
         records: list[ChunkRecord | None] = []
         why = ""
@@ -91,19 +92,17 @@ class Remote:
             why = f"{type(e).__name__}: {e}"
         records += [None] * (len(keys) - len(records))
         seconds = time.monotonic() - started
-        self._post(lambda: self._answered(lower, keys, records, why, seconds))
+        self._post(lambda: self._answered(lower, asked, records, why, seconds))
 
     def _answered(
-        self, lower: Lower, keys: list[bytes], records: list[ChunkRecord | None], why: str, seconds: float
+        self, lower: Lower, asked: dict[bytes, _Known], records: list[ChunkRecord | None], why: str, seconds: float
     ) -> None:
         self._m["cache_tier_seconds"].labels(lower.name, "contains").observe(seconds)
         if why:
             self._failed(lower.name, "contains", "error", why)
         now = time.monotonic()
-        for key, record in zip(keys, records, strict=True):
-            known = self._known.get(key)
-            if known is None:
-                continue
+        # What was forgotten since (deleted, gone) is in no list any more: an old answer says nothing of a key that is asked for anew.
+        for known, record in zip(asked.values(), records, strict=True):
             known.asking -= 1
             if record is not None and known.found is None:
                 known.found = (lower, record)

@@ -255,6 +255,8 @@ class Tiering:
         if outcome:
             self._not_before[key] = time.monotonic() + AGAIN_S
             self._failed(lower.name, "get", outcome, f"{why} (key {key.hex()[:16]})")
+            if outcome in ("gone", "corrupt"):
+                self.remote.forget(key)  # what it said of the key is no longer so
             self.store.discard(load.chunk)
             return
         self.fault("promote.publish")
