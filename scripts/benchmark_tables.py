@@ -103,6 +103,7 @@ def means(name: str, result: Result) -> list[str]:
             f"{summary.ttft_p99:.0f}",
         ]
         cells += [
+            "-" if summary.itl_p50 is None else f"{summary.itl_p50:.2f}",
             "-" if summary.itl_p99 is None else f"{summary.itl_p99:.1f}",
             f"{summary.output_rate:.1f}",
             cached,
@@ -172,7 +173,7 @@ def render(folder: Path) -> str:
     for name, result in pairs:
         lines += bullets(name, compare.disturbance(result))
     lines += hits({file.stem: result for file, result in found})
-    head = "workload, arm, turns, requests, failed, TTFT mean ms, p99, ITL p99 ms, out tok/s, cached, within target"
+    head = "workload, arm, turns, requests, failed, TTFT mean ms, p99, ITL p50 ms, p99, out tok/s, cached, within target"
     lines += table(head, [line for name, result in pairs for line in means(name, result)])
     for file, result in found:
         if result.workload == "regimes":

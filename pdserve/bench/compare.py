@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -79,6 +80,7 @@ FOCUS = {"pd-interference": "decode, busy", "long-doc-qa": "repeat"}
 
 PLAIN, WITHOUT_LOADS = "gpu-cache", ("no-cache", "pd", "nixl", "cache-never")
 FOUND_MORE, FOUND_NONE = 0.05, 0.01  # of all prompt tokens
+REASONS = 3  # of failures, that are told
 
 
 def focus(result: Result) -> str | None:
@@ -121,6 +123,20 @@ def disturbance(result: Result) -> list[str]:
             else f"95 % between {ratio.low:.3f} and {ratio.high:.3f}"
         )
         found.append(f"{arm or 'ITL p99'}: ITL p99 beside long prompts is {ratio.value:.3f} of idle ({surely}).")
+    return found
+
+
+def failures(result: Result) -> list[str]:
+    """Of each arm in which requests failed: how many, and why, the most frequent reasons first."""
+    found = []
+    for arm in result.arms:
+        rows = measured(result.of(arm))
+        why = Counter(r.error or r.status for r in rows if not r.ok)
+        if why:
+            shown = [f"{n} x {words}" for words, n in why.most_common(REASONS)]
+            more = [f"{len(why) - REASONS} other reasons"] if len(why) > REASONS else []
+            whose = f"{arm}: " if arm else ""
+            found.append(f"{whose}{why.total()} of {len(rows)} requests failed: {'; '.join([*shown, *more])}.")
     return found
 
 

@@ -94,7 +94,7 @@ def read(file: Path) -> Result:
 def read_folder(folder: Path) -> list[tuple[Path, Result]]:
     """Every result below the folder; other JSON files are left alone."""
     if not folder.is_dir():
-        raise ConfigError("", f"{folder} is no folder", "Name the one that was given as --out.")
+        raise ConfigError("", f"{folder} is no folder", "Name the one that a run was given with --out DIR.")
     found = []
     for file in sorted(folder.rglob("*.json")):
         try:

@@ -39,10 +39,8 @@ def result(found: Result, as_json: bool = False) -> None:
                 else "no period kept the target"
             )
             print(f"{run.arm or 'ramp'} #{run.repetition}: {carried}")
-    for note in found.notes:
-        print(note)
-    if not any(r.ok for r in found.records):
-        print(next((r.error for r in found.records if r.error), ""))
+    for sentence in [*comparing.failures(found), *found.notes]:
+        print(sentence)
 
 
 def _several(found: Result) -> list[str]:
@@ -72,6 +70,7 @@ def as_data(found: Result) -> dict[str, Any]:
     return {
         "workload": found.workload, "command": found.command, "seed": found.seed, "machine": found.machine,
         "versions": found.versions, "overhead": found.overhead, "arms": arms, "notes": found.notes,
+        "failures": comparing.failures(found),
         "verdicts": [asdict(v) for v in comparing.verdicts(found, comparing.focus(found))],
         "runs": [{"arm": r.arm, "repetition": r.repetition, "carried_users": r.carried_users} for r in found.runs],
     }  # fmt: skip

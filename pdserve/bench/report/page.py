@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pdserve.bench.results import Result
 from pdserve.bench.summary import groups, phases
 from pdserve.errors import ConfigError
 
+WARNS = re.compile(r"do not believe|requests failed: ")
 CSS = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 0 auto; max-width: 1180px; padding: 24px; }
@@ -100,7 +102,7 @@ def _plots(result: Result) -> list[str]:
 
 def _notes(result: Result) -> str:
     return "".join(
-        f'<p class="{"warn" if "do not believe" in note else "dim"}">{_e(note)}</p>' for note in result.notes
+        f'<p class="{"warn" if WARNS.search(note) else "dim"}">{_e(note)}</p>' for note in result.notes
     )
 
 

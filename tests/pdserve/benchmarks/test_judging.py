@@ -292,3 +292,11 @@ def test_an_arm_whose_cache_gave_nothing_is_named_where_another_one_gave_much() 
     assert said.startswith("lmcache found 30% of its prompt tokens cached, gpu-cache 30%")
     assert told({"gpu-cache": 0, "cache": 0, "lmcache": 0}) == [], "nothing to reuse: nobody found anything"
     assert told({"cache": 80, "lmcache": 0}) == [], "nothing to compare with"
+
+
+def test_failures_are_told_with_their_reasons() -> None:
+    whole = result({"a": [[1.0] * 8], "b": [[1.0] * 8]})
+    assert compare.failures(whole) == []
+    for n, why in enumerate(["HTTP 503", "HTTP 503", "gone", "late", "odd"]):
+        whole.records[n] = msgspec.structs.replace(whole.records[n], status="error", error=why)
+    assert compare.failures(whole) == ["a: 5 of 8 requests failed: 2 x HTTP 503; 1 x gone; 1 x late; 1 other reasons."]
