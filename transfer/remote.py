@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+from pdserve.transfer.below import Below
 from pdserve.transfer.lower import Lower
-from pdserve.transfer.store import Store
 from pdserve.transfer.tiers.base import ChunkRecord, TierError
 
 #: how long an answer about a key is good: that it is there, that it is not
@@ -29,15 +27,8 @@ class _Known:
 
 
 class Remote:
-    def __init__(
-        self,
-        store: Store,
-        lowers: list[Lower],
-        metrics: dict[str, Any],
-        post: Callable[[Callable[[], None]], object],
-        failed: Callable[[str, str, str, str], None],
-    ) -> None:
-        self._store, self._lowers, self._m, self._post, self._failed = store, lowers, metrics, post, failed
+    def __init__(self, below: Below) -> None:
+        self._below = below
         self._known: dict[bytes, _Known] = {}
 
     def found(self, key: bytes) -> tuple[Lower, ChunkRecord] | None:
@@ -60,14 +51,14 @@ class Remote:
 
     def ask(self, keys: list[bytes], now: float) -> None:
         """Asks every remote tier about the keys that nobody knows about, all in one call for each."""
-        remotes = [lower for lower in self._lowers if not lower.indexed]
+        remotes = [lower for lower in self._below.lowers if not lower.indexed]
         if not remotes:
             return
         unknown = [
             key
             for key in keys
             if ((known := self._known.get(key)) is None or (known.until < now and not known.asking))
-            and self._store.peek(key) is None
+            and self._below.store.peek(key) is None
         ]
         if not unknown:
             return
@@ -92,14 +83,14 @@ class Remote:
             why = f"{type(e).__name__}: {e}"
         records += [None] * (len(keys) - len(records))
         seconds = time.monotonic() - started
-        self._post(lambda: self._answered(lower, asked, records, why, seconds))
+        self._below.post(lambda: self._answered(lower, asked, records, why, seconds))
 
     def _answered(
         self, lower: Lower, asked: dict[bytes, _Known], records: list[ChunkRecord | None], why: str, seconds: float
     ) -> None:
-        self._m["cache_tier_seconds"].labels(lower.name, "contains").observe(seconds)
+        self._below.metrics["cache_tier_seconds"].labels(lower.name, "contains").observe(seconds)
         if why:
-            self._failed(lower.name, "contains", "error", why)
+            self._below.failed(lower.name, "contains", "error", why)
         now = time.monotonic()
         # What was forgotten since (deleted, gone) is in no list any more: an old answer says nothing of a key that is asked for anew.
         for known, record in zip(asked.values(), records, strict=True):

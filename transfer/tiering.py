@@ -17,6 +17,7 @@ import numpy as np
 from pdserve import kernels, log
 from pdserve.transfer import faults
 from pdserve.transfer.allocator import align
+from pdserve.transfer.below import Below
 from pdserve.transfer.lower import WRITE_POLICIES, InPlace, Lower, Rules
 from pdserve.transfer.remote import Remote
 from pdserve.transfer.resident import Chunk
@@ -31,7 +32,6 @@ AGAIN_S = 1.0
 PROMISE_S = 5.0
 #: share of the arena that may be on its way up
 UP_SHARE = 4
-_LOG_EVERY_S = 10.0
 
 
 @dataclass
@@ -72,14 +72,13 @@ class Tiering:
 
     def __post_init__(self) -> None:
         self._log = log.get("tiers")
-        self._told: dict[tuple[str, str], float] = {}
         self._not_before: dict[bytes, float] = {}
         self._loads: dict[bytes, _Load] = {}
         self._closing = False
         self._recovery: Lower | None = None
-        self.wipe = Wipe(self.lowers, self.post, self._failed)
-        self.remote = Remote(self.store, self.lowers, self.metrics, self.post, self._failed)
-        self.writing = Writing(self.store, self.lowers, self.metrics, self.post, self._failed, self.shards)
+        self._below = Below(self.store, self.lowers, self.metrics, self.post)
+        self.wipe, self.remote = Wipe(self._below), Remote(self._below)
+        self.writing = Writing(self._below, self.shards)
 
     def add(self, tier: Tier, rules: Rules) -> None:
         """Tiers are asked in the order in which they are added."""
@@ -254,7 +253,7 @@ class Tiering:
             return
         if outcome:
             self._not_before[key] = time.monotonic() + AGAIN_S
-            self._failed(lower.name, "get", outcome, f"{why} (key {key.hex()[:16]})")
+            self._below.failed(lower.name, "get", outcome, f"{why} (key {key.hex()[:16]})")
             if outcome in ("gone", "corrupt"):
                 self.remote.forget(key)  # what it said of the key is no longer so
             self.store.discard(load.chunk)
@@ -334,14 +333,3 @@ class Tiering:
         whole = self.arena()
         starts = [chunk.offset + i * chunk.stride for i in range(len(chunk.digests))]
         return [whole[start : start + chunk.shard_bytes] for start in starts]
-
-    def _failed(self, tier: str, op: str, reason: str, why: str) -> None:
-        self.metrics["cache_tier_failures_total"].labels(tier, op, reason).inc()
-        if reason == "corrupt":
-            self.metrics["cache_digest_failures_total"].labels(tier).inc()
-            self._log.error("digest mismatch in %s, dropped: %s", tier, why)
-            return
-        now = time.monotonic()
-        if reason != "gone" and why and self._told.get((tier, op), 0.0) < now:
-            self._told[tier, op] = now + _LOG_EVERY_S
-            self._log.warning("%s of tier %s did not succeed (%s): %s", op, tier, reason, why)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from pdserve.transfer.below import Below
 from pdserve.transfer.lower import Lower
 from pdserve.transfer.tiers.base import ChunkRecord, TierError
 
@@ -32,18 +33,13 @@ class Outcome:
 class Wipe:
     """Belongs to the loop. Each tier carries out what is asked on its own thread, after what it is writing."""
 
-    def __init__(
-        self,
-        lowers: list[Lower],
-        post: Callable[[Callable[[], None]], object],
-        failed: Callable[[str, str, str, str], None],
-    ) -> None:
-        self._lowers, self._post, self._failed = lowers, post, failed
+    def __init__(self, below: Below) -> None:
+        self._below = below
 
     def keys(self, keys: list[bytes], choose: Choose | None = None) -> Outcome:
         """Deletes `keys` everywhere and, with `choose`, what it picks of all that a remote tier lists."""
         outcome = Outcome()
-        for lower in self._lowers:
+        for lower in self._below.lowers:
             going = frozenset(keys) if choose is None or lower.indexed else None
             self._start(outcome, lower, going, lambda lower=lower: _delete(lower, keys, choose))  # type: ignore[misc]
         return outcome
@@ -51,7 +47,7 @@ class Wipe:
     def everything(self, shared: bool = False) -> Outcome:
         """All of every tier that is this host's alone, and with `shared` of the others, too."""
         outcome = Outcome()
-        for lower in self._lowers:
+        for lower in self._below.lowers:
             clear = getattr(lower.tier, "clear", None)
             if clear is not None:
                 self._start(outcome, lower, None, lambda clear=clear: (clear(), ""))  # type: ignore[misc]
@@ -63,7 +59,7 @@ class Wipe:
 
     @property
     def busy(self) -> bool:
-        return any(lower.deleting for lower in self._lowers)
+        return any(lower.deleting for lower in self._below.lowers)
 
     def _start(self, outcome: Outcome, lower: Lower, going: Going, call: Callable[[], tuple[int, str]]) -> None:
         lower.going.append(going)
@@ -76,14 +72,14 @@ class Wipe:
             count, left = call()
         except Exception as e:  # noqa: BLE001 - a tier is somebody else's code: the others are deleted from all the same
             why = f"{type(e).__name__}: {e}"
-        self._post(lambda: self._done(outcome, lower, going, count, left, why))
+        self._below.post(lambda: self._done(outcome, lower, going, count, left, why))
 
     def _done(self, outcome: Outcome, lower: Lower, going: Going, count: int, left: str, why: str) -> None:
         lower.going.remove(going)
         outcome.pending.discard(lower.name)
         outcome.tiers[lower.name] = {"deleted": count} | ({"left": why or left} if why or left else {})
         if why:
-            self._failed(lower.name, "delete", "error", why)
+            self._below.failed(lower.name, "delete", "error", why)
 
 
 def _all(records: Iterable[ChunkRecord]) -> list[bytes]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
+from pdserve.transfer.below import Below
 from pdserve.transfer.lower import Lower, Write
 from pdserve.transfer.resident import Chunk
-from pdserve.transfer.store import Store
 from pdserve.transfer.tiers.base import TierError
 
 #: share of the arena that may be kept from eviction because it is on its way down
@@ -29,30 +28,22 @@ A_TURN = 64
 
 
 class Writing:
-    """`shards` says where a chunk's bytes are; `failed` is told of a tier, an operation, a reason and why."""
+    """`shards` says where a chunk's bytes are."""
 
-    def __init__(
-        self,
-        store: Store,
-        lowers: list[Lower],
-        metrics: dict[str, Any],
-        post: Callable[[Callable[[], None]], object],
-        failed: Callable[[str, str, str, str], None],
-        shards: Callable[[Chunk], list[np.ndarray]],
-    ) -> None:
-        self._store, self._lowers, self._m, self._post = store, lowers, metrics, post
-        self._failed, self._shards = failed, shards
+    def __init__(self, below: Below, shards: Callable[[Chunk], list[np.ndarray]]) -> None:
+        self._below, self._store, self._m = below, below.store, below.metrics
+        self._shards = shards
         self.closing = False
-        store.on_committed.append(self._committed)
+        self._store.on_committed.append(self._committed)
 
     def _committed(self, chunk: Chunk) -> None:
-        for lower in self._lowers:
+        for lower in self._below.lowers:
             if lower.rules.write == "write-through":
                 self._offer(lower, chunk)
 
     def used(self, chunks: list[Chunk]) -> None:
         """A client has loaded these from DRAM."""
-        for lower in self._lowers:
+        for lower in self._below.lowers:
             if lower.rules.write == "selective":
                 for chunk in chunks:
                     if chunk.committed and not chunk.dead:
@@ -63,7 +54,7 @@ class Writing:
 
     def relieve(self) -> None:
         """`on-evict`: above the high mark, what would go next is written down and evicted ahead of need."""
-        lowers = [lower for lower in self._lowers if lower.rules.write == "on-evict"]
+        lowers = [lower for lower in self._below.lowers if lower.rules.write == "on-evict"]
         capacity = self._store.allocator.capacity
         if not lowers or self._store.allocator.used <= HIGH * capacity:
             return
@@ -114,7 +105,7 @@ class Writing:
         except Exception as e:  # noqa: BLE001 - a tier is somebody else's code: nothing was written
             why = f"{type(e).__name__}: {e}"
         seconds = (time.monotonic() - started) / len(writes)
-        self._post(lambda: self._writes_done(lower, outcomes, why, seconds))
+        self._below.post(lambda: self._writes_done(lower, outcomes, why, seconds))
 
     def _writes_done(self, lower: Lower, outcomes: list[tuple[Write, str]], why: str, seconds: float) -> None:
         written: list[Chunk] = []
@@ -127,7 +118,7 @@ class Writing:
             took.observe(seconds)
             if outcome:
                 chunk.below &= ~lower.bit
-                self._failed(lower.name, "put", outcome, why)
+                self._below.failed(lower.name, "put", outcome, why)
                 continue
             written.append(chunk)
             if lower.rules.write == "on-evict" and chunk.uses == write.uses:

@@ -21,6 +21,7 @@ from pdserve.chunk import tenant_tag
 from pdserve.errors import ConfigError, StartError
 from pdserve.transfer import admin, arena, fsck, wire
 from pdserve.transfer import serving as serve
+from pdserve.transfer.below import Below
 from pdserve.transfer.catalog import Catalog
 from pdserve.transfer.client import CacheClient
 from pdserve.transfer.lower import Lower, Rules
@@ -367,7 +368,7 @@ def test_a_tier_that_cannot_list_says_what_is_left():
     lower = Lower(Guarded(tier), Rules())
     record = ChunkRecord(1, key(1), b"", 256, 8, [1], b"t")
     tier.put(record, [np.zeros(8, np.uint8)], time.monotonic() + 5)
-    outcome = Wipe([lower], done.append, lambda *_: None).keys([key(1), key(2)], lambda records: [])
+    outcome = Wipe(Below(None, [lower], {}, done.append)).keys([key(1), key(2)], lambda records: [])
     _until(lambda: done)
     done[0]()
     lower.close(time.monotonic() + 5)

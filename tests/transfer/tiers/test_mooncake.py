@@ -19,6 +19,7 @@ from ports import free_port
 from pdserve import kernels
 from pdserve.errors import ConfigError
 from pdserve.transfer import wire
+from pdserve.transfer.below import Below
 from pdserve.transfer.client import CacheClient
 from pdserve.transfer.lower import Lower, Rules
 from pdserve.transfer.tiers import conformance
@@ -169,7 +170,7 @@ def test_deleting_by_tenant_reaches_what_an_earlier_daemon_stored(subject):
         lower = Lower(Guarded(tier), Rules())
         keys = [record.key for record, _ in chunks]
         picked = {k for k in keys[1::2]}
-        outcome = Wipe([lower], done.append, lambda *_: None).keys(
+        outcome = Wipe(Below(None, [lower], {}, done.append)).keys(
             [], lambda records: [r.key for r in records if r.tag == b"one" and r.key in picked]
         )
         assert eventually(lambda: bool(done), 30.0)
