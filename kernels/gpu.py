@@ -17,6 +17,8 @@ from .paged import Geometry
 SAVE, LOAD = 0, 1
 #: blocks that one chunk may have (the kernel takes them as arguments)
 MAX_BLOCKS = 512
+#: thread blocks that share the kernel of one chunk: the shorter it is, the less waits for a multiprocessor
+BLOCKS = 528
 #: results of this many tickets are kept
 RESULTS = 1024
 
@@ -108,7 +110,7 @@ class Gpu:
         staging_bytes: int,
         *,
         depth: int = 3,
-        blocks: int = 32,
+        blocks: int = BLOCKS,
     ) -> None:
         geometry.check()
         made = library(arch)

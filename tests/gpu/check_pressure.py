@@ -107,17 +107,23 @@ class Pressed:
 
     def reset_while_running(self) -> None:
         """Running requests lose their blocks. vLLM refuses while a step is under way (with a connector and asynchronous scheduling it
-        keeps back what that step may write to), or a load: these are ended first."""
+        keeps back what that step may write to), a load, or a store of a request that has ended: these are ended first."""
         from vllm.v1.core.sched.interface import PauseState
         from vllm.v1.request import RequestStatus
 
-        while any(r.status == RequestStatus.WAITING_FOR_REMOTE_KVS for r in self.scheduler.requests.values()):
-            self.step()
+        def held() -> bool:
+            waits, ended = RequestStatus.WAITING_FOR_REMOTE_KVS, RequestStatus.is_finished
+            return any(r.status == waits or ended(r.status) for r in self.scheduler.requests.values())
+
         before, core = self.preempted, self.engine.engine_core.engine_core
-        self.scheduler.set_pause_state(PauseState.PAUSED_ALL)
         try:
-            while core.batch_queue:
-                self.step()
+            while core.batch_queue or held():  # the last step may end requests, too
+                self.scheduler.set_pause_state(PauseState.UNPAUSED)
+                while held():
+                    self.step()
+                self.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+                while core.batch_queue:
+                    self.step()
             self.engine.reset_prefix_cache(reset_running_requests=True)
         finally:
             self.scheduler.set_pause_state(PauseState.UNPAUSED)
