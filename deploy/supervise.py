@@ -229,7 +229,11 @@ class Supervisor:
         self.deployment.state = "stopping"
         self._changed()
         for roles in STOP_ORDER:
-            await asyncio.gather(*(self._end(e) for e in self._entries.values() if e.process.role in roles))
+            ends = (self._end(e) for e in self._entries.values() if e.process.role in roles)
+            for problem in await asyncio.gather(*ends, return_exceptions=True):
+                if isinstance(problem, BaseException):  # one that does not go must not keep the others
+                    self._failure = self._failure or problem
+                    self.deployment.error = self.deployment.error or str(problem)
         self.deployment.state = "failed" if self._failure else "stopped"
         self._changed()
 

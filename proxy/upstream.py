@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
@@ -314,7 +315,7 @@ class Upstream:
         self.name, self.url = name, url
         self.busy = 0
         self.max_connections = max_connections
-        self._idle: list[_Connection] = []
+        self._idle: deque[_Connection] = deque()  # the longest idle first
         self._watch: Watch | None = None
         parts = _checked(name, url)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
@@ -374,6 +375,8 @@ class Upstream:
         if connection.reusable:
             connection.idle_since = now
             self._idle.append(connection)
+            while self._idle[0].closed or self._idle[0].idle_since <= now - IDLE_LIMIT:
+                self._idle.popleft().abort()  # the surplus of a burst, which nobody takes as long as there are newer ones
         else:
             connection.abort()
 

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from pdserve.deploy import cleanup, state
+from pdserve.deploy.backends.base import Handle
 from pdserve.deploy.backends.local import LocalBackend, end_session, is_running, session_members
 from pdserve.deploy.plan import Plan
 from pdserve.deploy.supervise import Settings, Supervisor
@@ -121,6 +122,34 @@ def test_start_in_order_and_stop_in_order(make_plan: Make, run_dir: Path) -> Non
     final = state.read(run_dir)
     assert final is not None
     assert (final.state, {record.state for record in final.processes}) == ("stopped", {"stopped"})
+
+
+class Stubborn(LocalBackend):
+    """Fails at the first process that it is to end."""
+
+    failed = False
+
+    def kill(self, handle: Handle) -> None:
+        super().kill(handle)
+        if not self.failed:
+            self.failed = True
+            raise PermissionError("not ours")
+
+
+def test_one_that_cannot_be_ended_does_not_keep_the_others(make_plan: Make) -> None:
+    async def story() -> tuple[list[int], Supervisor]:
+        run = Running(make_plan(cache="ok", left="ok", proxy="ok"))
+        run.supervisor.backend = Stubborn(0.5)
+        await run.ready()
+        family = run.family()
+        run.supervisor.stop()
+        with pytest.raises(PermissionError):
+            await asyncio.wait_for(run.task, WAIT)
+        return family, run.supervisor
+
+    family, supervisor = asyncio.run(story())
+    assert alive(family) == []
+    assert (supervisor.deployment.state, supervisor.deployment.error) == ("failed", "not ours")
 
 
 def test_a_process_that_cannot_start_ends_the_launch(make_plan: Make) -> None:

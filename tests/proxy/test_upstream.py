@@ -64,6 +64,19 @@ async def test_connections_are_kept_and_reused() -> None:
         await upstream.close()
 
 
+async def test_the_surplus_of_a_burst_goes(until: Any) -> None:
+    """The latest is taken first, so that the oldest would stay for good where an engine keeps them open."""
+    async with FakeEngine() as engine:
+        upstream = Upstream("x", engine.url)
+        await asyncio.gather(*(ask(upstream) for _ in range(5)))
+        for connection in list(upstream._idle)[:-1]:
+            connection.idle_since = float("-inf")
+        await ask(upstream)
+        await until(lambda: len(engine.connections) == 1)
+        assert "busy=0 idle=1" in repr(upstream)
+        await upstream.close()
+
+
 async def test_leaving_early_closes_the_connection(until: Any) -> None:
     async with FakeEngine(gap=0.01) as engine:
         upstream = Upstream("x", engine.url)
