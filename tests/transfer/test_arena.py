@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -200,7 +201,18 @@ def test_another_size_or_nothing_there_is_refused(path):
 
 @pytest.mark.parametrize("answer", [0, errno.EINVAL, errno.ENOMEM])
 def test_a_trial_believes_what_is_mapped_and_leaves_nothing(monkeypatch, unit, answer):
-    before = sorted(os.listdir(arena.SHM))
     Kernel(monkeypatch, answer)
+    opened, closed, mappings = [], [], []
+    real_open, real_close, real_init = os.open, os.close, Mapping.__init__
+    monkeypatch.setattr(os, "open", lambda *given: opened.append(real_open(*given)) or opened[-1])
+    monkeypatch.setattr(os, "close", lambda fd: closed.append(fd) or real_close(fd))
+
+    def init(self, *given, **named):
+        real_init(self, *given, **named)
+        mappings.append(weakref.ref(self))
+
+    monkeypatch.setattr(Mapping, "__init__", init)
     assert arena.huge_page_trial() == (answer or errno.EAGAIN)
-    assert sorted(os.listdir(arena.SHM)) == before
+    assert closed == opened
+    assert len(opened) == 1
+    assert [left() for left in mappings] == [None]
