@@ -65,3 +65,11 @@ def relay():
     yield make
     for r in made:
         r.close()
+
+
+@pytest.fixture
+def tier(subject):
+    """The conformance suite's subject of the file, opened."""
+    made = subject.open()
+    yield made
+    made.close()

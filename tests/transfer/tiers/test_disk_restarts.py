@@ -13,6 +13,17 @@ from pdserve.transfer.tiers import disk_index, segments
 from pdserve.transfer.tiers.base import TierError
 
 
+@pytest.fixture
+def unindexed(tmp_path):
+    """The one segment of a tier that was closed with six chunks in it, and whose index is gone."""
+    tier = open_tier(tmp_path)
+    fill(tier, range(6))
+    tier.close()
+    (tmp_path / disk_index.FILE).unlink()
+    (file,) = tmp_path.glob("*.seg")
+    return file
+
+
 @pytest.mark.parametrize("index", ["kept", "removed", "damaged", "stale"])
 def test_a_restart_finds_everything_with_or_without_its_index(tmp_path, index):
     tier = open_tier(tmp_path)
@@ -38,13 +49,8 @@ def test_a_restart_finds_everything_with_or_without_its_index(tmp_path, index):
     again.close()
 
 
-def test_a_torn_tail_is_cut_off_and_what_was_before_it_stays(tmp_path):
-    tier = open_tier(tmp_path)
-    fill(tier, range(6))
-    tier.close()
-    (tmp_path / disk_index.FILE).unlink()
-    (file,) = tmp_path.glob("*.seg")
-    size = file.stat().st_size
+def test_a_torn_tail_is_cut_off_and_what_was_before_it_stays(tmp_path, unindexed):
+    file, size = unindexed, unindexed.stat().st_size
     for cut in (size - 1, size - 2 * PAGE, size - 6 * PAGE - 1):
         os.truncate(file, cut)
         again = open_tier(tmp_path)
@@ -56,13 +62,8 @@ def test_a_torn_tail_is_cut_off_and_what_was_before_it_stays(tmp_path):
         (tmp_path / disk_index.FILE).unlink()
 
 
-def test_a_damaged_header_costs_its_own_record_only(tmp_path):
-    tier = open_tier(tmp_path)
-    fill(tier, range(6))
-    tier.close()
-    (tmp_path / disk_index.FILE).unlink()
-    (file,) = tmp_path.glob("*.seg")
-    with file.open("r+b") as f:
+def test_a_damaged_header_costs_its_own_record_only(tmp_path, unindexed):
+    with unindexed.open("r+b") as f:
         f.seek(PAGE + 2 * 7 * PAGE + 40)
         f.write(b"\xff\xfe")
     again = open_tier(tmp_path)

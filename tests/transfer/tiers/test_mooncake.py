@@ -117,13 +117,6 @@ def subject(mooncake_server, client):
     return OverMooncake(mooncake_server, client)
 
 
-@pytest.fixture
-def tier(subject):
-    made = subject.open()
-    yield made
-    made.close()
-
-
 @pytest.mark.parametrize("rule", conformance.RULES, ids=conformance.name_of)
 def test_conformance(rule, subject):
     rule(subject)

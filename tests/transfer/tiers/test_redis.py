@@ -64,13 +64,6 @@ def subject(redis_server, relay):
     made.client.close()
 
 
-@pytest.fixture
-def tier(subject):
-    made = subject.open()
-    yield made
-    made.close()
-
-
 @pytest.mark.parametrize("rule", conformance.RULES, ids=conformance.name_of)
 def test_conformance(rule, subject):
     rule(subject)

@@ -101,13 +101,6 @@ def moto(moto_server, relay):
     return made
 
 
-@pytest.fixture
-def tier(subject):
-    made = subject.open()
-    yield made
-    made.close()
-
-
 @pytest.mark.parametrize("rule", conformance.RULES, ids=conformance.name_of)
 def test_conformance(rule, subject):
     rule(subject)
