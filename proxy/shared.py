@@ -1,8 +1,8 @@
 """What worker processes of one proxy know of each other: counts in a mapped file, instances taken in and out in another.
 
 Counts: every worker has a row of its own, which only it writes, so nothing is locked; a name has a column by its hash.
-A worker that was killed leaves its row behind; the next one in that row begins with zeros. One process alone needs none
-of it, and Alone says so.
+A worker that was killed leaves its row behind: the parent clears it (workers.py). One process alone needs none of it, and
+Alone says so.
 """
 
 from __future__ import annotations
@@ -115,6 +115,13 @@ class Together:
     def close(self) -> None:
         self._counts.release()
         self._map.close()
+
+
+def clear(folder: Path, row: int) -> None:
+    """The worker of that row is gone."""
+    with contextlib.suppress(FileNotFoundError), (folder / "counts").open("r+b") as counts:
+        counts.seek(row * COLUMNS * 4)
+        counts.write(bytes(COLUMNS * 4))
 
 
 def column(name: str) -> int:

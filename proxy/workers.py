@@ -26,8 +26,10 @@ from pathlib import Path
 from prometheus_client import multiprocess
 
 from pdserve import log
+from pdserve.proxy import shared
 
 READY_WITHIN = 60.0
+STEADY_AFTER = 120.0  # seconds that a worker has lived: earlier deaths are forgotten
 TICK = 0.05
 _log = log.get("proxy.workers")
 
@@ -62,8 +64,8 @@ class Parent:
         self._workers: list[subprocess.Popen[bytes] | None] = [None] * count
         self._leaving: list[tuple[subprocess.Popen[bytes], float]] = []
         self._died = [0] * count
-        self._again = [0.0] * count
-        self._rows = 0
+        self._again, self._since = [0.0] * count, [0.0] * count
+        self._rows: dict[int, int] = {}  # of the workers that live, by their process ids
         self._stopping = self._restart = False
 
     @property
@@ -91,12 +93,19 @@ class Parent:
                 bound.close()
 
     def _start(self, slot: int) -> subprocess.Popen[bytes]:
-        self._rows = (self._rows + 1) % 64
+        row = next((row for row in range(shared.ROWS) if row not in self._rows.values()), 0)
         descriptor = self._sockets[slot].fileno()
-        told = {ROW: str(self._rows), FOLDER: str(self._folder), DESCRIPTOR: str(descriptor),
+        told = {ROW: str(row), FOLDER: str(self._folder), DESCRIPTOR: str(descriptor),
                 "PROMETHEUS_MULTIPROC_DIR": str(self._folder / "metrics")}  # fmt: skip
         command = [sys.executable, *sys.orig_argv[1:]]
-        return subprocess.Popen(command, env={**os.environ, **told}, pass_fds=[descriptor])
+        worker = subprocess.Popen(command, env={**os.environ, **told}, pass_fds=[descriptor])
+        self._rows[worker.pid], self._since[slot] = row, time.monotonic()
+        return worker
+
+    def _gone(self, worker: subprocess.Popen[bytes]) -> None:
+        """What it counted ends with it: its requests are no load any more, and take no place of a key's."""
+        shared.clear(self._folder, self._rows.pop(worker.pid))
+        multiprocess.mark_process_dead(worker.pid, str(self._folder / "metrics"))
 
     def _ready(self, worker: subprocess.Popen[bytes]) -> bool:
         end = time.monotonic() + READY_WITHIN
@@ -110,16 +119,16 @@ class Parent:
         now = time.monotonic()
         for slot, worker in enumerate(self._workers):
             if worker is not None and worker.poll() is not None:
-                self._died[slot] += 1
+                self._died[slot] = 1 if now - self._since[slot] > STEADY_AFTER else self._died[slot] + 1
                 self._again[slot] = now + min(30.0, 0.1 * 2 ** self._died[slot])
                 self._workers[slot] = None
-                multiprocess.mark_process_dead(worker.pid, str(self._folder / "metrics"))
+                self._gone(worker)
                 _log.warning("worker %d ended with %s; another takes its place", worker.pid, worker.returncode)
             if self._workers[slot] is None and now >= self._again[slot]:
                 self._workers[slot] = self._start(slot)
         for old, end in list(self._leaving):
             if old.poll() is not None:
-                multiprocess.mark_process_dead(old.pid, str(self._folder / "metrics"))
+                self._gone(old)
                 self._leaving.remove((old, end))
             elif now > end:
                 old.kill()
@@ -134,6 +143,7 @@ class Parent:
                 _log.error("the new worker did not come up; the old ones go on")
                 new.kill()
                 new.wait()
+                self._gone(new)
                 return
             self._workers[slot], self._died[slot] = new, 0
             if old is not None:

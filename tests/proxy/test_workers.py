@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from ports import free_port
 
 from pdserve.engines.fake.server import FakeEngine
 from pdserve.proxy.shared import Together
+from pdserve.proxy.workers import Parent
 
 pytestmark = pytest.mark.anyio
 
@@ -35,6 +38,35 @@ def test_counts_of_workers(tmp_path: Path) -> None:
     assert two.others("decode-0") == 0
     for worker in (one, two, three, again):
         worker.close()
+
+
+def test_what_a_worker_counted_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed with requests under way: they are no load any more, and take no place of a key's."""
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", "import time; time.sleep(600)"])
+    parent = Parent(2, lambda: socket.create_server(("127.0.0.1", 0)), 5, 5)
+    try:
+        first, second = parent._workers = [parent._start(slot) for slot in range(2)]
+        rows = [parent._rows[worker.pid] for worker in (first, second)]
+        killed, other = (Together(parent._folder, row) for row in rows)
+        killed.add("key alice", 3)
+        assert other.others("key alice") == 3
+        first.kill()
+        first.wait(30)
+        parent._look_after()
+        assert other.others("key alice") == 0
+        for _ in range(3):  # rows that are in use are not given to others
+            third = parent._start(0)
+            assert parent._rows[third.pid] != rows[1]
+            third.kill()
+            third.wait(30)
+            parent._gone(third)
+        other.close()
+        killed.close()
+    finally:
+        parent._stop_all()
+        shutil.rmtree(parent._folder)
+        for bound in parent._sockets:
+            bound.close()
 
 
 def test_what_one_is_told_of_instances_the_others_hear_once(tmp_path: Path) -> None:
