@@ -1,8 +1,8 @@
 """The shared memory that all engines of a host and the daemon map: one file in /dev/shm, allocated in full at the start.
 
 First touch of fresh shared pages runs at about a fifth of the speed of later writes, so the daemon pays it once, before
-it says that it is ready. It asks for huge pages, which are given faster, mapped faster and cost sockets and devices less;
-wherever there are none, small ones serve.
+it says that it is ready. It asks for huge pages, which are given, mapped and written faster; where there are none, small ones
+serve.
 """
 
 from __future__ import annotations
