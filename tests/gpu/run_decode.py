@@ -1,0 +1,235 @@
+"""What a decoding step takes in served engines that have nothing to store or load: run_decode.py --model DIR --out DIR [--gpu N]
+
+Arms on one GPU, asked in strict turns: plain vLLM twice (two processes: how much two alike differ), a connector that does nothing,
+and ours; --variant NAME=FOLDER adds ours once more, its modules from that folder. First all are fresh; then each has computed, and
+ours stored, 48000 tokens; then ours has loaded them again. Each figure comes with what the engine's process used meanwhile:
+processor time a step, switches a step. At the end a profile of plain and ours: time in kernels and between them, by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import http.client
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engine_probe import GRAPHS, prompt
+from gpu_session import daemon
+
+STREAMS, TOKENS, ROUNDS = 4, 160, 4
+results: dict = {"steps": []}
+table: list[str] = []
+
+
+def say(line: str) -> None:
+    table.append(line)
+    print(f"## {line}", flush=True)
+
+
+class Served:
+    """One vLLM server; `folder`: where its pdserve comes from, if not from where ours does."""
+
+    def __init__(self, name: str, args: argparse.Namespace, port: int, transfer: dict | None, folder: str = "") -> None:
+        self.name, self.port, self._log = name, port, (args.out / f"{name}.log").open("w")
+        self.profiles = args.out / f"profile-{name}"
+        profiler = {"profiler": "torch", "torch_profiler_dir": str(self.profiles), "torch_profiler_with_stack": False}
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model, "--port", str(port)]
+        command += ["--served-model-name", "m", "--load-format", "dummy", "--max-model-len", str(16384 // args.shrink), "--max-num-seqs", "64"]
+        command += ["--kv-cache-memory-bytes", str(int(args.kv_gib * 2**30)), "--gpu-memory-utilization", "0.15"]
+        command += ["--max-num-batched-tokens", "8192", "--compilation-config", json.dumps(GRAPHS)]
+        command += ["--profiler-config", json.dumps(profiler)]
+        if transfer is not None:
+            command += ["--kv-transfer-config", json.dumps({**transfer, "kv_role": "kv_both"})]
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": args.gpu, "VLLM_SERVER_DEV_MODE": "1", "PYTHONSAFEPATH": "1"}
+        env |= {"VLLM_PORT": str(14000 + 20 * (port % 1000)), "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1"}
+        paths = [folder, os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent)]
+        env["PYTHONPATH"] = ":".join(p for p in paths if p)
+        self.process = subprocess.Popen(command, env=env, stdout=self._log, stderr=subprocess.STDOUT)
+
+    def up(self, until: float) -> bool:
+        while time.monotonic() < until and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2)
+                return True
+            except OSError:
+                time.sleep(0.5)
+        return False
+
+    def post(self, path: str) -> None:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", method="POST", data=b"")
+        urllib.request.urlopen(request, timeout=60).read()
+
+    def answer(self, seed: int, n: int, out: int) -> list[float]:
+        """When each event came."""
+        body = {"model": "m", "prompt": prompt(seed, n)["prompt_token_ids"], "max_tokens": out, "temperature": 0}
+        body |= {"ignore_eos": True, "stream": True, "return_token_ids": True}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            if reply.status != 200:
+                raise RuntimeError(f"{self.name}: {reply.status} {reply.read()[:300]!r}")
+            return [time.perf_counter() for line in reply if line.startswith(b"data: {")]
+        finally:
+            connection.close()
+
+    def core(self) -> int:
+        """The process that steps."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        named = [int(c) for c in children if "EngineCore" in Path(f"/proc/{c}/cmdline").read_text().replace("\0", " ")]
+        return named[0] if named else self.process.pid
+
+    def used(self) -> tuple[float, int, int]:
+        """Seconds of processor, switches of all threads, the main thread's core."""
+        core = Path(f"/proc/{self.core()}")
+        fields = (core / "stat").read_text().rsplit(")", 1)[1].split()
+        switches = 0
+        for task in (core / "task").iterdir():
+            lines = (task / "status").read_text().splitlines()
+            switches += sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), switches, int(fields[36])
+
+    def steps(self, seed: int) -> dict:
+        before = self.used()
+        with ThreadPoolExecutor(STREAMS) as pool:
+            each = list(pool.map(lambda i: self.answer(seed + i, 500, TOKENS), range(STREAMS)))
+        after = self.used()
+        gaps = sorted(b - a for times in each for a, b in pairwise(times[8:]))
+        return {
+            "arm": self.name, "p50": statistics.median(gaps) * 1e3, "p99": gaps[int(len(gaps) * 0.99)] * 1e3,
+            "cpu_ms": (after[0] - before[0]) * 1e3 / TOKENS, "switches": (after[1] - before[1]) / TOKENS, "core": after[2],
+        }  # fmt: skip
+
+
+def measure(arms: list[Served], phase: str, first: int) -> None:
+    for again in range(ROUNDS):
+        for n, arm in enumerate(arms):
+            got = {"phase": phase, "round": again, **arm.steps(first + 1000 * again + 100 * n)}
+            results["steps"].append(got)
+    rows = [r for r in results["steps"] if r["phase"] == phase]
+    plain = statistics.median(r["p50"] for r in rows if r["arm"] == arms[0].name)
+    for arm in arms:
+        of = [r for r in rows if r["arm"] == arm.name]
+        p50, cpu, switches = (statistics.median(r[k] for r in of) for k in ("p50", "cpu_ms", "switches"))
+        low, high = min(r["p50"] for r in of), max(r["p50"] for r in of)
+        say(
+            f"{phase}: {arm.name}: p50 {p50:.3f} ms ({low:.3f} to {high:.3f}), {p50 / plain:.4f} of plain; "
+            f"{cpu:.2f} ms of processor and {switches:.1f} switches a step, cores {[r['core'] for r in of]}"
+        )
+
+
+def fill(arms: list[Served], seed: int, shrink: int) -> None:
+    for arm in arms:
+        for i in range(6):
+            arm.answer(seed + i, 8000 // shrink, 8)
+    time.sleep(1.0)
+
+
+def profile(arm: Served, seed: int) -> None:
+    """Kernels of some decoding steps, from vLLM's own profiler."""
+    arm.post("/start_profile")
+    with ThreadPoolExecutor(STREAMS) as pool:
+        list(pool.map(lambda i: arm.answer(seed + i, 500, 30), range(STREAMS)))
+    arm.post("/stop_profile")
+    files = sorted(arm.profiles.rglob("*.json*"), key=lambda f: f.stat().st_size)
+    raw = files[-1].read_bytes()
+    events = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)["traceEvents"]
+    work = sorted((e["ts"], e["dur"], e["name"], e["cat"]) for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"))
+    if not work:
+        say(f"profile {arm.name}: no kernels: not on a GPU?")
+        return
+    work = work[len(work) // 3 :]  # the steps with prompts in them are the first ones
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for _, duration, name, _ in work:
+        by_name[name].append(duration)
+    busy, end, gaps = 0.0, work[0][0], []
+    for ts, duration, name, _ in work:
+        if ts > end:
+            gaps.append((ts - end, name))
+        busy += max(0.0, ts + duration - max(ts, end))
+        end = max(end, ts + duration)
+    span = end - work[0][0]
+    long = sum(g for g, _ in gaps if g > 20)
+    top = sorted(by_name.items(), key=lambda x: -sum(x[1]))[:12]
+    results[f"profile {arm.name}"] = {
+        "span_us": span, "busy_us": busy, "long_gaps_us": long, "kernels": len(work),
+        "before_long_gaps": sorted(gaps, reverse=True)[:20],
+        "top": [(name[:120], len(d), sum(d), statistics.median(d)) for name, d in top],
+    }  # fmt: skip
+    say(
+        f"profile {arm.name}: {len(work)} kernels in {span / 1e3:.1f} ms: {100 * busy / span:.1f} % busy, gaps over 20 us "
+        f"{100 * long / span:.1f} %, shorter ones {100 * (span - busy - long) / span:.1f} %"
+    )
+    for name, durations in top[:6]:
+        say(f"   {len(durations)} x {statistics.median(durations):.1f} us {name[:70]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--gpu", default="0")
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--cache", default="24GiB")
+    parser.add_argument("--kv-gib", type=float, default=9, help="of each engine (default %(default)s)")
+    parser.add_argument("--shrink", type=int, default=1, help="prompts so many times shorter: to try it without a GPU")
+    parser.add_argument("--budget", type=float, default=240, help="seconds for everything (default %(default)s)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + args.budget
+    cache, socket = daemon("decode", args.cache, 8099, args.out)
+    ours = {
+        "kv_connector": "PdserveConnector", "kv_connector_module_path": "pdserve.engines.vllm.connector",
+        "kv_connector_extra_config": {"pdserve.socket": socket, "pdserve.load": "always"},
+    }  # fmt: skip
+    null = {"kv_connector": "NullConnector", "kv_connector_module_path": "null_connector"}
+    wanted: list[tuple[str, dict | None, str]] = [("plain", None, ""), ("plain again", None, ""), ("null", null, ""), ("ours", ours, "")]
+    wanted += [(*v.split("=", 1)[:1], ours, v.split("=", 1)[1]) for v in args.variant]  # type: ignore[misc]
+    arms = [Served(name, args, 8400 + 7 * i, transfer, folder) for i, (name, transfer, folder) in enumerate(wanted)]
+    try:
+        arms = [arm for arm in arms if arm.up(until - 60) or say(f"{arm.name} did not start, see its log")]
+        if not arms:
+            return 1
+        for arm in arms:
+            arm.steps(1)  # the first is a warm-up
+        for phase, prepare in (
+            ("fresh", lambda: None),
+            ("stored", lambda: fill(arms, 700000, args.shrink)),
+            ("loaded", lambda: [arm.post("/reset_prefix_cache") for arm in arms] and fill(arms, 700000, args.shrink)),
+        ):
+            if time.monotonic() > until - 40:
+                say(f"{phase}: left out, no time is left")
+                continue
+            prepare()
+            measure(arms, phase, 100000 + 10000 * len(results["steps"]))
+            (args.out / "decode.json").write_text(json.dumps({**results, "table": table}, indent=1))
+        for arm in arms:
+            if arm.name in ("plain", "ours") and time.monotonic() < until - 15:
+                profile(arm, 900000)
+    finally:
+        for arm in arms:
+            arm.process.terminate()
+        for arm in arms:
+            try:
+                arm.process.wait(15)
+            except subprocess.TimeoutExpired:
+                arm.process.kill()
+        cache.terminate()
+        cache.wait(20)
+        (args.out / "decode.json").write_text(json.dumps({**results, "table": table}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
