@@ -44,15 +44,35 @@ class Served:
         self.name, self.port, self._log = name, port, (args.out / f"{name}.log").open("w")
         self.profiles = args.out / f"profile-{name}"
         profiler = {"profiler": "torch", "torch_profiler_dir": str(self.profiles), "torch_profiler_with_stack": False}
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model, "--port", str(port)]
-        command += ["--served-model-name", "m", "--load-format", "dummy", "--max-model-len", str(16384 // args.shrink), "--max-num-seqs", "64"]
-        command += ["--kv-cache-memory-bytes", str(int(args.kv_gib * 2**30)), "--gpu-memory-utilization", "0.15"]
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            args.model,
+            "--port",
+            str(port),
+        ]
+        command += [
+            "--served-model-name",
+            "m",
+            "--load-format",
+            "dummy",
+            "--max-model-len",
+            str(16384 // args.shrink),
+            "--max-num-seqs",
+        ]
+        command += ["64", "--kv-cache-memory-bytes", str(int(args.kv_gib * 2**30)), "--gpu-memory-utilization", "0.15"]
         command += ["--max-num-batched-tokens", "8192", "--compilation-config", json.dumps(GRAPHS)]
         command += ["--profiler-config", json.dumps(profiler)]
         if transfer is not None:
             command += ["--kv-transfer-config", json.dumps({**transfer, "kv_role": "kv_both"})]
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": args.gpu, "VLLM_SERVER_DEV_MODE": "1", "PYTHONSAFEPATH": "1"}
-        env |= {"VLLM_PORT": str(14000 + 20 * (port % 1000)), "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1"}
+        env |= {
+            "VLLM_PORT": str(14000 + 20 * (port % 1000)),
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
         paths = [folder, os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent)]
         env["PYTHONPATH"] = ":".join(p for p in paths if p)
         self.process = subprocess.Popen(command, env=env, stdout=self._log, stderr=subprocess.STDOUT)
@@ -145,7 +165,11 @@ def profile(arm: Served, seed: int) -> None:
     files = sorted(arm.profiles.rglob("*.json*"), key=lambda f: f.stat().st_size)
     raw = files[-1].read_bytes()
     events = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)["traceEvents"]
-    work = sorted((e["ts"], e["dur"], e["name"], e["cat"]) for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"))
+    work = sorted(
+        (e["ts"], e["dur"], e["name"], e["cat"])
+        for e in events
+        if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    )
     if not work:
         say(f"profile {arm.name}: no kernels: not on a GPU?")
         return
@@ -194,7 +218,12 @@ def main() -> int:
         "kv_connector_extra_config": {"pdserve.socket": socket, "pdserve.load": "always"},
     }  # fmt: skip
     null = {"kv_connector": "NullConnector", "kv_connector_module_path": "null_connector"}
-    wanted: list[tuple[str, dict | None, str]] = [("plain", None, ""), ("plain again", None, ""), ("null", null, ""), ("ours", ours, "")]
+    wanted: list[tuple[str, dict | None, str]] = [
+        ("plain", None, ""),
+        ("plain again", None, ""),
+        ("null", null, ""),
+        ("ours", ours, ""),
+    ]
     wanted += [(*v.split("=", 1)[:1], ours, v.split("=", 1)[1]) for v in args.variant]  # type: ignore[misc]
     arms = [Served(name, args, 8400 + 7 * i, transfer, folder) for i, (name, transfer, folder) in enumerate(wanted)]
     try:
