@@ -46,7 +46,7 @@ proxy: {{port: 2}}
 TOKEN_BYTES = 2 * 36 * 8 * 128 * 2  # K and V, layers, KV heads, head size, bf16: Qwen3-8B
 FIRST_PORT, PORTS = 21000, 100  # of GPU 0; so many for each GPU
 SERVER = Server("", "", 32768, 1.0)  # what the engines will say of themselves
-STOP_SECONDS = 30.0  # kept back for stopping everything (three engines took 13)
+STOP_SECONDS = 20.0  # kept back for stopping everything (two engines took 3, three 13)
 IDS = """--extra-body {"return_token_ids":true}"""  # dummy weights answer with tokens that are no text: what came is told by ids
 WORKLOADS = "--endpoint completions --max-client-overhead 0"  # every arm is sent the same conversation
 SETTLE = ("0.5", "0.3")  # of a workload, of a point
