@@ -22,12 +22,15 @@ ANSWER_LIMIT = 512 * 1024 * 1024
 class DecodeLeg:
     """`takeover` remembers the stream, so that another consumer can go on; None where nothing is known of the answer's form."""
 
-    __slots__ = ("_exchange", "_legs", "_path", "_recovery", "_takeover")
+    __slots__ = ("_exchange", "_legs", "_path", "_takeover")
 
     def __init__(self, legs: Legs, exchange: Exchange, takeover: Takeover | None) -> None:
         self._legs, self._exchange, self._takeover = legs, exchange, takeover
-        self._recovery = Recovery(legs, exchange, takeover)
         self._path = exchange.path
+
+    @property
+    def _recovery(self) -> Recovery:
+        return Recovery(self._legs, self._exchange, self._takeover)
 
     def begin(self) -> None:
         """Gives the client the producer's own first token. Nothing is waited for: no leg is left alone here."""

@@ -35,6 +35,8 @@ from pdserve.proxy.prefill import PrefillLeg
 from pdserve.proxy.takeover import OfChoices, Takeover
 from pdserve.proxy.takeover import takeover as made_takeover
 
+_NOTHING = nullcontext()
+
 
 class Splitter:
     """Runs requests. Holds what they share and no state of any one of them."""
@@ -82,7 +84,7 @@ class Splitter:
                 return await leg.say_first_alone()
             # The producer's reply tells of route "pd"; of several prompts the first event does not tell which they are.
             untold = bool(why) and alone != "several-prompts"
-            with legs.began.expected(exchange.request_id) if untold else nullcontext():
+            with legs.began.expected(exchange.request_id) if untold else _NOTHING:
                 await leg.answer(body, why, consumer, early)
         finally:
             if early is not None:
