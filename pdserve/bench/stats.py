@@ -176,7 +176,11 @@ def count_ratio(a: Sequence[Set[object]], b: Sequence[Set[object]], seed: int = 
     found = rate_ratio([float(len(x)) for x, _ in turns], [float(len(y)) for _, y in turns])
     if found is None or found.low is None or found.high is None:
         return found
-    there = [np.array([(name in x, name in y) for name in x | y], dtype=float).reshape(-1, 2) for x, y in turns]
+    named = [sorted(x | y, key=repr) for x, y in turns]  # a set's own order is another one in each process
+    there = [
+        np.array([(name in x, name in y) for name in names], dtype=float).reshape(-1, 2)
+        for names, (x, y) in zip(named, turns, strict=True)
+    ]
     rng = np.random.default_rng(seed)
     ratios = []
     for _ in range(RESAMPLES):

@@ -300,3 +300,20 @@ def test_failures_are_told_with_their_reasons() -> None:
     for n, why in enumerate(["HTTP 503", "HTTP 503", "gone", "late", "odd"]):
         whole.records[n] = msgspec.structs.replace(whole.records[n], status="error", error=why)
     assert compare.failures(whole) == ["a: 5 of 8 requests failed: 2 x HTTP 503; 1 x gone; 1 x late; 1 other reasons."]
+
+
+def test_the_interval_of_a_count_is_the_same_in_every_process() -> None:
+    """Text has another hash in each, and a set another order."""
+
+    class Name(str):
+        sign = 1
+
+        def __hash__(self) -> int:
+            return self.sign * int(self)
+
+    def found(sign: int) -> stats.Ratio | None:
+        Name.sign = sign
+        turns = [({Name(n) for n in range(0, 30)}, {Name(n) for n in range(9, 60)}) for _ in range(3)]
+        return stats.count_ratio([a for a, _ in turns], [b for _, b in turns], seed=3)
+
+    assert found(1) == found(-1)
