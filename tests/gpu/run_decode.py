@@ -2,8 +2,9 @@
 
 Arms on one GPU, asked in strict turns: plain vLLM twice (two processes: how much two alike differ), a connector that does nothing,
 and ours; --variant NAME=FOLDER adds ours once more, its modules from that folder. First all are fresh; then each has computed, and
-ours stored, 48000 tokens; then ours has loaded them again. Each figure comes with what the engine's process used meanwhile:
-processor time a step, switches a step. At the end a profile of plain and ours: time in kernels and between them, by name.
+ours stored, 48000 tokens; then ours has loaded them again. Last, each has a long turn of its own: 16 prompts of 8000 tokens, four at a
+time, and a profile at the end of the turn: time in kernels and between them, by name. Each figure comes with what the engine's
+process used meanwhile: processor time a step, switches a step.
 """
 
 from __future__ import annotations
@@ -120,15 +121,16 @@ class Served:
             switches += sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), switches, int(fields[36])
 
-    def steps(self, seed: int) -> dict:
+    def steps(self, seed: int, answers: int = STREAMS, n: int = 500) -> dict:
         before = self.used()
         with ThreadPoolExecutor(STREAMS) as pool:
-            each = list(pool.map(lambda i: self.answer(seed + i, 500, TOKENS), range(STREAMS)))
+            each = list(pool.map(lambda i: self.answer(seed + i, n, TOKENS), range(answers)))
         after = self.used()
+        steps = TOKENS * answers / STREAMS
         gaps = sorted(b - a for times in each for a, b in pairwise(times[8:]))
         return {
             "arm": self.name, "p50": statistics.median(gaps) * 1e3, "p99": gaps[int(len(gaps) * 0.99)] * 1e3,
-            "cpu_ms": (after[0] - before[0]) * 1e3 / TOKENS, "switches": (after[1] - before[1]) / TOKENS, "core": after[2],
+            "cpu_ms": (after[0] - before[0]) * 1e3 / steps, "switches": (after[1] - before[1]) / steps, "core": after[2],
         }  # fmt: skip
 
 
@@ -137,6 +139,21 @@ def measure(arms: list[Served], phase: str, first: int) -> None:
         for n, arm in enumerate(arms):
             got = {"phase": phase, "round": again, **arm.steps(first + 1000 * again + 100 * n)}
             results["steps"].append(got)
+    show(arms, phase)
+
+
+def long_turns(arms: list[Served], phase: str, first: int, shrink: int) -> None:
+    """Each arm alone for some seconds, as users would be on it; nothing of it is in any cache. The profile belongs to the turn."""
+    for again in range(2):
+        for n, arm in enumerate(arms if again % 2 else arms[::-1]):
+            got = arm.steps(first + 1000 * again + 100 * n, 16, 8000 // shrink)
+            results["steps"].append({"phase": phase, "round": again, **got})
+            if again:
+                profile(arm, first + 5000 + 100 * n)
+    show(arms, phase)
+
+
+def show(arms: list[Served], phase: str) -> None:
     rows = [r for r in results["steps"] if r["phase"] == phase]
     plain = statistics.median(r["p50"] for r in rows if r["arm"] == arms[0].name)
     for arm in arms:
@@ -208,7 +225,7 @@ def main() -> int:
     parser.add_argument("--cache", default="24GiB")
     parser.add_argument("--kv-gib", type=float, default=9, help="of each engine (default %(default)s)")
     parser.add_argument("--shrink", type=int, default=1, help="prompts so many times shorter: to try it without a GPU")
-    parser.add_argument("--budget", type=float, default=240, help="seconds for everything (default %(default)s)")
+    parser.add_argument("--budget", type=float, default=330, help="seconds for everything (default %(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + args.budget
@@ -243,9 +260,10 @@ def main() -> int:
             prepare()
             measure(arms, phase, 100000 + 10000 * len(results["steps"]))
             (args.out / "decode.json").write_text(json.dumps({**results, "table": table}, indent=1))
-        for arm in arms:
-            if arm.name in ("plain", "ours") and time.monotonic() < until - 15:
-                profile(arm, 900000)
+        if time.monotonic() < until - 30 - 10 * len(arms):
+            long_turns(arms, "long turn", 900000, args.shrink)
+        else:
+            say("long turn: left out, no time is left")
     finally:
         for arm in arms:
             arm.process.terminate()
