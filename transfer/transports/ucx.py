@@ -38,8 +38,8 @@ _HEADER = struct.Struct(f"<QQ{KEY_BYTES}sHQQQQ")
 #: small segments whose headers are sent as one, and about how many bytes of them
 _BATCH = 16
 _BATCH_BYTES = 1 << 20
-#: batches under way at a time, each direction
-_DEPTH = 4
+#: batches under way at a time, each direction; four left a gap behind each header at 1 MiB a segment
+_DEPTH = 8
 #: how many segments, and their headers; always of this size, since ucx-py takes a shorter message than expected for an error
 _COUNT = struct.Struct("<Q")
 _HEADERS_BYTES = _COUNT.size + _BATCH * _HEADER.size
