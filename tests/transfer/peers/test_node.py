@@ -436,6 +436,7 @@ async def test_who_waits_for_a_disk_waits_no_longer_than_agreed(helpers, network
     assert a.lookup([0]) == 1
     await helpers.until(lambda: asked)  # `rising` is 1 only until the deadline
     await helpers.until(lambda: a.lookup([0]) == 0, "its deadline has passed")
+    await helpers.until(lambda: not a.node.fetching, "the next tick forgets it")
     await helpers.until(lambda: b.node.giving.rising == 0, "and the other end has forgotten it")
     assert not a.has(0)
 
