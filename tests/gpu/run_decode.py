@@ -60,7 +60,7 @@ class Served:
             "--load-format",
             "dummy",
             "--max-model-len",
-            str(16384 // args.shrink),
+            str(max(1024, 16384 // args.shrink)),
             "--max-num-seqs",
         ]
         command += ["64", "--kv-cache-memory-bytes", str(int(args.kv_gib * 2**30)), "--gpu-memory-utilization", "0.15"]
