@@ -25,7 +25,8 @@ def naps_until(clock, event) -> bool:
     napped = not over.wait(0.05)
     event()
     assert over.wait(30)
-    napping.join()
+    napping.join(30)
+    assert not napping.is_alive()
     return napped
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 
 from gpu_session import Engine, Run, results, row, write
+from steps_waiting import beside_idle, of_idle
 
 #: the first is what the others are compared with
 ARMS = ("idle", "full", "dma:32", "dma:528", "copies:0", "gathers:528", "nothing", "gentle")
@@ -59,14 +60,11 @@ def loads(run: Run) -> None:
     found: dict[str, list[dict]] = results.setdefault("loads", {})
     for again in range(4):
         for n, how in enumerate(LOADS):
-            seed = 20 + 10 * n + again
-            found.setdefault(f"idle, {how}", []).append(ours.do("itl", streams=8, out=150, seed=seed + 500))
-            found.setdefault(how, []).append(ours.do("itl", streams=8, out=150, seed=seed, disturb=how))
-            write()
+            beside_idle(ours, found, how, 20 + 10 * n + again, 150)
     for how in LOADS:
         said = []
         for q in ("p50", "p99"):
-            each = [a[q] / b[q] for a, b in zip(found[how], found[f"idle, {how}"], strict=True)]
+            each = of_idle(found, how, q)
             said.append(f"{q} {statistics.median(each):.3f} ({min(each):.3f} to {max(each):.3f})")
         speed = statistics.median(x["loaded_gb_s"] for x in found[how])
         row(f"ITL of 8 streams, of idle, {how}", f"{', '.join(said)}; {speed:.1f} GB/s")

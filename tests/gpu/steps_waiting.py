@@ -64,6 +64,18 @@ def first_token(run: Run) -> None:
     )
 
 
+def beside_idle(ours: Engine, found: dict, how: str, seed: int, out: int) -> None:
+    """Time between tokens of 8 streams, idle and then disturbed: the machine is not the same for a minute."""
+    found.setdefault(f"idle, {how}", []).append(ours.do("itl", streams=8, out=out, seed=seed + 500))
+    found.setdefault(how, []).append(ours.do("itl", streams=8, out=out, seed=seed, disturb=how))
+    write()
+
+
+def of_idle(found: dict, how: str, q: str) -> list[float]:
+    """Each disturbed figure by the idle one before it."""
+    return [a[q] / b[q] for a, b in zip(found[how], found[f"idle, {how}"], strict=True)]
+
+
 def between_tokens(run: Run) -> None:
     ours, plain = run.pair()
     found: dict = results.setdefault("itl", {})
@@ -71,16 +83,9 @@ def between_tokens(run: Run) -> None:
         plain.do("itl", streams=8, out=100, seed=again + 900)  # the first after another engine's is quicker
         found.setdefault("plain", []).append(plain.do("itl", streams=8, out=200, seed=again))
         for n, how in enumerate(DISTURBED):
-            # Beside each an idle one: the machine is not the same for a minute.
-            seed = 20 + 10 * n + again
-            found.setdefault(f"idle, {how}", []).append(ours.do("itl", streams=8, out=200, seed=seed + 500))
-            found.setdefault(how, []).append(ours.do("itl", streams=8, out=200, seed=seed, disturb=how))
-            write()
+            beside_idle(ours, found, how, 20 + 10 * n + again, 200)
     for how in DISTURBED:
-        ratios = {
-            q: statistics.median(a[q] / b[q] for a, b in zip(found[how], found[f"idle, {how}"], strict=True))
-            for q in ("p50", "p99")
-        }
+        ratios = {q: statistics.median(of_idle(found, how, q)) for q in ("p50", "p99")}
         m = sorted(found[how], key=lambda x: x["p99"])[1]
         row(
             f"ITL of 8 streams, p50 / p99, {how}",
