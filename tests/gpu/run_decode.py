@@ -1,10 +1,10 @@
-"""What a decoding step takes in served engines that have nothing to store or load: run_decode.py --model DIR --out DIR [--gpu N]
+"""What a decoding step takes in served engines: run_decode.py --model DIR --out DIR [--gpu N] [--arms A,B,...] [--only PHASES]
 
-Arms on one GPU, asked in strict turns: plain vLLM twice (two processes: how much two alike differ), a connector that does nothing,
-and ours; --variant NAME=FOLDER adds ours once more, its modules from that folder. First all are fresh; then each has computed, and
-ours stored, 48000 tokens; then ours has loaded them again. Last, each has a long turn of its own: 16 prompts of 8000 tokens, four at a
-time, and a profile at the end of the turn: time in kernels and between them, by name. Each figure comes with what the engine's
-process used meanwhile: processor time a step, switches a step.
+Arms on one GPU, asked in strict turns: plain vLLM, a connector that does nothing, ours, peers; --variant NAME=FOLDER adds ours once
+more, its modules from that folder. "short": all are fresh; then each has computed, and ours stored, 48000 tokens; then ours has
+loaded them again. "long": each has a turn of its own: 16 prompts of 8000 tokens, four at a time, then the last four again, which are
+in its GPU's cache, and last a profile: time in kernels and between them, by name. Each figure comes with what the engine's process
+used meanwhile: processor time a step, switches a step. Beside the log of each engine lies what its CUDA graphs took (graph_times).
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def say(line: str) -> None:
 class Served:
     """One vLLM server; `folder`: where its pdserve comes from, if not from where ours does."""
 
-    def __init__(self, name: str, args: argparse.Namespace, port: int, transfer: dict | None, folder: str = "") -> None:
+    def __init__(
+        self, name: str, args: argparse.Namespace, port: int, transfer: dict | None, folder: str = "", more: tuple[str, ...] = ()
+    ) -> None:
         self.name, self.port, self._log = name, port, (args.out / f"{name}.log").open("w")
         self.profiles = args.out / f"profile-{name}"
         profiler = {"profiler": "torch", "torch_profiler_dir": str(self.profiles), "torch_profiler_with_stack": False}
@@ -68,13 +70,17 @@ class Served:
         command += ["--profiler-config", json.dumps(profiler)]
         if transfer is not None:
             command += ["--kv-transfer-config", json.dumps({**transfer, "kv_role": "kv_both"})]
+        command += more
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": args.gpu, "VLLM_SERVER_DEV_MODE": "1", "PYTHONSAFEPATH": "1"}
         env |= {
             "VLLM_PORT": str(14000 + 20 * (port % 1000)),
             "VLLM_USE_FLASHINFER_SAMPLER": "0",
             "VLLM_NO_USAGE_STATS": "1",
         }
-        paths = [folder, os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent)]
+        env |= {"GRAPH_TIMES": str(args.out / f"graphs-{name}"), "LMCACHE_CHUNK_SIZE": "256", "LMCACHE_LOCAL_CPU": "true"}
+        env |= {"LMCACHE_MAX_LOCAL_CPU_SIZE": str(args.peers_gib), "LMCACHE_TRACK_USAGE": "false", "PYTHONHASHSEED": "0"}
+        here = Path(__file__).parent
+        paths = [str(here / "graph_times"), folder, os.environ.get("PYTHONPATH", ""), str(here)]
         env["PYTHONPATH"] = ":".join(p for p in paths if p)
         self.process = subprocess.Popen(command, env=env, stdout=self._log, stderr=subprocess.STDOUT)
 
@@ -143,14 +149,25 @@ def measure(arms: list[Served], phase: str, first: int) -> None:
 
 
 def long_turns(arms: list[Served], phase: str, first: int, shrink: int) -> None:
-    """Each arm alone for some seconds, as users would be on it; nothing of it is in any cache. The profile belongs to the turn."""
+    """Each arm alone for some seconds, as users would be on it; nothing of it is in any cache. Then what its own GPU has."""
+    n = 8000 // shrink
     for again in range(2):
-        for n, arm in enumerate(arms if again % 2 else arms[::-1]):
-            got = arm.steps(first + 1000 * again + 100 * n, 16, 8000 // shrink)
-            results["steps"].append({"phase": phase, "round": again, **got})
-            if again:
-                profile(arm, first + 5000 + 100 * n)
+        for number, arm in enumerate(arms if again % 2 else arms[::-1]):
+            seed = first + 1000 * again + 100 * number
+            began = time.time()
+            got = arm.steps(seed, 16, n)
+            results["steps"].append({"phase": phase, "round": again, "began": began, **got})
+            began = time.time()
+            got = arm.steps(seed + 12, STREAMS, n)
+            results["steps"].append({"phase": "in its GPU", "round": again, "began": began, "ended": time.time(), **got})
     show(arms, phase)
+    show(arms, "in its GPU")
+
+
+def profiles(arms: list[Served], first: int, shrink: int) -> None:
+    for number, arm in enumerate(arms):
+        arm.steps(first + 100 * number, STREAMS, 8000 // shrink)
+        profile(arm, first + 100 * number, 8000 // shrink)
 
 
 def show(arms: list[Served], phase: str) -> None:
@@ -173,11 +190,11 @@ def fill(arms: list[Served], seed: int, shrink: int) -> None:
     time.sleep(1.0)
 
 
-def profile(arm: Served, seed: int) -> None:
-    """Kernels of some decoding steps, from vLLM's own profiler."""
+def profile(arm: Served, seed: int, n: int) -> None:
+    """Kernels of some decoding steps behind prompts that its GPU has, from vLLM's own profiler."""
     arm.post("/start_profile")
     with ThreadPoolExecutor(STREAMS) as pool:
-        list(pool.map(lambda i: arm.answer(seed + i, 500, 30), range(STREAMS)))
+        list(pool.map(lambda i: arm.answer(seed + i, n, 40), range(STREAMS)))
     arm.post("/stop_profile")
     files = sorted(arm.profiles.rglob("*.json*"), key=lambda f: f.stat().st_size)
     raw = files[-1].read_bytes()
@@ -221,6 +238,10 @@ def main() -> int:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--gpu", default="0")
+    parser.add_argument("--arms", default="plain,plain again,null,ours", help="also: plain without hma, lmcache, offloading")
+    parser.add_argument("--only", default="short,long,profile", help="phases (default %(default)s)")
+    parser.add_argument("--peers-gib", type=int, default=24, help="host memory of each peer (default %(default)s)")
+    parser.add_argument("--port", type=int, default=8400)
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--cache", default="24GiB")
     parser.add_argument("--kv-gib", type=float, default=9, help="of each engine (default %(default)s)")
@@ -229,20 +250,24 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + args.budget
-    cache, socket = daemon("decode", args.cache, 8099, args.out)
+    cache, socket = daemon(f"decode-{args.port}", args.cache, args.port + 99, args.out)
     ours = {
         "kv_connector": "PdserveConnector", "kv_connector_module_path": "pdserve.engines.vllm.connector",
         "kv_connector_extra_config": {"pdserve.socket": socket, "pdserve.load": "always"},
     }  # fmt: skip
-    null = {"kv_connector": "NullConnector", "kv_connector_module_path": "null_connector"}
-    wanted: list[tuple[str, dict | None, str]] = [
-        ("plain", None, ""),
-        ("plain again", None, ""),
-        ("null", null, ""),
-        ("ours", ours, ""),
-    ]
-    wanted += [(*v.split("=", 1)[:1], ours, v.split("=", 1)[1]) for v in args.variant]  # type: ignore[misc]
-    arms = [Served(name, args, 8400 + 7 * i, transfer, folder) for i, (name, transfer, folder) in enumerate(wanted)]
+    offloading = {"kv_connector_extra_config": {"cpu_bytes_to_use": args.peers_gib << 30}}
+    known: dict[str, tuple[dict | None, tuple[str, ...]]] = {
+        "plain": (None, ()), "plain again": (None, ()), "plain without hma": (None, ("--disable-hybrid-kv-cache-manager",)),
+        "null": ({"kv_connector": "NullConnector", "kv_connector_module_path": "null_connector"}, ()), "ours": (ours, ()),
+        "lmcache": ({"kv_connector": "LMCacheConnectorV1"}, ()), "offloading": ({"kv_connector": "OffloadingConnector", **offloading}, ()),
+    }  # fmt: skip
+    wanted: list[tuple[str, dict | None, str, tuple[str, ...]]] = []
+    for name in args.arms.split(","):
+        wanted.append((name, known[name][0], "", known[name][1]))
+    for name, folder in (v.split("=", 1) for v in args.variant):
+        wanted.append((name, ours, folder, ()))
+    arms = [Served(name, args, args.port + 7 * i, *rest) for i, (name, *rest) in enumerate(wanted)]
+    phases = args.only.split(",")
     try:
         arms = [arm for arm in arms if arm.up(until - 60) or say(f"{arm.name} did not start, see its log")]
         if not arms:
@@ -254,16 +279,22 @@ def main() -> int:
             ("stored", lambda: fill(arms, 700000, args.shrink)),
             ("loaded", lambda: [arm.post("/reset_prefix_cache") for arm in arms] and fill(arms, 700000, args.shrink)),
         ):
+            if "short" not in phases:
+                continue
             if time.monotonic() > until - 40:
                 say(f"{phase}: left out, no time is left")
                 continue
             prepare()
             measure(arms, phase, 100000 + 10000 * len(results["steps"]))
             (args.out / "decode.json").write_text(json.dumps({**results, "table": table}, indent=1))
-        if time.monotonic() < until - 30 - 10 * len(arms):
-            long_turns(arms, "long turn", 900000, args.shrink)
-        else:
-            say("long turn: left out, no time is left")
+        for phase, seconds, work in (
+            ("long", 20 * len(arms), lambda: long_turns(arms, "long turn", 900000, args.shrink)),
+            ("profile", 8 * len(arms), lambda: profiles(arms, 950000, args.shrink)),
+        ):
+            if phase in phases and time.monotonic() < until - 10 - seconds:
+                work()
+            elif phase in phases:
+                say(f"{phase}: left out, no time is left")
     finally:
         for arm in arms:
             arm.process.terminate()
