@@ -66,12 +66,13 @@ def judge(plain: list[dict], ours: dict, control: dict) -> tuple[dict, list[str]
     arms, counts, wrong = {}, {}, []
     for name, found in (("ours", ours), ("control", control)):
         arms[name] = shown = arm(wanted, found["answers"])
-        counts[name] = {k: v for k, v in found.items() if k not in ("answers", "left")}
+        counts[name] = {k: v for k, v in found.items() if k not in ("answers", "left", "blocks held when refused")}
         says = f"{name}: " if name != "ours" else ""
         wrong += [f"{says}{k} are left: {n}" for k, n in found["left"].items() if n]
-        wrong += [f"{says}no {k}" for k in ("preempted", "aborted", "resets", "loads") if found.get(k) == 0]
-        if refused := found["resets refused by vLLM"]:  # nothing was under way, so what holds blocks?
-            wrong.append(f"{says}{refused} resets were refused")
+        some = ("preempted", "aborted", "resets", "running when reset", "loads")
+        wrong += [f"{says}no {k}" for k in some if found.get(k) == 0]
+        if refused := found["resets refused by vLLM"]:  # all that could end has ended: what is held now is a leak
+            wrong.append(f"{says}{refused} resets were refused, blocks held by {found['blocks held when refused']}")
         if shown["answers"] != 3 * len(wanted):
             wrong.append(f"{says}{shown['answers']} answers of {3 * len(wanted)} that were asked for")
         if far := shown["answers"] - shown["equal"] - shown["near ties"]:

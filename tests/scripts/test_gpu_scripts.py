@@ -16,16 +16,18 @@ def scripts():
     try:
         import check_pressure
         import gpu_session
+        import pressure_blocks
         import pressure_verdict
         import steps_cost
         import timeline
 
         yield types.SimpleNamespace(
-            pressure=check_pressure, verdict=pressure_verdict, session=gpu_session, cost=steps_cost, timeline=timeline
-        )
+            pressure=check_pressure, blocks=pressure_blocks, verdict=pressure_verdict, session=gpu_session, cost=steps_cost,
+            timeline=timeline,
+        )  # fmt: skip
     finally:
         sys.path.remove(str(GPU))
-        for name in ("check_pressure", "gpu_session", "pressure_verdict", "steps_cost", "timeline"):
+        for name in ("check_pressure", "gpu_session", "pressure_blocks", "pressure_verdict", "steps_cost", "timeline"):
             sys.modules.pop(name, None)
 
 
@@ -96,8 +98,8 @@ def good():
     left = {"saves": 0, "blocks": 0}
     answers = [answer(i) for _ in range(3) for i in range(2)]
     return {
-        "answers": answers, "preempted": 3, "aborted": 1, "resets": 1, "resets refused by vLLM": 0,
-        "loads": 2, "loads that failed": [], "left": left,
+        "answers": answers, "preempted": 3, "aborted": 1, "resets": 1, "running when reset": 4,
+        "resets refused by vLLM": 0, "blocks held when refused": [], "loads": 2, "loads that failed": [], "left": left,
     }  # fmt: skip
 
 
@@ -111,6 +113,7 @@ def ending(*last):
 
 
 WANTED = [answer(0), answer(1)]
+REFUSED = {"resets refused by vLLM": 1, "blocks held when refused": [{"request 1": "FINISHED_ABORTED, 8 blocks"}]}
 TIED = ((1, -0.6931), (2, -0.6933))
 
 
@@ -121,13 +124,53 @@ def test_the_pressure_check_finds_each_thing_that_is_wrong(scripts):
         {"answers": good()["answers"][:-1]},
         {"answers": ending(answer(1, 2, top=((2, -0.1), (1, -3.0))))},
         {"answers": ending(answer(1, top=((1, -0.11), (2, -3.0))))},  # the same tokens, from other KV
-        {"preempted": 0}, {"aborted": 0}, {"resets": 0}, {"resets refused by vLLM": 2}, {"left": {"saves": 0, "blocks": 5}},
+        {"preempted": 0}, {"aborted": 0}, {"resets": 0}, {"running when reset": 0}, REFUSED, {"left": {"saves": 0, "blocks": 5}},
     ):  # fmt: skip
         assert len(scripts.verdict.judge(WANTED, {**good(), **change}, control())[1]) == 1
         (said,) = scripts.verdict.judge(WANTED, good(), control(**change))[1]
         assert said.startswith("control: ")
     for change in ({"loads": 0}, {"loads that failed": ["digest"]}):
         assert len(scripts.verdict.judge(WANTED, {**good(), **change}, control())[1]) == 1
+
+
+def test_a_refused_reset_is_told_with_who_held_the_blocks(scripts):
+    (said,) = scripts.verdict.judge(WANTED, {**good(), **REFUSED}, control())[1]
+    assert said == "1 resets were refused, blocks held by [{'request 1': 'FINISHED_ABORTED, 8 blocks'}]"
+
+
+def scheduler_with(requests, *, deferred=(), used=()):
+    """As much of vLLM's scheduler as says who has blocks. `requests`: {name: (status, its blocks)}."""
+
+    def request(name, status):
+        return types.SimpleNamespace(
+            request_id=name, status=types.SimpleNamespace(name=status), num_computed_tokens=256, num_tokens=289
+        )
+
+    there = {name: request(name, status) for name, (status, _) in requests.items()}
+    used = {0, *used, *deferred, *(i for _, ids in requests.values() for i in ids)}
+    blocks = [types.SimpleNamespace(block_id=i, ref_cnt=int(i in used), is_null=i == 0) for i in range(20)]
+    return types.SimpleNamespace(
+        requests=there, running=[r for r in there.values() if r.status.name == "RUNNING"],
+        deferred_frees=[(7, [blocks[i] for i in deferred])] if deferred else [],
+        kv_cache_manager=types.SimpleNamespace(
+            block_pool=types.SimpleNamespace(blocks=blocks), get_block_ids=lambda name: (requests[name][1],)
+        ),
+    )  # fmt: skip
+
+
+def test_who_holds_blocks_without_running(scripts):
+    loads, ended, loaded = ("WAITING_FOR_REMOTE_KVS", [3]), ("FINISHED_STOPPED", [4, 5]), ("PREEMPTED", [6, 7])
+    others = {"runs": ("RUNNING", [1, 2]), "waits": ("WAITING", []), "is preempted": ("PREEMPTED", [])}
+    there = scheduler_with({**others, "loads": loads, "ended": ended, "loaded": loaded}, deferred=[8], used=[9, 10, 11])
+    found = scripts.blocks.waiting(there)
+    assert found == {
+        "loads": "WAITING_FOR_REMOTE_KVS, 1 blocks, 256 of 289 tokens",
+        "ended": "FINISHED_STOPPED, 2 blocks, 256 of 289 tokens",
+        "loaded": "PREEMPTED, 2 blocks, 256 of 289 tokens",
+    }
+    assert scripts.blocks.held(there) == {**found, "a step that is under way": "1 blocks", "nobody": "3 blocks"}
+    nothing = scheduler_with(others)
+    assert scripts.blocks.waiting(nothing) == scripts.blocks.held(nothing) == {}
 
 
 def test_a_near_tie_of_both_engines_is_told_and_only_the_control_s_kind_is_allowed(scripts):
