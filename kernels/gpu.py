@@ -67,9 +67,9 @@ def library(arch: str) -> Library:
         ("unregister", i32, [i32, pointer]),
         ("mark", pointer, [i32, pointer]),
         ("unmark", None, [i32, pointer]),
-        ("save", i64, [pointer, pointer, pointer, i32, u32, u64, pointer, i32]),
-        ("load", i64, [pointer, pointer, pointer, i32, u32, u64, pointer, i32]),
-        ("submit", i32, [pointer, i32, pointer, i32, pointer, pointer, pointer, pointer, pointer, i32]),
+        ("save", i64, [pointer, pointer, pointer, i32, u32, u64, pointer, u64]),
+        ("load", i64, [pointer, pointer, pointer, i32, u32, u64, pointer]),
+        ("submit", i32, [pointer, i32, pointer, i32, pointer, pointer, pointer, pointer, pointer, u64]),
         ("submitted", i64, [pointer, i32]),
         ("done", i64, [pointer, i32]),
         ("wait", i32, [pointer, i32, i64]),
@@ -159,20 +159,17 @@ class Gpu:
         return Mark(self._lib, self.device, stream)
 
     def save(
-        self, mark: Mark | None, blocks: Sequence[int], tokens: int, stride: int, host: int, direct: int = 0
+        self, mark: Mark | None, blocks: Sequence[int], tokens: int, stride: int, host: int, piece: int = 0
     ) -> int:
         """Submits pages -> host memory; a ticket. Waits only while all staging buffers are in use.
 
-        direct: 0 for DMA; else without the copy engines, by that many threads: slower, but the small copies of whoever
-        computes meanwhile do not queue behind it.
+        piece: other copies to the host (the engine's own) are let in after so many bytes; 0: after the chunk.
         """
-        return self._submit(self._lib.pd_gpu_save, mark, self._ids(blocks), tokens, stride, host, direct)
+        return self._submit(self._lib.pd_gpu_save, mark, self._ids(blocks), tokens, stride, host, piece)
 
-    def load(
-        self, mark: Mark | None, blocks: Sequence[int | None], tokens: int, stride: int, host: int, direct: int = 0
-    ) -> int:
+    def load(self, mark: Mark | None, blocks: Sequence[int | None], tokens: int, stride: int, host: int) -> int:
         """Submits host memory -> pages; None leaves that block alone."""
-        return self._submit(self._lib.pd_gpu_load, mark, self._ids(blocks), tokens, stride, host, direct)
+        return self._submit(self._lib.pd_gpu_load, mark, self._ids(blocks), tokens, stride, host)
 
     def _submit(
         self,
@@ -182,12 +179,12 @@ class Gpu:
         tokens: int,
         stride: int,
         host: int,
-        direct: int,
+        *more: int,
     ) -> int:
         handle = mark.handle if mark else None
-        return self._try(call(self._context, handle, ids.ctypes.data, ids.size, tokens, stride, host, direct))
+        return self._try(call(self._context, handle, ids.ctypes.data, ids.size, tokens, stride, host, *more))
 
-    def submit(self, lane: int, mark: Mark | None, chunks: Sequence[Chunk], direct: int = 0) -> list[int]:
+    def submit(self, lane: int, mark: Mark | None, chunks: Sequence[Chunk], piece: int = 0) -> list[int]:
         """Several chunks in one call, which holds no interpreter lock while it waits for buffers. One ticket each, in order;
         fewer when the device refused one, and GpuError when it refused the first."""
         ids = [self._ids(blocks) for blocks, _, _, _ in chunks]
@@ -203,7 +200,7 @@ class Gpu:
             mark.handle if mark else None,
             len(chunks),
             *(a.ctypes.data for a in arrays),
-            direct,
+            piece,
         )
         if not done:
             raise GpuError(self._error())

@@ -22,8 +22,9 @@ from pdserve.transfer.arena import Arena
 if TYPE_CHECKING:
     import torch
 
-#: threads that store while answers are generated: on one multiprocessor, with a part of the link
-GENTLE_THREADS = 512
+#: bytes that a store copies at once while answers are generated: the engine's own small copies wait for so many, some 20 us.
+#: Of the link's speed two thirds are left then; 8 MiB leave nine tenths, and the slowest hundredth of the steps feel them.
+GENTLE_BYTES = 1 << 20
 
 
 def stride_of(shard_bytes: int) -> int:
@@ -218,16 +219,13 @@ class DevicePages:
     def store(self, mark: Any, block_ids: Sequence[int], tokens: int, to: np.ndarray, stride: int) -> Copy:
         device = self._ready(to, stride)
         ids = self._expand(block_ids, tokens)
-        return _Ticket(
-            device, gpu.SAVE, device.save(mark, ids, tokens, stride, to.ctypes.data, self._way(gpu.SAVE)), tokens
-        )
+        ticket = device.save(mark, ids, tokens, stride, to.ctypes.data, self._piece())
+        return _Ticket(device, gpu.SAVE, ticket, tokens)
 
     def load(self, mark: Any, source: np.ndarray, block_ids: Sequence[int | None], tokens: int, stride: int) -> Copy:
         device = self._ready(source, stride)
         ids = self._expand(block_ids, tokens)
-        return _Ticket(
-            device, gpu.LOAD, device.load(mark, ids, tokens, stride, source.ctypes.data, self._way(gpu.LOAD)), tokens
-        )
+        return _Ticket(device, gpu.LOAD, device.load(mark, ids, tokens, stride, source.ctypes.data), tokens)
 
     def store_all(self, mark: Any, parts: Sequence[Part]) -> list[Copy]:
         return self._all(gpu.SAVE, mark, parts)
@@ -243,14 +241,12 @@ class DevicePages:
             chunks.append((self._expand(ids, tokens), tokens, stride, area.ctypes.data))
         if device is None:
             return []
-        tickets = device.submit(lane, mark, chunks, self._way(lane))
+        tickets = device.submit(lane, mark, chunks, self._piece())
         return [_Ticket(device, lane, t, c[1]) for t, c in zip(tickets, chunks, strict=False)]
 
-    def _way(self, lane: int) -> int:
-        """Loads are always DMA: somebody waits for them, and they delay a decoding step by a tenth. Stores by DMA would make
-        each such step wait for all of them (its small copies queue behind), so then they go gently. Beside a prefill, whose
-        steps are long and copy little, a multiprocessor that is not its own for seconds costs more than DMA."""
-        return GENTLE_THREADS if lane == gpu.SAVE and self._decoding else 0
+    def _piece(self) -> int:
+        """Of a store: a decoding step's own copies to the host must not wait for long. (Those to the device never do.)"""
+        return GENTLE_BYTES if self._decoding else 0
 
     def _ready(self, area: np.ndarray, stride: int) -> gpu.Gpu:
         if self._gpu is None:

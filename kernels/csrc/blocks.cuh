@@ -173,7 +173,7 @@ __device__ __forceinline__ uint64_t grow_head(const Pages& pages, const Job& job
   return sum;
 }
 
-// grid: (any, 1 to heads), block: a power of two up to THREADS. `result` gets the sum of each head's shard, written by the
+// grid: (any, 1 to heads), block: THREADS. `result` gets the sum of each head's shard, written by the
 // last block to finish.
 // P 0: the bytes as they are, sizeof(V) at a time.
 template <typename V, bool GATHER, int P>
@@ -196,7 +196,6 @@ __device__ __forceinline__ void move(const Pages& pages, const Job& job, const S
     if (atomicAdd(sums.arrived, 1u) == gridDim.x * gridDim.y - 1) {
       for (uint32_t h = 0; h < pages.heads; h++) result[h] = atomicExch(&sums.by_head[h], 0ull);
       atomicExch(sums.arrived, 0u);
-      __threadfence_system();
     }
   }
 }

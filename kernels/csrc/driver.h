@@ -15,7 +15,7 @@ typedef struct GpuModule* gpuModule_t;
 typedef struct GpuKernel* gpuKernel_t;
 
 enum { gpuSuccess = 0, gpuErrorNotReady = 600 };
-enum : unsigned { gpuHostMallocMapped = 2, gpuHostRegisterFlags = 1 | 2 /* portable, mapped */, gpuStreamNonBlocking = 1 };
+enum : unsigned { gpuHostMallocDefault = 0, gpuHostRegisterFlags = 1 | 2 /* portable, mapped */, gpuStreamNonBlocking = 1 };
 enum : unsigned { gpuEventBlockingSync = 1, gpuEventDisableTiming = 2 };
 enum gpuCopy { gpuMemcpyHostToDevice, gpuMemcpyDeviceToHost };
 
@@ -34,7 +34,6 @@ enum gpuCopy { gpuMemcpyHostToDevice, gpuMemcpyDeviceToHost };
   F(cuMemcpyDtoHAsync_v2, (void* to, const void* from, size_t, gpuStream_t))                                           \
   F(cuMemHostAlloc, (void**, size_t, unsigned flags))                                                                  \
   F(cuMemFreeHost, (void*))                                                                                            \
-  F(cuMemHostGetDevicePointer_v2, (void** device, void* host, unsigned flags))                                         \
   F(cuMemHostRegister_v2, (void*, size_t, unsigned flags))                                                             \
   F(cuMemHostUnregister, (void*))                                                                                      \
   F(cuStreamCreateWithPriority, (gpuStream_t*, unsigned flags, int priority))                                          \
@@ -103,7 +102,6 @@ inline gpuError_t copy(void* to, const void* from, size_t bytes, gpuCopy way, gp
 #define gpuMemcpyAsync pd::driver::copy
 #define gpuHostMalloc pd::driver::cuMemHostAlloc
 #define gpuHostFree pd::driver::cuMemFreeHost
-#define gpuHostGetDevicePointer pd::driver::cuMemHostGetDevicePointer_v2
 #define gpuHostRegister pd::driver::cuMemHostRegister_v2
 #define gpuHostUnregister pd::driver::cuMemHostUnregister
 #define gpuStreamCreateWithPriority pd::driver::cuStreamCreateWithPriority

@@ -25,9 +25,8 @@ typedef const void* gpuKernel_t;
 #define gpuMemcpyHostToDevice hipMemcpyHostToDevice
 #define gpuMemcpyDeviceToHost hipMemcpyDeviceToHost
 #define gpuHostMalloc hipHostMalloc
-#define gpuHostMallocMapped hipHostMallocMapped
+#define gpuHostMallocDefault hipHostMallocDefault
 #define gpuHostFree hipHostFree
-#define gpuHostGetDevicePointer hipHostGetDevicePointer
 #define gpuHostRegister hipHostRegister
 #define gpuHostRegisterFlags (hipHostRegisterPortable | hipHostRegisterMapped)
 #define gpuHostUnregister hipHostUnregister
@@ -65,9 +64,8 @@ typedef const void* gpuKernel_t;
 #define gpuMemcpyHostToDevice cudaMemcpyHostToDevice
 #define gpuMemcpyDeviceToHost cudaMemcpyDeviceToHost
 #define gpuHostMalloc cudaHostAlloc
-#define gpuHostMallocMapped cudaHostAllocMapped
+#define gpuHostMallocDefault cudaHostAllocDefault
 #define gpuHostFree cudaFreeHost
-#define gpuHostGetDevicePointer cudaHostGetDevicePointer
 #define gpuHostRegister cudaHostRegister
 #define gpuHostRegisterFlags (cudaHostRegisterPortable | cudaHostRegisterMapped)
 #define gpuHostUnregister cudaHostUnregister

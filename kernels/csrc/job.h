@@ -4,7 +4,7 @@
 
 namespace pd {
 
-constexpr int THREADS = 1024;  // at most; a kernel that is to be short uses blocks of 256
+constexpr int THREADS = 256;
 constexpr int MAX_BLOCKS = 512;
 
 // Strides are in bytes and the same in all layers. A token of one head has `parts` runs of `part_bytes`.

@@ -1,12 +1,12 @@
 // The GPU path, called through ctypes: raw pointers and stream handles, no tensor library's ABI.
 //
-// Each direction is a lane: a ring of staging buffers on the device, one stream for kernels and one for DMA, tied together by
-// events. Save: gather into a buffer, then one DMA of the whole chunk into the arena. Load: the other way. A call that
-// submits returns at once unless all buffers are in use. A lane belongs to one host thread; `settle` may come from any.
+// Each direction is a lane: a ring of staging buffers on the device, a stream for kernels and two for DMA, tied together by
+// events. Save: gather into a buffer, then DMA into the arena. Load: the other way. A call that submits returns at once unless all
+// buffers are in use. A lane belongs to one host thread; `settle` may come from any.
 //
-// Two ways. DMA is the fastest, but a copy engine serves one queue until it is empty: the small copies of an engine's step then
-// wait for all of ours. `direct` > 0 has a kernel of that many threads read or write the host's memory itself, with no copy
-// engine: few threads leave the link some room, for whoever computes meanwhile.
+// A copy engine serves one queue until that is empty: with one stream of saves the small copies of an engine's step would wait
+// for all of them. So saves go by turns on two streams, each turn after the one before it: between two, whoever waits is served.
+// A turn is a chunk, or `piece` bytes of one. No kernel writes to the host's memory: digests, too, are fetched by DMA.
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -39,15 +39,16 @@ int refuse(const char* why) {
 
 struct Slot {
   unsigned char* buffer = nullptr;
-  gpuEvent_t middle = nullptr, end = nullptr;
+  gpuEvent_t copied = nullptr, computed = nullptr, end = nullptr;
 };
 
 struct Lane {
-  gpuStream_t kernels = nullptr, copies = nullptr;
+  gpuStream_t kernels = nullptr, copies[2] = {nullptr, nullptr};
+  gpuEvent_t turn[2] = {nullptr, nullptr};  // the end of each stream's last turn
+  uint64_t turns = 0;
   std::vector<Slot> slots;
   Sums sums{nullptr, nullptr};
-  uint64_t* results = nullptr;  // mapped host memory, [RESULTS][heads]
-  uint64_t* results_device = nullptr;
+  uint64_t *results = nullptr, *results_device = nullptr;  // host and device, [RESULTS][heads]
   int64_t submitted = 0, completed = 0;
 };
 
@@ -93,17 +94,24 @@ struct Context {
 
 enum { SAVE = 0, LOAD = 1 };
 
-constexpr uint32_t SHORT = 256;
-
-// `direct` 0: a short kernel on c.blocks blocks. Else all on one multiprocessor, with that many threads: a multiprocessor
-// that holds one of our blocks is lost to a matrix product that wants all of its registers, however small the block is.
-gpuError_t launch(const Context& c, int way, const Job& job, const Lane& lane, uint64_t* result, uint32_t blocks, uint32_t direct) {
-  uint32_t threads = direct ? 32 : SHORT;
-  while (direct && threads * 2 <= direct && threads < THREADS) threads *= 2;
-  const uint32_t x = direct ? (direct + threads - 1) / threads : (blocks + c.pages.heads - 1) / c.pages.heads;
-  const uint32_t kind = c.wide && !c.pages.payload ? WIDE : c.pages.payload;
+gpuError_t launch(const Context& c, int way, const Job& job, const Lane& lane, uint64_t* result, uint32_t blocks) {
+  const uint32_t x = (blocks + c.pages.heads - 1) / c.pages.heads, kind = c.wide && !c.pages.payload ? WIDE : c.pages.payload;
   const void* arguments[] = {&c.pages, &job, &lane.sums, &result};
-  return gpuLaunch(c.kernels.of[way][kind], x, direct ? 1 : c.pages.heads, threads, const_cast<void**>(arguments), lane.kernels);
+  return gpuLaunch(c.kernels.of[way][kind], x, c.pages.heads, THREADS, const_cast<void**>(arguments), lane.kernels);
+}
+
+// The stream whose turn it is; what is submitted there begins when the turn before has ended.
+int begin_turn(Lane& lane, gpuStream_t& stream) {
+  const int own = lane.turns % 2;
+  stream = lane.copies[own];
+  if (lane.turns) TRY(gpuStreamWaitEvent(stream, lane.turn[1 - own], 0));
+  return 0;
+}
+
+int end_turn(Lane& lane) {
+  const int own = lane.turns++ % 2;
+  TRY(gpuEventRecord(lane.turn[own], lane.copies[own]));
+  return 0;
 }
 
 // Bytes of one shard of a chunk.
@@ -129,33 +137,41 @@ int make_job(const Context& c, Job& job, const int32_t* blocks, int count, uint3
 
 int open_lane(Context& c, Lane& lane, int depth, int priority) {
   TRY(gpuStreamCreateWithPriority(&lane.kernels, gpuStreamNonBlocking, priority));
-  TRY(gpuStreamCreateWithPriority(&lane.copies, gpuStreamNonBlocking, priority));
+  for (int i = 0; i < 2; i++) {
+    TRY(gpuStreamCreateWithPriority(&lane.copies[i], gpuStreamNonBlocking, priority));
+    TRY(gpuEventCreateWithFlags(&lane.turn[i], gpuEventDisableTiming));
+  }
   TRY(gpuMalloc((void**)&lane.sums.by_head, c.pages.heads * 8 + 8));
   TRY(gpuMemset(lane.sums.by_head, 0, c.pages.heads * 8 + 8));
   lane.sums.arrived = reinterpret_cast<unsigned*>(lane.sums.by_head + c.pages.heads);
-  TRY(gpuHostMalloc((void**)&lane.results, RESULTS * c.pages.heads * 8, gpuHostMallocMapped));
-  TRY(gpuHostGetDevicePointer((void**)&lane.results_device, lane.results, 0));
+  TRY(gpuHostMalloc((void**)&lane.results, RESULTS * c.pages.heads * 8, gpuHostMallocDefault));
+  TRY(gpuMalloc((void**)&lane.results_device, RESULTS * c.pages.heads * 8));
   lane.slots.resize(depth);
   for (Slot& s : lane.slots) {
     TRY(gpuMalloc((void**)&s.buffer, c.staging_bytes));
-    TRY(gpuEventCreateWithFlags(&s.middle, gpuEventDisableTiming));
+    TRY(gpuEventCreateWithFlags(&s.copied, gpuEventDisableTiming));
+    TRY(gpuEventCreateWithFlags(&s.computed, gpuEventDisableTiming));
     TRY(gpuEventCreateWithFlags(&s.end, gpuEventDisableTiming | gpuEventBlockingSync));
   }
   return 0;
 }
 
 void close_lane(Lane& lane) {
-  if (lane.kernels) gpuStreamSynchronize(lane.kernels);
-  if (lane.copies) gpuStreamSynchronize(lane.copies);
+  gpuStream_t streams[] = {lane.kernels, lane.copies[0], lane.copies[1]};
+  for (gpuStream_t s : streams)
+    if (s) gpuStreamSynchronize(s);
   for (Slot& s : lane.slots) {
     if (s.buffer) gpuFree(s.buffer);
-    if (s.middle) gpuEventDestroy(s.middle);
-    if (s.end) gpuEventDestroy(s.end);
+    for (gpuEvent_t e : {s.copied, s.computed, s.end})
+      if (e) gpuEventDestroy(e);
   }
+  for (gpuEvent_t e : lane.turn)
+    if (e) gpuEventDestroy(e);
   if (lane.sums.by_head) gpuFree(lane.sums.by_head);
   if (lane.results) gpuHostFree(lane.results);
-  if (lane.kernels) gpuStreamDestroy(lane.kernels);
-  if (lane.copies) gpuStreamDestroy(lane.copies);
+  if (lane.results_device) gpuFree(lane.results_device);
+  for (gpuStream_t s : streams)
+    if (s) gpuStreamDestroy(s);
 }
 
 void close_context(Context* c) {
@@ -258,36 +274,40 @@ void pd_gpu_unmark(int device, void* mark) {
   gpuEventDestroy(static_cast<gpuEvent_t>(mark));
 }
 
-// Pages -> arena, after `mark` (may be null). Returns a ticket, or -1.
-int64_t pd_gpu_save(void* context, void* mark, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, void* host, int direct) {
+// Pages -> arena, after `mark` (may be null). `piece` > 0: other copies are let in after so many bytes at the latest. Returns a
+// ticket, or -1.
+int64_t pd_gpu_save(void* context, void* mark, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, void* host, uint64_t piece) {
   Context& c = *static_cast<Context*>(context);
   Lane& lane = c.lanes[SAVE];
   Job job;
   if (make_job(c, job, blocks, count, tokens, stride, true)) return -1;
-  if (stride * c.pages.heads > c.staging_bytes) return refuse("chunk larger than the staging buffer");
+  const uint64_t bytes = stride * c.pages.heads;
+  if (bytes > c.staging_bytes) return refuse("chunk larger than the staging buffer");
   TRY(gpuSetDevice(c.device));
   Slot* slot;
   if (next_slot(lane, slot)) return -1;
   if (mark) TRY(gpuStreamWaitEvent(lane.kernels, static_cast<gpuEvent_t>(mark), 0));
-  uint64_t* const result = lane.results_device + lane.submitted % RESULTS * c.pages.heads;
-  if (direct) {
-    TRY(gpuHostGetDevicePointer((void**)&job.chunk, host, 0));
-    TRY(launch(c, SAVE, job, lane, result, 0, (uint32_t)direct));
-    TRY(gpuEventRecord(slot->end, lane.kernels));
-    return lane.submitted++;
-  }
+  const uint64_t place = lane.submitted % RESULTS * c.pages.heads;
   job.chunk = slot->buffer;
-  TRY(launch(c, SAVE, job, lane, result, c.blocks, 0));
-  TRY(gpuEventRecord(slot->middle, lane.kernels));
-  TRY(gpuStreamWaitEvent(lane.copies, slot->middle, 0));
-  TRY(gpuMemcpyAsync(host, slot->buffer, stride * c.pages.heads, gpuMemcpyDeviceToHost, lane.copies));
-  TRY(gpuEventRecord(slot->end, lane.copies));
+  TRY(launch(c, SAVE, job, lane, lane.results_device + place, c.blocks));
+  TRY(gpuEventRecord(slot->computed, lane.kernels));
+  for (uint64_t at = 0, size; at < bytes; at += size) {
+    size = piece && piece < bytes - at ? piece : bytes - at;
+    gpuStream_t stream;
+    if (begin_turn(lane, stream)) return -1;
+    if (at == 0) {
+      TRY(gpuStreamWaitEvent(stream, slot->computed, 0));
+      TRY(gpuMemcpyAsync(lane.results + place, lane.results_device + place, c.pages.heads * 8, gpuMemcpyDeviceToHost, stream));
+    }
+    TRY(gpuMemcpyAsync(static_cast<unsigned char*>(host) + at, slot->buffer + at, size, gpuMemcpyDeviceToHost, stream));
+    if (at + size == bytes) TRY(gpuEventRecord(slot->end, stream));
+    if (end_turn(lane)) return -1;
+  }
   return lane.submitted++;
 }
 
 // Arena -> pages; only the scatter waits for `mark`, the DMA starts at once. Returns a ticket, or -1.
-int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, const void* host,
-                    int direct) {
+int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, const void* host) {
   Context& c = *static_cast<Context*>(context);
   Lane& lane = c.lanes[LOAD];
   Job job;
@@ -296,31 +316,28 @@ int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count,
   TRY(gpuSetDevice(c.device));
   Slot* slot;
   if (next_slot(lane, slot)) return -1;
-  uint64_t* const result = lane.results_device + lane.submitted % RESULTS * c.pages.heads;
-  if (direct) {
-    TRY(gpuHostGetDevicePointer((void**)&job.chunk, const_cast<void*>(host), 0));
-    if (mark) TRY(gpuStreamWaitEvent(lane.kernels, static_cast<gpuEvent_t>(mark), 0));
-    TRY(launch(c, LOAD, job, lane, result, 0, (uint32_t)direct));
-    TRY(gpuEventRecord(slot->end, lane.kernels));
-    return lane.submitted++;
-  }
+  const uint64_t place = lane.submitted % RESULTS * c.pages.heads;
   job.chunk = slot->buffer;
-  TRY(gpuMemcpyAsync(slot->buffer, host, stride * c.pages.heads, gpuMemcpyHostToDevice, lane.copies));
-  TRY(gpuEventRecord(slot->middle, lane.copies));
-  TRY(gpuStreamWaitEvent(lane.kernels, slot->middle, 0));
+  TRY(gpuMemcpyAsync(slot->buffer, host, stride * c.pages.heads, gpuMemcpyHostToDevice, lane.copies[0]));
+  TRY(gpuEventRecord(slot->copied, lane.copies[0]));
+  TRY(gpuStreamWaitEvent(lane.kernels, slot->copied, 0));
   if (mark) TRY(gpuStreamWaitEvent(lane.kernels, static_cast<gpuEvent_t>(mark), 0));
-  TRY(launch(c, LOAD, job, lane, result, c.blocks, 0));
-  TRY(gpuEventRecord(slot->end, lane.kernels));
+  TRY(launch(c, LOAD, job, lane, lane.results_device + place, c.blocks));
+  TRY(gpuEventRecord(slot->computed, lane.kernels));
+  // On a stream of its own: it may have to wait for a save's turn to end, and the next scatter should not.
+  TRY(gpuStreamWaitEvent(lane.copies[1], slot->computed, 0));
+  TRY(gpuMemcpyAsync(lane.results + place, lane.results_device + place, c.pages.heads * 8, gpuMemcpyDeviceToHost, lane.copies[1]));
+  TRY(gpuEventRecord(slot->end, lane.copies[1]));
   return lane.submitted++;
 }
 
 // Several chunks in one call, so that the caller's interpreter is left alone meanwhile. `blocks` of all of them, one after
 // another. Returns how many were submitted (their tickets are the last ones of the lane); fewer than `chunks` after an error.
 int pd_gpu_submit(void* context, int which, void* mark, int chunks, const int32_t* blocks, const int32_t* counts, const uint32_t* tokens,
-                  const uint64_t* strides, void* const* hosts, int direct) {
+                  const uint64_t* strides, void* const* hosts, uint64_t piece) {
   for (int i = 0; i < chunks; blocks += counts[i], i++) {
-    const int64_t ticket = which == SAVE ? pd_gpu_save(context, mark, blocks, counts[i], tokens[i], strides[i], hosts[i], direct)
-                                         : pd_gpu_load(context, mark, blocks, counts[i], tokens[i], strides[i], hosts[i], direct);
+    const int64_t ticket = which == SAVE ? pd_gpu_save(context, mark, blocks, counts[i], tokens[i], strides[i], hosts[i], piece)
+                                         : pd_gpu_load(context, mark, blocks, counts[i], tokens[i], strides[i], hosts[i]);
     if (ticket < 0) return i;
   }
   return chunks;
@@ -348,7 +365,6 @@ int pd_gpu_wait(void* context, int which, int64_t ticket) {
   Lane& lane = c.lanes[which];
   if (ticket < lane.completed) return 0;
   TRY(gpuSetDevice(c.device));
-  // In order: the two ways use different streams, so a later ticket may end before an earlier one.
   for (; lane.completed <= ticket; lane.completed++)
     TRY(gpuEventSynchronize(lane.slots[lane.completed % (int64_t)lane.slots.size()].end));
   return 0;
@@ -380,8 +396,9 @@ int pd_gpu_move(void* context, int which, const int32_t* blocks, int count, uint
   if (make_job(c, job, blocks, count, tokens, stride, which == SAVE)) return -1;
   TRY(gpuSetDevice(c.device));
   job.chunk = static_cast<unsigned char*>(chunk);
-  uint64_t* result = lane.results_device + (RESULTS - 1) * c.pages.heads;
-  TRY(launch(c, which, job, lane, result, grid, 0));
+  const uint64_t place = (RESULTS - 1) * c.pages.heads;
+  TRY(launch(c, which, job, lane, lane.results_device + place, grid));
+  TRY(gpuMemcpyAsync(lane.results + place, lane.results_device + place, c.pages.heads * 8, gpuMemcpyDeviceToHost, lane.kernels));
   TRY(gpuStreamSynchronize(lane.kernels));
   const uint64_t bytes = shard_bytes(c.pages, tokens);
   for (uint32_t h = 0; h < c.pages.heads; h++) out[h] = finish(lane.results[(RESULTS - 1) * c.pages.heads + h], bytes);

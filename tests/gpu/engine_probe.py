@@ -291,7 +291,7 @@ class Probe:
         }  # fmt: skip
 
     def _lanes(self, stop: threading.Event, moved: list[int], how: str) -> list[threading.Thread]:
-        """`how`: "store:direct:1024" (threads), "load:dma:32" (thread blocks of the scatter), "load:copies:0" (DMA and no
+        """`how`: "store:piece:8" (MiB between which others may copy), "load:dma:32" (thread blocks), "load:copies:0" (DMA and no
         kernel), "load:head4:32" (one head at a time, 4 buffers); or two of them with "+" between."""
         ways = [part.split(":") for part in how.split("+")]
         moves = [self._mover(way == "load", kind, int(size)) for way, kind, size in ways]
@@ -319,7 +319,7 @@ class Probe:
         for n, grant in enumerate(grants):
             ids = [top - 16 * n - i for i in range(16)]
             parts.append((ids, 256, stride, client.arena.bytes[grant.offset :].ctypes.data))
-        lane, direct = (gpu.LOAD if load else gpu.SAVE), (size if kind == "direct" else 0)
+        lane, piece = (gpu.LOAD if load else gpu.SAVE), (size << 20 if kind == "piece" else 0)
         # Lanes of their own: those of the engine have one thread each.
         device, work = None, None
         if kind == "copies":
@@ -328,14 +328,14 @@ class Probe:
         elif kind.startswith("head"):
             device, parts = self._arms_module().one_head(pages, parts, size, int(kind[4:] or 3))
         else:
-            more = {} if kind == "direct" else {"blocks": size}
+            more = {} if kind == "piece" else {"blocks": size}
             device = gpu.Gpu(pages._arch, pages._device, pages._geometry, pages._staging_bytes, **more)
 
         def once() -> int:
             if work is not None:
                 work()
             else:
-                device.wait(lane, device.submit(lane, None, parts, direct)[-1])
+                device.wait(lane, device.submit(lane, None, parts, piece)[-1])
             return len(grants) * heads * shard
 
         def end() -> None:

@@ -3,8 +3,10 @@
 Arms on one GPU, asked in strict turns: plain vLLM, a connector that does nothing, ours, peers; --variant NAME=FOLDER adds ours once
 more, its modules from that folder. "short": all are fresh; then each has computed, and ours stored, 48000 tokens; then ours has
 loaded them again. "long": each has a turn of its own: 16 prompts of 8000 tokens, four at a time, then the last four again, which are
-in its GPU's cache, and last a profile: time in kernels and between them, by name. Each figure comes with what the engine's process
-used meanwhile: processor time a step, switches a step. Beside the log of each engine lies what its CUDA graphs took (graph_times).
+in its GPU's cache, and last a profile: time in kernels and between them, by name. "alone": the first arm has long turns before any
+other is started, since a device that several processes use is another one; --between is a command that is run between them. Each
+figure comes with what the engine's process used meanwhile: processor time a step, switches a step. Beside the log of each engine lies
+what its CUDA graphs took (graph_times).
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ class Served:
     """One vLLM server; `folder`: where its pdserve comes from, if not from where ours does."""
 
     def __init__(
-        self, name: str, args: argparse.Namespace, port: int, transfer: dict | None, folder: str = "", more: tuple[str, ...] = ()
-    ) -> None:
+        self, name: str, args: argparse.Namespace, port: int, transfer: dict | None, folder: str = "", more: tuple[str, ...] = (),
+        settings: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.port, self._log = name, port, (args.out / f"{name}.log").open("w")
         self.profiles = args.out / f"profile-{name}"
         profiler = {"profiler": "torch", "torch_profiler_dir": str(self.profiles), "torch_profiler_with_stack": False}
@@ -79,6 +82,7 @@ class Served:
         }
         env |= {"GRAPH_TIMES": str(args.out / f"graphs-{name}"), "LMCACHE_CHUNK_SIZE": "256", "LMCACHE_LOCAL_CPU": "true"}
         env |= {"LMCACHE_MAX_LOCAL_CPU_SIZE": str(args.peers_gib), "LMCACHE_TRACK_USAGE": "false", "PYTHONHASHSEED": "0"}
+        env |= settings or {}
         here = Path(__file__).parent
         paths = [str(here / "graph_times"), folder, os.environ.get("PYTHONPATH", ""), str(here)]
         env["PYTHONPATH"] = ":".join(p for p in paths if p)
@@ -148,10 +152,12 @@ def measure(arms: list[Served], phase: str, first: int) -> None:
     show(arms, phase)
 
 
-def long_turns(arms: list[Served], phase: str, first: int, shrink: int) -> None:
+def long_turns(arms: list[Served], phase: str, first: int, shrink: int, between: str = "") -> None:
     """Each arm alone for some seconds, as users would be on it; nothing of it is in any cache. Then what its own GPU has."""
     n = 8000 // shrink
     for again in range(2):
+        if again and between:
+            subprocess.run(between, shell=True, check=True, timeout=60)
         for number, arm in enumerate(arms if again % 2 else arms[::-1]):
             seed = first + 1000 * again + 100 * number
             began = time.time()
@@ -159,9 +165,9 @@ def long_turns(arms: list[Served], phase: str, first: int, shrink: int) -> None:
             results["steps"].append({"phase": phase, "round": again, "began": began, **got})
             began = time.time()
             got = arm.steps(seed + 12, STREAMS, n)
-            results["steps"].append({"phase": "in its GPU", "round": again, "began": began, "ended": time.time(), **got})
+            results["steps"].append({"phase": f"{phase}, in its GPU", "round": again, "began": began, "ended": time.time(), **got})
     show(arms, phase)
-    show(arms, "in its GPU")
+    show(arms, f"{phase}, in its GPU")
 
 
 def profiles(arms: list[Served], first: int, shrink: int) -> None:
@@ -242,7 +248,8 @@ def main() -> int:
     parser.add_argument("--only", default="short,long,profile", help="phases (default %(default)s)")
     parser.add_argument("--peers-gib", type=int, default=24, help="host memory of each peer (default %(default)s)")
     parser.add_argument("--port", type=int, default=8400)
-    parser.add_argument("--variant", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME=FOLDER[,KEY=VALUE]", help="with such a setting")
+    parser.add_argument("--between", default="", help="command to run between the turns of the first arm alone")
     parser.add_argument("--cache", default="24GiB")
     parser.add_argument("--kv-gib", type=float, default=9, help="of each engine (default %(default)s)")
     parser.add_argument("--shrink", type=int, default=1, help="prompts so many times shorter: to try it without a GPU")
@@ -261,19 +268,28 @@ def main() -> int:
         "null": ({"kv_connector": "NullConnector", "kv_connector_module_path": "null_connector"}, ()), "ours": (ours, ()),
         "lmcache": ({"kv_connector": "LMCacheConnectorV1"}, ()), "offloading": ({"kv_connector": "OffloadingConnector", **offloading}, ()),
     }  # fmt: skip
-    wanted: list[tuple[str, dict | None, str, tuple[str, ...]]] = []
-    for name in args.arms.split(","):
-        wanted.append((name, known[name][0], "", known[name][1]))
-    for name, folder in (v.split("=", 1) for v in args.variant):
-        wanted.append((name, ours, folder, ()))
-    arms = [Served(name, args, args.port + 7 * i, *rest) for i, (name, *rest) in enumerate(wanted)]
+    wanted: list[tuple] = [(name, known[name][0], "", known[name][1]) for name in args.arms.split(",")]
+    for name, where in (v.split("=", 1) for v in args.variant):
+        folder, *settings = where.split(",")
+        wanted.append((name, ours, folder, (), dict(s.split("=", 1) for s in settings)))
     phases = args.only.split(",")
+    arms: list[Served] = []
+
+    def start(some: list[tuple]) -> bool:
+        made = [Served(name, args, args.port + 7 * (len(arms) + i), *rest) for i, (name, *rest) in enumerate(some)]
+        arms.extend(arm for arm in made if arm.up(until - 60) or say(f"{arm.name} did not start, see its log"))
+        for i, arm in enumerate(made):
+            if arm in arms:
+                arm.steps(1 + 10 * wanted.index(some[i]))  # the first is a warm-up
+        return bool(arms)
+
     try:
-        arms = [arm for arm in arms if arm.up(until - 60) or say(f"{arm.name} did not start, see its log")]
-        if not arms:
+        if "alone" in phases:
+            if not start(wanted[:1]):
+                return 1
+            long_turns(arms, "alone", 800000, args.shrink, args.between)
+        if not start(wanted[len(arms) :]):
             return 1
-        for arm in arms:
-            arm.steps(1)  # the first is a warm-up
         for phase, prepare in (
             ("fresh", lambda: None),
             ("stored", lambda: fill(arms, 700000, args.shrink)),

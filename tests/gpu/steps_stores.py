@@ -8,7 +8,7 @@ from gpu_session import Engine, Run, results, row, write
 from steps_waiting import beside_idle, of_idle
 
 #: the first is what the others are compared with
-ARMS = ("idle", "full", "dma:32", "dma:528", "copies:0", "gathers:528", "nothing", "gentle")
+ARMS = ("idle", "full", "dma:132", "copies:0", "gathers:528", "nothing", "pieces:0", "pieces:2")
 ON_CPU = ("idle", "full", "nothing")
 GRIDS = (32, 132, 264, 528, 1056)
 LOADS = ("load:dma:32", "load:copies:0", "load:dma:528", "load:head3:32", "load:head3:132", "load:head6:66")

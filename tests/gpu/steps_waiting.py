@@ -6,10 +6,9 @@ import statistics
 
 from gpu_session import Engine, Run, results, row, write
 
-STORING, LOADING = "store:direct:512", "load:dma:528"  # as the engine does while it generates
+STORING, LOADING = "store:piece:1", "load:dma:528"  # as the engine does while it generates
 DISTURBED = (
-    STORING, LOADING, f"{STORING}+{LOADING}", "load:dma:8", "load:dma:32", "load:dma:132", "load:direct:1024",
-    "store:direct:1024", "store:dma:32",
+    STORING, LOADING, f"{STORING}+{LOADING}", "load:copies:0", "load:dma:132", "store:piece:8", "store:piece:2", "store:dma:528",
 )  # fmt: skip
 
 

@@ -17,19 +17,16 @@ import torch
 from pdserve.kernels import gpu
 from pdserve.transfer.staging import DevicePages, Done, Part
 
-#: threads that one multiprocessor stores with; see staging.GENTLE_THREADS
-GENTLE = 512
-
 
 class StoreArms:
     """Of one engine's worker half. An arm is "full" or "idle" (as it is; nothing stored), "nothing" (all of the host's work,
-    nothing on the device), "copies" (DMA of whatever is staged), "gathers:N" (only the kernel, N thread blocks), "gentle"
-    (always one multiprocessor), "dma:N" (always DMA, N thread blocks; a third number: so many buffers)."""
+    nothing on the device), "copies" (DMA of whatever is staged), "gathers:N" (only the kernel, N thread blocks), "pieces:N" (the
+    engine's own copies are let in after each N MiB; 0: after a chunk), "dma:N" (N thread blocks; a third number: so many buffers)."""
 
     def __init__(self, side: Any) -> None:
         self._pages = side._pages.parts[0]
         self._own = {
-            name: getattr(self._pages, name) for name in ("store_all", "_way", "_gpu") if hasattr(self._pages, name)
+            name: getattr(self._pages, name) for name in ("store_all", "_piece", "_gpu") if hasattr(self._pages, name)
         }
         self._devices: dict[tuple[int, ...], gpu.Gpu] = {}
         self._stream: Any = None
@@ -37,7 +34,7 @@ class StoreArms:
 
     def choose(self, arm: str) -> None:
         pages = self._pages
-        for name in ("store_all", "_way"):
+        for name in ("store_all", "_piece"):
             pages.__dict__.pop(name, None)
         if "_gpu" in self._own:
             pages._gpu = self._own["_gpu"]
@@ -49,10 +46,10 @@ class StoreArms:
             return
         if not isinstance(pages, DevicePages):
             raise RuntimeError(f"{arm} needs a device")
-        if kind == "gentle":
-            pages._way = lambda lane: GENTLE
+        if kind == "pieces":
+            mib = int(sizes[0])
+            pages._piece = lambda: mib << 20
         elif kind == "dma":
-            pages._way = lambda lane: 0
             pages._gpu = self._device(*map(int, sizes))
         elif kind == "gathers":
             device = self._device(*map(int, sizes))

@@ -138,10 +138,10 @@ def without_kernels(library, tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("direct", "settles", "payload"),
-    [(0, True, ""), (0, False, rounded.INT8), (64, True, rounded.INT8), (64, False, "")],
+    ("piece", "settles", "payload"),
+    [(0, True, ""), (0, False, rounded.INT8), (1000, True, rounded.INT8), (4096, False, "")],
 )
-def test_many_chunks_through_the_lanes_with_marks(library, without_kernels, direct, settles, payload):
+def test_many_chunks_through_the_lanes_with_marks(library, without_kernels, piece, settles, payload):
     """More chunks than buffers, after work of the engine that they must wait for, and back behind such work."""
     views, geometry = make("packed NHD", 8, 2, 64, "bfloat16")
     geometry = dataclasses.replace(geometry, payload=payload, dtype="bfloat16")
@@ -158,7 +158,7 @@ def test_many_chunks_through_the_lanes_with_marks(library, without_kernels, dire
     mark = device.mark(0)
     plan = [rng.permutation(BLOCKS)[:2].tolist() for _ in range(chunks)]
     parts = [(p, tokens, stride, arena.ctypes.data + i * size) for i, p in enumerate(plan)]
-    tickets = device.submit(gpu.SAVE, mark, parts, direct)
+    tickets = device.submit(gpu.SAVE, mark, parts, piece)
     if settles:
         device.settle()
         for view in views:  # from here on the engine may write the blocks again
@@ -176,7 +176,7 @@ def test_many_chunks_through_the_lanes_with_marks(library, without_kernels, dire
     engine_writes(library, views, zero)  # earlier work: what is loaded must not be overwritten by it
     mark = device.mark(0)
     targets = [plan[-1][0], None]
-    ticket = device.load(mark, targets, tokens, stride, parts[-1][3], direct)
+    ticket = device.load(mark, targets, tokens, stride, parts[-1][3])
     while device.done(gpu.LOAD) <= ticket:
         pass  # each question lets the device do something
     assert device.digests(gpu.LOAD, ticket, tokens) == device.digests(gpu.SAVE, tickets[-1], tokens)
@@ -207,8 +207,6 @@ def test_one_kernel_alone_and_what_is_refused(without_kernels):
     for blocks, tokens, stride in (([1], 9, shard), ([1], 8, shard - 16), ([1], 8, 2 * shard), ([None], 8, shard)):
         with pytest.raises(gpu.GpuError):
             device.save(None, blocks, tokens, stride, chunk.ctypes.data)
-    with pytest.raises(gpu.GpuError, match="gpuHostGetDevicePointer"):
-        device.save(None, [1], 8, shard, chunk.ctypes.data, direct=32)  # not registered
     device.close()
 
 

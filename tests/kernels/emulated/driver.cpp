@@ -24,7 +24,7 @@ struct Event {
 enum { OK = 0, INVALID_VALUE = 1, NOT_FOUND = 500, NOT_READY = 600 };
 
 std::recursive_mutex guard;
-std::map<char*, size_t> registered, mapped;  // host memory that the device may address
+std::map<char*, size_t> registered;  // pinned host memory
 Stream engine;  // stream 0
 int kept = 0;   // allocations, streams, events, modules that nobody has given back
 
@@ -109,17 +109,8 @@ int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
 
 int cuMemAlloc_v2(void** out, size_t bytes) { return allocate(out, bytes); }
 int cuMemFree_v2(void* memory) { return release(memory); }
-int cuMemHostAlloc(void** out, size_t bytes, unsigned) {
-  allocate(out, bytes);
-  LOCKED;
-  mapped[static_cast<char*>(*out)] = bytes;
-  return OK;
-}
-int cuMemFreeHost(void* memory) {
-  LOCKED;
-  mapped.erase(static_cast<char*>(memory));
-  return release(memory);
-}
+int cuMemHostAlloc(void** out, size_t bytes, unsigned) { return allocate(out, bytes); }
+int cuMemFreeHost(void* memory) { return release(memory); }
 int cuMemsetD8_v2(void* memory, unsigned char value, size_t bytes) {
   std::memset(memory, value, bytes);
   return OK;
@@ -143,15 +134,6 @@ int cuMemHostRegister_v2(void* memory, size_t bytes, unsigned) {
 int cuMemHostUnregister(void* memory) {
   LOCKED;
   return registered.erase(static_cast<char*>(memory)) ? OK : INVALID_VALUE;
-}
-int cuMemHostGetDevicePointer_v2(void** device, void* host, unsigned) {
-  LOCKED;
-  *device = host;
-  char* const at = static_cast<char*>(host);
-  for (const auto& memory : {registered, mapped})
-    for (const auto& [begin, bytes] : memory)
-      if (begin <= at && at < begin + bytes) return OK;
-  return INVALID_VALUE;
 }
 
 int cuStreamCreateWithPriority(Stream** out, unsigned, int) { return make(out); }
