@@ -40,6 +40,7 @@ WARM_TIMEOUT = 300.0
 def run(args: argparse.Namespace) -> Result:
     args.repetitions = args.repetitions or TURNS
     base = read_base(args.topology)
+    variants.places(args.arm_gpus, variants.parse(args.arms))  # what is wrong with it is said before anything starts
     names, notes = usable(variants.parse(args.arms), base)
     with tempfile.TemporaryDirectory(prefix="pdserve-arms-") as folder:
         turns = _kept_up if args.keep_up else _in_turns
@@ -170,6 +171,8 @@ def deployment(
     """One arm, up and warm; stopped, with what it wrote to disk, at the end."""
     with _ONE_AT_A_TIME:
         service_port, http_port = port(), port()
+        if placed := variants.places(getattr(args, "arm_gpus", ""), variants.parse(args.arms)):
+            base = variants.on_gpus(base, placed[arm])
         raw = variants.make(arm, base, port, service_port)
         extra = others.environment(arm)
         raw["engine"]["env"] = {**(raw["engine"].get("env") or {}), **extra}

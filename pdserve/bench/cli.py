@@ -223,6 +223,12 @@ def add_arms(parser: argparse.ArgumentParser) -> None:
         "--keep-up", action="store_true", help="start every arm once and keep all up, idle while it is not their turn"
     )
     arms.add_argument(
+        "--arm-gpus",
+        default="",
+        metavar="G,G,...",
+        help="each arm's own GPUs (0,1 or 0+1,2+3), for --keep-up: engines that share a GPU change each other's speed",
+    )
+    arms.add_argument(
         "--first-port", type=int, default=0, metavar="N", help="the arms' ports: free ones from N on (default: any)"
     )
 

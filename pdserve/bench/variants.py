@@ -14,7 +14,7 @@ offloading  plain vLLM with its own OffloadingConnector, as large as pdserve's c
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pdserve.errors import ConfigError
@@ -76,6 +76,31 @@ def make(arm: str, base: Raw, port: PortMaker, service_port: int = 0) -> Raw:
     _cache(arm, raw, port)
     if arm in ("lmcache", "nixl", "offloading"):
         _connector(arm, raw, base, port, service_port)
+    return raw
+
+
+def places(text: str, names: Sequence[str]) -> dict[str, list[int]]:
+    """`--arm-gpus`: each arm's GPUs, one entry for each arm; empty: where the topology says."""
+    if not text:
+        return {}
+    try:
+        found = [[int(gpu) for gpu in entry.split("+")] for entry in text.split(",")]
+    except ValueError:
+        raise ConfigError("--arm-gpus", f"{text!r} is not like 0,1 or 0+1,2+3") from None
+    if len(found) != len(names):
+        raise ConfigError("--arm-gpus", f"{text!r} is for {len(found)} arms, and there are {len(names)}: {', '.join(names)}")
+    return dict(zip(names, found, strict=True))
+
+
+def on_gpus(base: Raw, gpus: Sequence[int]) -> Raw:
+    """The topology with its engines on these GPUs, each on as many."""
+    raw = copy.deepcopy(base)
+    machines = [machine for role in ("prefill", "decode", "both") for machine in raw.get(role) or []]
+    each, left = divmod(len(gpus), len(machines))
+    if left or not each:
+        raise ConfigError("--arm-gpus", f"{len(gpus)} GPUs cannot be shared by {len(machines)} engines evenly")
+    for i, machine in enumerate(machines):
+        machine["gpus"] = list(gpus[i * each : (i + 1) * each])
     return raw
 
 

@@ -95,10 +95,10 @@ STEPS = {
     ), cache_gib=28, about="8 documents of 20k, asked again at random, against all that keep KV on the host; what each is worth "
         "at a point; and nothing to reuse"),
     "no-loss": Step("gpu-cache,cache", (
-        Load("random", RANDOM.format(24), 9, rounds=16),
-        Load("all-hit", ALL_HIT, 9, rounds=16),
-        Load("agents-8", f"{AGENTS} --users 8 --duration 16 --warmup 4", 18),
-    ), kv_gib=36, about="where a cache below the GPU's can only be in the way: nothing reused, and everything in the GPU's own cache"),
+        Load("random", RANDOM.format(16), 7, rounds=16),
+        Load("all-hit", "all-hit --num-requests 24 --output-len 64", 6, rounds=16),
+    ), kv_gib=36, about="where a cache below the GPU's can only be in the way: nothing reused, and everything in the GPU's own cache; "
+        "with --arm-gpus 0,1 and then 1,0: alone on its GPU an engine steps slower than where others have used it"),
     "rates": Step("gpu-cache,cache", (
         Load("rates", "cache-rate --num-requests 12 --prompt-len 20000 --num-prefixes 8", 45, rounds=4),
     ), about="0 to 100 % of each 20k prompt sent before"),
@@ -114,7 +114,7 @@ class Lane:
     def __init__(self, args: argparse.Namespace, step: Step) -> None:
         self.step, self.out, self.first_port = step, args.out, FIRST_PORT + PORTS * args.gpu
         self.until = time.monotonic() + args.budget
-        self.traces = args.traces
+        self.traces, self.arm_gpus = args.traces, args.arm_gpus
         text = TOPOLOGY.format(
             gpu=args.gpu,
             model=args.model.resolve(),
@@ -130,6 +130,7 @@ class Lane:
         name, *words = load.words.format(traces=self.traces).split()
         given = [*IDS.split(), "--arms", self.step.arms, "--topology", str(self.topology), "--first-port", str(self.first_port)]
         given += ["--settle", SETTLE[name == "regimes"], "--timeout", "60", "--out", str(self.out), "--name", load.name, "--quiet"]
+        given += ["--arm-gpus", self.arm_gpus] if self.arm_gpus else []
         return [name, *words, *given, *([] if name == "regimes" else WORKLOADS.split())]
 
     def left(self) -> float:
@@ -139,8 +140,11 @@ class Lane:
 def check(lane: Lane) -> None:
     """Everything that can be wrong without a GPU: the arms' topologies, their processes, the plans' lengths."""
     ports = itertools.count(lane.first_port)
-    for arm in variants.parse(lane.step.arms):
-        top = topology.parse(yaml.safe_dump(variants.make(arm, lane.base, lambda: next(ports), 9999)))
+    names = variants.parse(lane.step.arms)
+    placed = variants.places(lane.arm_gpus, names)
+    for arm in names:
+        base = variants.on_gpus(lane.base, placed[arm]) if placed else lane.base
+        top = topology.parse(yaml.safe_dump(variants.make(arm, base, lambda: next(ports), 9999)))
         for process in plan.make(top, cores=list(range(16))).processes:
             print(f"   {arm}: {process.shell()}")
     for load in lane.step.loads:
@@ -199,6 +203,7 @@ def main() -> int:
         "--budget", type=float, default=540, help="seconds, starting and stopping included (default %(default)s)"
     )
     parser.add_argument("--arms", default="", help="instead of the step's own: two arms leave time for more rounds")
+    parser.add_argument("--arm-gpus", default="", help="each arm's own GPU, like 0,1 (default: all on --gpu)")
     parser.add_argument("--dry-run", action="store_true", help="check and print, start nothing")
     args = parser.parse_args()
     step = STEPS[args.step]

@@ -53,6 +53,21 @@ def test_every_arm_is_a_topology_of_the_same_engines(arm: str) -> None:
     assert (top.cache is not None) == (arm in ("pd", "pd+cache", "pd+adaptive", "cache"))
 
 
+def test_arms_on_gpus_of_their_own() -> None:
+    names = ["gpu-cache", "cache"]
+    assert variants.places("", names) == {}
+    assert variants.places("0,2+3", names) == {"gpu-cache": [0], "cache": [2, 3]}
+    for wrong in ("0", "0,1,2", "0,x", "0,,1"):
+        with pytest.raises(ConfigError, match="--arm-gpus"):
+            variants.places(wrong, names)
+    placed = variants.on_gpus(TWO, [4, 5, 6, 7])
+    assert [m["gpus"] for m in (*placed["prefill"], *placed["decode"])] == [[4, 5], [6, 7]]
+    assert "gpus" not in TWO["prefill"][0]
+    for few in ([], [1], [1, 2, 3]):
+        with pytest.raises(ConfigError, match="evenly"):
+            variants.on_gpus(TWO, few)
+
+
 def test_what_differs_is_the_kv_strategy() -> None:
     assert topology.parse(yaml.safe_dump(make("pd"))).cache.load == "never"  # type: ignore[union-attr]
     assert topology.parse(yaml.safe_dump(make("pd+cache"))).cache.load == "adaptive"  # type: ignore[union-attr]
