@@ -88,11 +88,14 @@ LOADS = (
     Load("sharegpt", CHATS, 10, arms=PAIR),
     Load("working-set", "working-set --working-sets 3000,7500 --document-length 1500 --num-requests 3 --output-len 4", 22, arms=PAIR),
 )  # fmt: skip
-#: two arms only, so that there is time for many turns: where nothing can be gained, and what two turns said too little of
-AGAIN = (
-    Load("no-reuse", RANDOM, 8, rounds=12),
+#: where nothing can be gained: short turns, and many, since one more makes the interval narrower
+NOTHING = (
+    Load("no-reuse", RANDOM, 8, rounds=60),
     Load("low-load", "chat-docs --num-documents 2 --document-length 1200 --num-users 4 --num-rounds 3 --output-len 8 "
-         "--max-inflight-requests 1", 8, rounds=12),
+         "--max-inflight-requests 1", 8, rounds=60),
+)  # fmt: skip
+#: two arms only, so that there is time for more turns
+AGAIN = (
     Load("sharegpt", CHATS, 7, rounds=6),
     Load("multi-round-qa", TALK, 24),
     Load("trace-replay", f"{AGENTS} --users 4 --duration 16 --warmup 3 --slo-ttft 1", 20),
@@ -125,7 +128,8 @@ class Step:
 REGIMES = "bench regimes --users 1 --requests 3 --output-len 2 --repetitions 3 --settle 0.3 --keep-up --quiet"
 STEPS = (
     Step("workloads", 720, "one", "gpu-cache,cache,lmcache", LOADS),
-    Step("no-loss", 700, "one", "gpu-cache,cache", AGAIN),
+    Step("no-loss", 1500, "one", "gpu-cache,cache", NOTHING),
+    Step("again", 400, "one", "gpu-cache,cache", AGAIN),
     Step("pd-interference", 270, "two", "gpu-cache,pd", (INTERFERENCE,)),
     Step("regimes", 330, "small", lines=(
         f"{REGIMES} --topology {{small}} --arms gpu-cache,cache-always,cache --working-sets 2000,6000 --lengths 300,1500 --reuse 0,90 "
