@@ -33,11 +33,14 @@ from gpu_session import daemon
 STREAMS, TOKENS, ROUNDS = 4, 160, 4
 results: dict = {"steps": []}
 table: list[str] = []
+_file: list[Path] = []
 
 
 def say(line: str) -> None:
     table.append(line)
     print(f"## {line}", flush=True)
+    for file in _file:  # as it comes: who is ended by a time limit leaves what was found
+        file.write_text(json.dumps({**results, "table": table}, indent=1))
 
 
 class Served:
@@ -239,6 +242,90 @@ def profile(arm: Served, seed: int, n: int) -> None:
         say(f"   {len(durations)} x {statistics.median(durations):.1f} us {name[:70]}")
 
 
+class Arms:
+    """Those that were asked for, and of them those that are up; every process that was started is ended by close()."""
+
+    START_S = 150.0  # several at once; one that takes longer is left out
+
+    def __init__(self, args: argparse.Namespace, socket: str) -> None:
+        ours = {
+            "kv_connector": "PdserveConnector", "kv_connector_module_path": "pdserve.engines.vllm.connector",
+            "kv_connector_extra_config": {"pdserve.socket": socket, "pdserve.load": "always"},
+        }  # fmt: skip
+        null = {"kv_connector": "NullConnector", "kv_connector_module_path": "null_connector"}
+        size = {"kv_connector_extra_config": {"cpu_bytes_to_use": args.peers_gib << 30}}
+        known: dict[str, tuple[dict | None, tuple[str, ...]]] = {
+            "plain": (None, ()),
+            "plain again": (None, ()),
+            "plain without hma": (None, ("--disable-hybrid-kv-cache-manager",)),
+            "null": (null, ()),
+            "ours": (ours, ()),
+            "lmcache": ({"kv_connector": "LMCacheConnectorV1"}, ()),
+            "offloading": ({"kv_connector": "OffloadingConnector", **size}, ()),
+        }
+        self._wanted: list[tuple] = [(name, known[name][0], "", known[name][1]) for name in args.arms.split(",")]
+        for name, where in (v.split("=", 1) for v in args.variant):
+            folder, *settings = where.split(",")
+            self._wanted.append((name, ours, folder, (), dict(s.split("=", 1) for s in settings)))
+        self._args, self._made = args, list[Served]()
+        self.up: list[Served] = []
+
+    def start(self, count: int | None = None) -> None:
+        """The next so many, or all that are left, side by side; RuntimeError when none at all is up then."""
+        first = len(self._made)
+        for name, *rest in self._wanted[first:] if count is None else self._wanted[first : first + count]:
+            self._made.append(Served(name, self._args, self._args.port + 7 * len(self._made), *rest))
+        until = time.monotonic() + self.START_S
+        for number, arm in enumerate(self._made[first:], first):
+            if arm.up(until):
+                arm.steps(1 + 10 * number)  # the first is a warm-up
+                self.up.append(arm)
+            else:
+                say(f"{arm.name} did not start, see its log")
+        if not self.up:
+            raise RuntimeError("no engine is up")
+
+    def close(self) -> None:
+        for arm in self._made:
+            arm.process.terminate()
+        for arm in self._made:
+            try:
+                arm.process.wait(15)
+            except subprocess.TimeoutExpired:
+                arm.process.kill()
+
+
+def short_turns(arms: list[Served], args: argparse.Namespace, until: float) -> None:
+    for phase, prepare in (
+        ("fresh", lambda: None),
+        ("stored", lambda: fill(arms, 700000, args.shrink)),
+        ("loaded", lambda: [arm.post("/reset_prefix_cache") for arm in arms] and fill(arms, 700000, args.shrink)),
+    ):
+        if time.monotonic() > until - 40:
+            say(f"{phase}: left out, no time is left")
+            continue
+        prepare()
+        measure(arms, phase, 100000 + 10000 * len(results["steps"]))
+
+
+def run(arms: Arms, args: argparse.Namespace, until: float) -> None:
+    phases = args.only.split(",")
+    if "alone" in phases:
+        arms.start(1)
+        long_turns(arms.up, "alone", 800000, args.shrink, args.between)
+    arms.start()
+    if "short" in phases:
+        short_turns(arms.up, args, until)
+    for phase, seconds, work in (
+        ("long", 20 * len(arms.up), lambda: long_turns(arms.up, "long turn", 900000, args.shrink)),
+        ("profile", 8 * len(arms.up), lambda: profiles(arms.up, 950000, args.shrink)),
+    ):
+        if phase in phases and time.monotonic() < until - 10 - seconds:
+            work()
+        elif phase in phases:
+            say(f"{phase}: left out, no time is left")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
@@ -256,72 +343,16 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=330, help="seconds for everything (default %(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    _file.append(args.out / "decode.json")
     until = time.monotonic() + args.budget
     cache, socket = daemon(f"decode-{args.port}", args.cache, args.port + 99, args.out)
-    ours = {
-        "kv_connector": "PdserveConnector", "kv_connector_module_path": "pdserve.engines.vllm.connector",
-        "kv_connector_extra_config": {"pdserve.socket": socket, "pdserve.load": "always"},
-    }  # fmt: skip
-    offloading = {"kv_connector_extra_config": {"cpu_bytes_to_use": args.peers_gib << 30}}
-    known: dict[str, tuple[dict | None, tuple[str, ...]]] = {
-        "plain": (None, ()), "plain again": (None, ()), "plain without hma": (None, ("--disable-hybrid-kv-cache-manager",)),
-        "null": ({"kv_connector": "NullConnector", "kv_connector_module_path": "null_connector"}, ()), "ours": (ours, ()),
-        "lmcache": ({"kv_connector": "LMCacheConnectorV1"}, ()), "offloading": ({"kv_connector": "OffloadingConnector", **offloading}, ()),
-    }  # fmt: skip
-    wanted: list[tuple] = [(name, known[name][0], "", known[name][1]) for name in args.arms.split(",")]
-    for name, where in (v.split("=", 1) for v in args.variant):
-        folder, *settings = where.split(",")
-        wanted.append((name, ours, folder, (), dict(s.split("=", 1) for s in settings)))
-    phases = args.only.split(",")
-    arms: list[Served] = []
-
-    def start(some: list[tuple]) -> bool:
-        made = [Served(name, args, args.port + 7 * (len(arms) + i), *rest) for i, (name, *rest) in enumerate(some)]
-        arms.extend(arm for arm in made if arm.up(until - 60) or say(f"{arm.name} did not start, see its log"))
-        for i, arm in enumerate(made):
-            if arm in arms:
-                arm.steps(1 + 10 * wanted.index(some[i]))  # the first is a warm-up
-        return bool(arms)
-
+    arms = Arms(args, socket)
     try:
-        if "alone" in phases:
-            if not start(wanted[:1]):
-                return 1
-            long_turns(arms, "alone", 800000, args.shrink, args.between)
-        if not start(wanted[len(arms) :]):
-            return 1
-        for phase, prepare in (
-            ("fresh", lambda: None),
-            ("stored", lambda: fill(arms, 700000, args.shrink)),
-            ("loaded", lambda: [arm.post("/reset_prefix_cache") for arm in arms] and fill(arms, 700000, args.shrink)),
-        ):
-            if "short" not in phases:
-                continue
-            if time.monotonic() > until - 40:
-                say(f"{phase}: left out, no time is left")
-                continue
-            prepare()
-            measure(arms, phase, 100000 + 10000 * len(results["steps"]))
-            (args.out / "decode.json").write_text(json.dumps({**results, "table": table}, indent=1))
-        for phase, seconds, work in (
-            ("long", 20 * len(arms), lambda: long_turns(arms, "long turn", 900000, args.shrink)),
-            ("profile", 8 * len(arms), lambda: profiles(arms, 950000, args.shrink)),
-        ):
-            if phase in phases and time.monotonic() < until - 10 - seconds:
-                work()
-            elif phase in phases:
-                say(f"{phase}: left out, no time is left")
+        run(arms, args, until)
     finally:
-        for arm in arms:
-            arm.process.terminate()
-        for arm in arms:
-            try:
-                arm.process.wait(15)
-            except subprocess.TimeoutExpired:
-                arm.process.kill()
+        arms.close()
         cache.terminate()
         cache.wait(20)
-        (args.out / "decode.json").write_text(json.dumps({**results, "table": table}, indent=1))
     return 0
 
 
