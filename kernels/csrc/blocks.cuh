@@ -173,8 +173,7 @@ __device__ __forceinline__ uint64_t grow_head(const Pages& pages, const Job& job
   return sum;
 }
 
-// grid: (any, 1 to heads), block: THREADS. `result` gets the sum of each head's shard, written by the
-// last block to finish.
+// grid: (any, 1 to heads), block: THREADS. `result` gets the sum of each head's shard, written by the last block to finish.
 // P 0: the bytes as they are, sizeof(V) at a time.
 template <typename V, bool GATHER, int P>
 __device__ __forceinline__ void move(const Pages& pages, const Job& job, const Sums& sums, uint64_t* result) {

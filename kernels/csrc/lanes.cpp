@@ -114,6 +114,11 @@ int end_turn(Lane& lane) {
   return 0;
 }
 
+// One ticket's digests, one per head, once what was submitted before on that stream has ended.
+gpuError_t fetch_digests(const Context& c, const Lane& lane, uint64_t place, gpuStream_t stream) {
+  return gpuMemcpyAsync(lane.results + place, lane.results_device + place, c.pages.heads * 8, gpuMemcpyDeviceToHost, stream);
+}
+
 // Bytes of one shard of a chunk.
 uint64_t shard_bytes(const Pages& p, uint32_t tokens) {
   const uint32_t token = p.parts * p.part_bytes;
@@ -297,7 +302,7 @@ int64_t pd_gpu_save(void* context, void* mark, const int32_t* blocks, int count,
     if (begin_turn(lane, stream)) return -1;
     if (at == 0) {
       TRY(gpuStreamWaitEvent(stream, slot->computed, 0));
-      TRY(gpuMemcpyAsync(lane.results + place, lane.results_device + place, c.pages.heads * 8, gpuMemcpyDeviceToHost, stream));
+      TRY(fetch_digests(c, lane, place, stream));
     }
     TRY(gpuMemcpyAsync(static_cast<unsigned char*>(host) + at, slot->buffer + at, size, gpuMemcpyDeviceToHost, stream));
     if (at + size == bytes) TRY(gpuEventRecord(slot->end, stream));
@@ -326,7 +331,7 @@ int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count,
   TRY(gpuEventRecord(slot->computed, lane.kernels));
   // On a stream of its own: it may have to wait for a save's turn to end, and the next scatter should not.
   TRY(gpuStreamWaitEvent(lane.copies[1], slot->computed, 0));
-  TRY(gpuMemcpyAsync(lane.results + place, lane.results_device + place, c.pages.heads * 8, gpuMemcpyDeviceToHost, lane.copies[1]));
+  TRY(fetch_digests(c, lane, place, lane.copies[1]));
   TRY(gpuEventRecord(slot->end, lane.copies[1]));
   return lane.submitted++;
 }
@@ -398,10 +403,10 @@ int pd_gpu_move(void* context, int which, const int32_t* blocks, int count, uint
   job.chunk = static_cast<unsigned char*>(chunk);
   const uint64_t place = (RESULTS - 1) * c.pages.heads;
   TRY(launch(c, which, job, lane, lane.results_device + place, grid));
-  TRY(gpuMemcpyAsync(lane.results + place, lane.results_device + place, c.pages.heads * 8, gpuMemcpyDeviceToHost, lane.kernels));
+  TRY(fetch_digests(c, lane, place, lane.kernels));
   TRY(gpuStreamSynchronize(lane.kernels));
   const uint64_t bytes = shard_bytes(c.pages, tokens);
-  for (uint32_t h = 0; h < c.pages.heads; h++) out[h] = finish(lane.results[(RESULTS - 1) * c.pages.heads + h], bytes);
+  for (uint32_t h = 0; h < c.pages.heads; h++) out[h] = finish(lane.results[place + h], bytes);
   return 0;
 }
 

@@ -40,8 +40,9 @@ WARM_TIMEOUT = 300.0
 def run(args: argparse.Namespace) -> Result:
     args.repetitions = args.repetitions or TURNS
     base = read_base(args.topology)
-    variants.places(args.arm_gpus, variants.parse(args.arms))  # what is wrong with it is said before anything starts
     names, notes = usable(variants.parse(args.arms), base)
+    for name in names:
+        placed(name, base, args)  # what is wrong with it is said before anything starts
     with tempfile.TemporaryDirectory(prefix="pdserve-arms-") as folder:
         turns = _kept_up if args.keep_up else _in_turns
         result = turns(args, names, base, Path(folder))
@@ -74,6 +75,12 @@ def usable(names: list[str], base: Raw) -> tuple[list[str], list[str]]:
     if not left:
         raise ConfigError("--arms", "none of them can be started here", " ".join(notes))
     return left, notes
+
+
+def placed(arm: str, base: Raw, args: argparse.Namespace) -> Raw:
+    """What the arm is made from: on GPUs of its own, where `--arm-gpus` names them."""
+    gpus = variants.places(getattr(args, "arm_gpus", ""), variants.parse(args.arms))
+    return variants.on_gpus(base, gpus[arm]) if gpus else base
 
 
 def remarks(names: list[str], base: Raw) -> list[str]:
@@ -171,9 +178,7 @@ def deployment(
     """One arm, up and warm; stopped, with what it wrote to disk, at the end."""
     with _ONE_AT_A_TIME:
         service_port, http_port = port(), port()
-        if placed := variants.places(getattr(args, "arm_gpus", ""), variants.parse(args.arms)):
-            base = variants.on_gpus(base, placed[arm])
-        raw = variants.make(arm, base, port, service_port)
+        raw = variants.make(arm, placed(arm, base, args), port, service_port)
         extra = others.environment(arm)
         raw["engine"]["env"] = {**(raw["engine"].get("env") or {}), **extra}
         file = folder / f"{raw['name']}.yaml"

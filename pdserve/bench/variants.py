@@ -23,6 +23,7 @@ from pdserve.topology import parse_size
 Raw = dict[str, Any]
 PortMaker = Callable[[], int]
 
+ROLES = ("prefill", "decode", "both")
 ALONE = ("no-cache", "gpu-cache", "lmcache", "offloading")
 SPLIT = ("pd", "pd+cache", "pd+adaptive", "nixl")
 NAMES = ("no-cache", "gpu-cache", "pd", "pd+cache", "pd+adaptive", "cache", "lmcache", "nixl", "offloading")
@@ -41,7 +42,7 @@ def parse(text: str) -> list[str]:
 
 
 def engines(raw: Raw) -> list[Raw]:
-    return [dict(e) for role in ("prefill", "decode", "both") for e in raw.get(role) or []]
+    return [dict(e) for role in ROLES for e in raw.get(role) or []]
 
 
 def why_not(arm: str, raw: Raw) -> str:
@@ -88,20 +89,21 @@ def places(text: str, names: Sequence[str]) -> dict[str, list[int]]:
     except ValueError:
         raise ConfigError("--arm-gpus", f"{text!r} is not like 0,1 or 0+1,2+3") from None
     if len(found) != len(names):
-        raise ConfigError("--arm-gpus", f"{text!r} is for {len(found)} arms, and there are {len(names)}: {', '.join(names)}")
+        raise ConfigError(
+            "--arm-gpus", f"{text!r} is for {len(found)} arms, and there are {len(names)}: {', '.join(names)}"
+        )
     return dict(zip(names, found, strict=True))
 
 
 def on_gpus(base: Raw, gpus: Sequence[int]) -> Raw:
     """The topology with its engines on these GPUs, each on as many."""
-    raw = copy.deepcopy(base)
-    machines = [machine for role in ("prefill", "decode", "both") for machine in raw.get(role) or []]
-    each, left = divmod(len(gpus), len(machines))
+    count = len(engines(base))
+    each, left = divmod(len(gpus), count)
     if left or not each:
-        raise ConfigError("--arm-gpus", f"{len(gpus)} GPUs cannot be shared by {len(machines)} engines evenly")
-    for i, machine in enumerate(machines):
-        machine["gpus"] = list(gpus[i * each : (i + 1) * each])
-    return raw
+        raise ConfigError("--arm-gpus", f"{len(gpus)} GPUs cannot be shared by {count} engines evenly")
+    shares = iter(list(gpus[i : i + each]) for i in range(0, len(gpus), each))
+    placed = {role: [{**machine, "gpus": next(shares)} for machine in base[role]] for role in ROLES if base.get(role)}
+    return {**base, **placed}
 
 
 def name_of(arm: str, base: Raw) -> str:

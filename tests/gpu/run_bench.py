@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from pdserve import topology
-from pdserve.bench import one, suite, variants
+from pdserve.bench import arms, one, suite, variants
 from pdserve.bench.regimes import sweep
 from pdserve.bench.runner import Server
 from pdserve.bench.suite import Load
@@ -140,10 +140,9 @@ class Lane:
 def check(lane: Lane) -> None:
     """Everything that can be wrong without a GPU: the arms' topologies, their processes, the plans' lengths."""
     ports = itertools.count(lane.first_port)
-    names = variants.parse(lane.step.arms)
-    placed = variants.places(lane.arm_gpus, names)
-    for arm in names:
-        base = variants.on_gpus(lane.base, placed[arm]) if placed else lane.base
+    words = suite.parsed(lane.words(lane.step.loads[0]))
+    for arm in variants.parse(lane.step.arms):
+        base = arms.placed(arm, lane.base, words)
         top = topology.parse(yaml.safe_dump(variants.make(arm, base, lambda: next(ports), 9999)))
         for process in plan.make(top, cores=list(range(16))).processes:
             print(f"   {arm}: {process.shell()}")
