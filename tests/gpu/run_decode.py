@@ -28,19 +28,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_probe import GRAPHS, prompt
-from gpu_session import daemon
+from gpu_session import daemon, keep_in, results, row
 
 STREAMS, TOKENS, ROUNDS = 4, 160, 4
-results: dict = {"steps": []}
-table: list[str] = []
-_file: list[Path] = []
-
-
-def say(line: str) -> None:
-    table.append(line)
-    print(f"## {line}", flush=True)
-    for file in _file:  # as it comes: who is ended by a time limit leaves what was found
-        file.write_text(json.dumps({**results, "table": table}, indent=1))
+results["steps"] = []
 
 
 class Served:
@@ -186,9 +177,10 @@ def show(arms: list[Served], phase: str) -> None:
         of = [r for r in rows if r["arm"] == arm.name]
         p50, cpu, switches = (statistics.median(r[k] for r in of) for k in ("p50", "cpu_ms", "switches"))
         low, high = min(r["p50"] for r in of), max(r["p50"] for r in of)
-        say(
-            f"{phase}: {arm.name}: p50 {p50:.3f} ms ({low:.3f} to {high:.3f}), {p50 / plain:.4f} of plain; "
-            f"{cpu:.2f} ms of processor and {switches:.1f} switches a step, cores {[r['core'] for r in of]}"
+        row(
+            f"{phase}: {arm.name}",
+            f"p50 {p50:.3f} ms ({low:.3f} to {high:.3f}), {p50 / plain:.4f} of plain; "
+            f"{cpu:.2f} ms of processor and {switches:.1f} switches a step, cores {[r['core'] for r in of]}",
         )
 
 
@@ -214,7 +206,7 @@ def profile(arm: Served, seed: int, n: int) -> None:
         if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
     )
     if not work:
-        say(f"profile {arm.name}: no kernels: not on a GPU?")
+        row(f"profile {arm.name}", "no kernels: not on a GPU?")
         return
     work = work[len(work) // 3 :]  # the steps with prompts in them are the first ones
     by_name: dict[str, list[float]] = defaultdict(list)
@@ -234,12 +226,13 @@ def profile(arm: Served, seed: int, n: int) -> None:
         "before_long_gaps": sorted(gaps, reverse=True)[:20],
         "top": [(name[:120], len(d), sum(d), statistics.median(d)) for name, d in top],
     }  # fmt: skip
-    say(
-        f"profile {arm.name}: {len(work)} kernels in {span / 1e3:.1f} ms: {100 * busy / span:.1f} % busy, gaps over 20 us "
-        f"{100 * long / span:.1f} %, shorter ones {100 * (span - busy - long) / span:.1f} %"
+    row(
+        f"profile {arm.name}",
+        f"{len(work)} kernels in {span / 1e3:.1f} ms: {100 * busy / span:.1f} % busy, gaps over 20 us "
+        f"{100 * long / span:.1f} %, shorter ones {100 * (span - busy - long) / span:.1f} %",
     )
     for name, durations in top[:6]:
-        say(f"   {len(durations)} x {statistics.median(durations):.1f} us {name[:70]}")
+        row(f"   {name[:70]}", f"{len(durations)} x {statistics.median(durations):.1f} us")
 
 
 class Arms:
@@ -281,7 +274,7 @@ class Arms:
                 arm.steps(1 + 10 * number)  # the first is a warm-up
                 self.up.append(arm)
             else:
-                say(f"{arm.name} did not start, see its log")
+                row(arm.name, "did not start, see its log")
         if not self.up:
             raise RuntimeError("no engine is up")
 
@@ -302,7 +295,7 @@ def short_turns(arms: list[Served], args: argparse.Namespace, until: float) -> N
         ("loaded", lambda: [arm.post("/reset_prefix_cache") for arm in arms] and fill(arms, 700000, args.shrink)),
     ):
         if time.monotonic() > until - 40:
-            say(f"{phase}: left out, no time is left")
+            row(phase, "left out, no time is left")
             continue
         prepare()
         measure(arms, phase, 100000 + 10000 * len(results["steps"]))
@@ -323,7 +316,7 @@ def run(arms: Arms, args: argparse.Namespace, until: float) -> None:
         if phase in phases and time.monotonic() < until - 10 - seconds:
             work()
         elif phase in phases:
-            say(f"{phase}: left out, no time is left")
+            row(phase, "left out, no time is left")
 
 
 def main() -> int:
@@ -343,7 +336,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=330, help="seconds for everything (default %(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    _file.append(args.out / "decode.json")
+    keep_in(args.out / "decode.json")
     until = time.monotonic() + args.budget
     cache, socket = daemon(f"decode-{args.port}", args.cache, args.port + 99, args.out)
     arms = Arms(args, socket)

@@ -31,24 +31,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_session import daemon
+from gpu_session import daemon, keep_in, results, row, table
 
 from pdserve.engines.vllm import dialect
 
 GRAPHS = '{"mode":0,"cudagraph_mode":"FULL_DECODE_ONLY","cudagraph_capture_sizes":[1,2,4,8,16,32]}'
 P, D = 8100, 8200
 PROXIES = (8300, 8301)  # with --early-decode, and with --early-token besides
-results: dict = {}
-table: list[tuple[str, str]] = []
-out_file: Path | None = None
 until = float("inf")
-
-
-def row(what: str, figure: str) -> None:
-    table.append((what, figure))
-    print(f"## {what}: {figure}", flush=True)
-    if out_file is not None:
-        out_file.write_text(json.dumps({**results, "table": table}, indent=1))
 
 
 def enough(what: str, seconds: float) -> bool:
@@ -328,7 +318,7 @@ def streams() -> None:
 
 
 def main() -> None:
-    global out_file, until, P, D, PROXIES
+    global until, P, D, PROXIES
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", required=True, type=Path)
@@ -359,7 +349,8 @@ def main() -> None:
         return
     P, D, PROXIES = P + 10 * args.lane, D + 10 * args.lane, tuple(port + 10 * args.lane for port in PROXIES)
     args.out.mkdir(parents=True, exist_ok=True)
-    out_file, until = args.out / "pd.json", time.monotonic() + args.budget
+    keep_in(args.out / "pd.json")
+    until = time.monotonic() + args.budget
     cache, socket = daemon(f"pd{args.lane}", "24GiB", 8090 + args.lane, args.out)
     first, second = args.gpus.split(",")
     engines = [
