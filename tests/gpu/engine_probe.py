@@ -291,8 +291,9 @@ class Probe:
         }  # fmt: skip
 
     def _lanes(self, stop: threading.Event, moved: list[int], how: str) -> list[threading.Thread]:
-        """`how`: "store:piece:8" (MiB between which others may copy), "load:dma:32" (thread blocks), "load:copies:0" (DMA and no
-        kernel), "load:head4:32" (one head at a time, 4 buffers); or two of them with "+" between."""
+        """`how`: "store:turns:1" (as the engine does, giving way to loads; MiB between which others may copy), "store:piece:8" (never
+        giving way), "load:dma:32" (thread blocks), "load:copies:0" (DMA and no kernel), "load:head4:32" (one head at a time, 4
+        buffers); or two of them with "+" between."""
         ways = [part.split(":") for part in how.split("+")]
         moves = [self._mover(way == "load", kind, int(size)) for way, kind, size in ways]
 
@@ -309,7 +310,7 @@ class Probe:
         from pdserve.transfer import wire
         from pdserve.transfer.staging import stride_of
 
-        pages, client = self.side._pages.parts[0], self.side._client
+        pages, client, way = self.side._pages.parts[0], self.side._client, self.side._way
         shard, heads = pages.shard_bytes(256), pages.shard_count
         stride = stride_of(shard)
         items = [wire.ReserveItem(os.urandom(32), b"", 0, heads, shard, 256, count=heads) for _ in range(79)]
@@ -319,7 +320,7 @@ class Probe:
         for n, grant in enumerate(grants):
             ids = [top - 16 * n - i for i in range(16)]
             parts.append((ids, 256, stride, client.arena.bytes[grant.offset :].ctypes.data))
-        lane, piece = (gpu.LOAD if load else gpu.SAVE), (size << 20 if kind == "piece" else 0)
+        lane, piece = (gpu.LOAD if load else gpu.SAVE), (size << 20 if kind in ("piece", "turns") else 0)
         # Lanes of their own: those of the engine have one thread each.
         device, work = None, None
         if kind == "copies":
@@ -328,14 +329,20 @@ class Probe:
         elif kind.startswith("head"):
             device, parts = self._arms_module().one_head(pages, parts, size, int(kind[4:] or 3))
         else:
-            more = {} if kind == "piece" else {"blocks": size}
+            more = {"blocks": size} if kind == "dma" else {}
             device = gpu.Gpu(pages._arch, pages._device, pages._geometry, pages._staging_bytes, **more)
 
         def once() -> int:
             if work is not None:
                 work()
+            elif kind == "turns":
+                for some in way.turns(parts, pages.together):
+                    last = device.submit(lane, None, some, piece)[-1]
+                device.wait(lane, last)
             else:
+                way.loading(load)
                 device.wait(lane, device.submit(lane, None, parts, piece)[-1])
+                way.loading(False)
             return len(grants) * heads * shard
 
         def end() -> None:

@@ -6,9 +6,9 @@ import statistics
 
 from gpu_session import Engine, Run, results, row, write
 
-STORING, LOADING = "store:piece:1", "load:dma:528"  # as the engine does while it generates
+STORING, LOADING = "store:turns:1", "load:dma:528"  # as the engine does while it generates
 DISTURBED = (
-    STORING, LOADING, f"{STORING}+{LOADING}", "load:copies:0", "load:dma:132", "store:piece:8", "store:piece:2", "store:dma:528",
+    STORING, LOADING, f"{STORING}+{LOADING}", f"store:piece:1+{LOADING}", f"{STORING}+load:copies:0", "load:copies:0", "store:piece:1",
 )  # fmt: skip
 
 

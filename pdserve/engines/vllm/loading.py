@@ -15,6 +15,7 @@ from typing import Any
 
 from pdserve import log
 from pdserve.engines.vllm.copier import RPC_S, Copier
+from pdserve.engines.vllm.giving_way import GivingWay
 from pdserve.engines.vllm.messages import ChunkExpected, ChunkLoad, LoadJob, LoadResult
 from pdserve.engines.vllm.parts import Parts
 from pdserve.errors import CacheError
@@ -30,13 +31,15 @@ WINDOW = 64
 class Loader(Copier):
     """One thread. `done(job, result, failed blocks)` is called on it, once for every job that was put."""
 
-    def __init__(self, client: CacheClient, done: Callable[[LoadJob, LoadResult, set[int]], None]) -> None:
+    def __init__(
+        self, client: CacheClient, done: Callable[[LoadJob, LoadResult, set[int]], None], *, way: GivingWay
+    ) -> None:
         super().__init__(client, "pdserve-load")  # jobs: a load, or the requests that nobody waits for any more
-        self._done = done
+        self._done, self._way = done, way
 
     def put(self, job: LoadJob, mark: Any) -> None:
         """`mark`: the point in the engine's work that the load must not overtake."""
-        self._jobs.put(_Load(job, mark))
+        self._jobs.put(_Load(job, mark, self._way))
 
     def drop(self, request_ids: set[str]) -> None:
         """Nobody waits for these any more: what is still to come for them is not waited for."""
@@ -64,6 +67,7 @@ class Loader(Copier):
                     for load in (x for x in arriving if x.job.request_id in item):
                         load.result.error = "the request is gone"
             arriving = [load for load in arriving if not self._advance(load)]
+            self._way.loading(any(load.moving for load in arriving))
         for load in arriving:
             load.result.error = "the engine is closing"
             self._end(load)
@@ -110,8 +114,8 @@ class _Flight:
 class _Load:
     """One job under way."""
 
-    def __init__(self, job: LoadJob, mark: Any) -> None:
-        self.job, self._mark = job, mark
+    def __init__(self, job: LoadJob, mark: Any, way: GivingWay) -> None:
+        self.job, self._mark, self._way = job, mark, way
         self.result = LoadResult()
         self.started = time.perf_counter()
         self.came = False  # whether the last look found something
@@ -124,6 +128,10 @@ class _Load:
     @property
     def open(self) -> bool:
         return bool(self._ready or self._expected or self._flights)
+
+    @property
+    def moving(self) -> bool:
+        return bool(self._flights)
 
     def unfilled(self) -> set[int]:
         """Blocks that do not hold what they should."""
@@ -169,6 +177,7 @@ class _Load:
     def _fly(self, pages: Parts, arena: Arena, flight: _Flight, chunks: Sequence[ChunkLoad]) -> None:
         """Submits all of them, which waits while all buffers are in use."""
         flight.chunks, flight.verified = chunks, [0] * len(chunks)
+        self._way.loading(True)
         # The first by itself: while it is on its way, the next ones are made ready.
         for at in (0, *range(1, len(chunks), pages.together)):
             some = chunks[at : at + pages.together] if at else chunks[:1]

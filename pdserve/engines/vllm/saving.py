@@ -16,6 +16,7 @@ from typing import Any
 from pdserve import log
 from pdserve.engines.vllm.copier import RPC_S, Copier
 from pdserve.engines.vllm.facts import StoreFacts
+from pdserve.engines.vllm.giving_way import GivingWay
 from pdserve.engines.vllm.messages import ChunkSave, SaveJob
 from pdserve.engines.vllm.parts import Parts
 from pdserve.errors import CacheError
@@ -34,9 +35,17 @@ class Saver(Copier):
     """One thread. `done(request id)` is called, from it or from put(), once for every job that was put."""
 
     def __init__(
-        self, client: CacheClient, done: Callable[[str], None], *, shards: int, writer: str, facts: StoreFacts
+        self,
+        client: CacheClient,
+        done: Callable[[str], None],
+        *,
+        shards: int,
+        writer: str,
+        facts: StoreFacts,
+        way: GivingWay,
     ) -> None:
         super().__init__(client, "pdserve-save")
+        self._way = way
         self._done, self._shards, self._writer, self._facts = done, shards, writer, facts
         self._lock = threading.Condition()
         self._outstanding: dict[str, list[SaveJob]] = {}  # accepted and not done, by request
@@ -102,11 +111,11 @@ class Saver(Copier):
         try:
             if arena is not None and granted:
                 pages.attach(arena, self._client.chunk_tokens)
-                for at in range(0, len(granted), pages.together):
+                for some in self._way.turns(granted, pages.together):
                     if not self._begin_copy(job):
                         break
                     try:
-                        _submit(pages, arena, mark, granted[at : at + pages.together], moving)
+                        _submit(pages, arena, mark, some, moving)
                     finally:
                         self._end_copy()
                     moving.commit(COMMIT_TOGETHER * len(pages.parts))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from pdserve import log
 from pdserve.engines.vllm.facts import Nobody, StoreFacts, Teller
+from pdserve.engines.vllm.giving_way import GivingWay
 from pdserve.engines.vllm.loading import Loader
 from pdserve.engines.vllm.messages import LoadJob, LoadResult, StepPlan, WorkerReport
 from pdserve.engines.vllm.naps import clock
@@ -41,9 +42,10 @@ class WorkerSide:
         self._failed_blocks: set[int] = set()
         self._loading: set[str] = set()
         self._idle = False  # whether this step computes nothing
-        self._loader = Loader(client, self._loaded)
+        self._way = GivingWay()
+        self._loader = Loader(client, self._loaded, way=self._way)
         self._facts = StoreFacts(teller or Nobody())
-        self._saver = Saver(client, self._saved, shards=shards, writer=writer, facts=self._facts)
+        self._saver = Saver(client, self._saved, shards=shards, writer=writer, facts=self._facts, way=self._way)
 
     def register(self, parts: Sequence[Pages]) -> None:
         """`parts`: one for each layer group."""
@@ -64,6 +66,7 @@ class WorkerSide:
         if self._pages is None:
             return
         self._pages.decoding(plan.decodes)
+        self._way.decoding = plan.decodes and self._pages.on_device
         with self._lock:
             # Here and not with the saves: some vLLM versions announce no saves in a step that computes nothing.
             self._awaiting |= plan.awaiting
