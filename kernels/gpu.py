@@ -68,7 +68,7 @@ def library(arch: str) -> Library:
         ("mark", pointer, [i32, pointer]),
         ("unmark", None, [i32, pointer]),
         ("save", i64, [pointer, pointer, pointer, i32, u32, u64, pointer, u64]),
-        ("load", i64, [pointer, pointer, pointer, i32, u32, u64, pointer]),
+        ("load", i64, [pointer, pointer, pointer, i32, u32, u64, pointer, u64]),
         ("submit", i32, [pointer, i32, pointer, i32, pointer, pointer, pointer, pointer, pointer, u64]),
         ("submitted", i64, [pointer, i32]),
         ("done", i64, [pointer, i32]),
@@ -167,9 +167,15 @@ class Gpu:
         """
         return self._submit(self._lib.pd_gpu_save, mark, self._ids(blocks), tokens, stride, host, piece)
 
-    def load(self, mark: Mark | None, blocks: Sequence[int | None], tokens: int, stride: int, host: int) -> int:
-        """Submits host memory -> pages; None leaves that block alone."""
-        return self._submit(self._lib.pd_gpu_load, mark, self._ids(blocks), tokens, stride, host)
+    def load(
+        self, mark: Mark | None, blocks: Sequence[int | None], tokens: int, stride: int, host: int, piece: int = 0
+    ) -> int:
+        """Submits host memory -> pages; None leaves that block alone.
+
+        piece: as many heads at a time as have so many bytes (one at least), through little staging memory that stays in the
+        device's cache; 0: the chunk at once.
+        """
+        return self._submit(self._lib.pd_gpu_load, mark, self._ids(blocks), tokens, stride, host, piece)
 
     def _submit(
         self,
@@ -179,14 +185,14 @@ class Gpu:
         tokens: int,
         stride: int,
         host: int,
-        *more: int,
+        piece: int,
     ) -> int:
         handle = mark.handle if mark else None
-        return self._try(call(self._context, handle, ids.ctypes.data, ids.size, tokens, stride, host, *more))
+        return self._try(call(self._context, handle, ids.ctypes.data, ids.size, tokens, stride, host, piece))
 
     def submit(self, lane: int, mark: Mark | None, chunks: Sequence[Chunk], piece: int = 0) -> list[int]:
-        """Several chunks in one call, which holds no interpreter lock while it waits for buffers. One ticket each, in order;
-        fewer when the device refused one, and GpuError when it refused the first."""
+        """Several chunks in one call, which holds no interpreter lock while it waits for buffers; piece: as save and load have it.
+        One ticket each, in order; fewer when the device refused one, and GpuError when it refused the first."""
         ids = [self._ids(blocks) for blocks, _, _, _ in chunks]
         flat = np.ascontiguousarray(np.concatenate(ids))
         counts = np.array([i.size for i in ids], np.int32)

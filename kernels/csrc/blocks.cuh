@@ -22,6 +22,8 @@ template <> struct Words<uint2> {
   static PD_INLINE uint64_t get(const uint2& v, int) { return (uint64_t)v.x | (uint64_t)v.y << 32; }
 };
 
+// Heads are counted from the job's first one.
+
 // Bytes of one head's shard, and the sum of their mixed words, by all threads of one row of blocks.
 template <typename V, bool GATHER>
 __device__ __forceinline__ uint64_t move_head(const Pages& pages, const Job& job, uint32_t head) {
@@ -43,7 +45,7 @@ __device__ __forceinline__ uint64_t move_head(const Pages& pages, const Job& job
       const uint32_t slot = token / pages.block_tokens;
       const int32_t block = job.blocks[slot];
       if (block >= 0)
-        paged[u] = reinterpret_cast<unsigned char*>(pages.bases[layer]) + block * pages.block + head * pages.head +
+        paged[u] = reinterpret_cast<unsigned char*>(pages.bases[layer]) + block * pages.block + (job.first + head) * pages.head +
                    (token - slot * pages.block_tokens) * pages.token + part * pages.part + column * sizeof(V);
       value[u] = GPU_LOAD_ONCE(reinterpret_cast<const V*>(GATHER ? paged[u] : shard + (uint64_t)v * sizeof(V)));
     }
@@ -94,7 +96,7 @@ __device__ __forceinline__ unsigned char* paged_row(const Pages& pages, const Jo
   const uint32_t layer = row / job.tokens, token = row - layer * job.tokens, slot = token / pages.block_tokens;
   const int32_t block = job.blocks[slot];
   if (block < 0) return nullptr;
-  return reinterpret_cast<unsigned char*>(pages.bases[layer]) + block * pages.block + head * pages.head +
+  return reinterpret_cast<unsigned char*>(pages.bases[layer]) + block * pages.block + (job.first + head) * pages.head +
          (token - slot * pages.block_tokens) * pages.token;
 }
 
@@ -173,13 +175,13 @@ __device__ __forceinline__ uint64_t grow_head(const Pages& pages, const Job& job
   return sum;
 }
 
-// grid: (any, 1 to heads), block: THREADS. `result` gets the sum of each head's shard, written by the last block to finish.
+// grid: (any, 1 to the job's heads), block: THREADS. `result` gets the sum of each head's shard, written by the last block to finish.
 // P 0: the bytes as they are, sizeof(V) at a time.
 template <typename V, bool GATHER, int P>
 __device__ __forceinline__ void move(const Pages& pages, const Job& job, const Sums& sums, uint64_t* result) {
   __shared__ uint64_t partial[THREADS];
   __shared__ uint32_t largest[P && GATHER ? THREADS / TEAM : 1][8];
-  for (uint32_t head = blockIdx.y; head < pages.heads; head += gridDim.y) {
+  for (uint32_t head = blockIdx.y; head < job.heads; head += gridDim.y) {
     if constexpr (P == 0) partial[threadIdx.x] = move_head<V, GATHER>(pages, job, head);
     else if constexpr (GATHER) partial[threadIdx.x] = shrink_head<P>(pages, job, head, largest);
     else partial[threadIdx.x] = grow_head<P>(pages, job, head);
@@ -193,7 +195,7 @@ __device__ __forceinline__ void move(const Pages& pages, const Job& job, const S
   if (threadIdx.x == 0) {
     __threadfence();
     if (atomicAdd(sums.arrived, 1u) == gridDim.x * gridDim.y - 1) {
-      for (uint32_t h = 0; h < pages.heads; h++) result[h] = atomicExch(&sums.by_head[h], 0ull);
+      for (uint32_t h = 0; h < job.heads; h++) result[h] = atomicExch(&sums.by_head[h], 0ull);
       atomicExch(sums.arrived, 0u);
     }
   }
