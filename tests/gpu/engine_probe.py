@@ -292,8 +292,9 @@ class Probe:
 
     def _lanes(self, stop: threading.Event, moved: list[int], how: str) -> list[threading.Thread]:
         """`how`: "store:turns:1" (as the engine does, giving way to loads; MiB between which others may copy), "store:piece:8" (never
-        giving way), "load:dma:32" (thread blocks), "load:copies:0" (DMA and no kernel), "load:head4:32" (one head at a time, 4
-        buffers); or two of them with "+" between."""
+        giving way), "load:piece:9" (MiB of a chunk at once, as the engine does; 0: the chunk), "load:dma:32" (thread blocks, the chunk
+        at once), "load:copies:0" (DMA and no kernel), "load:head4:32" (one head at a time as a chunk of its own, 4 buffers); or two of
+        them with "+" between."""
         ways = [part.split(":") for part in how.split("+")]
         moves = [self._mover(way == "load", kind, int(size)) for way, kind, size in ways]
 

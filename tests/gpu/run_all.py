@@ -45,7 +45,7 @@ STEPS = (
         "first token from DRAM at 2k, 10k, 20k, 30k tokens, beside plain vLLM; KV byte by byte; with the start", pair=True,
     ),
     Step("throughput", throughput, 110, "nothing to reuse and all in the GPU's cache, in turn with plain vLLM", pair=True),
-    Step("itl", between_tokens, 110, "time between tokens of 8 streams while 20k tokens are stored or loaded", pair=True),
+    Step("itl", between_tokens, 240, "time between tokens of 8 streams while 20k tokens are stored or loaded", pair=True),
     Step("timeline", timeline, 90, "where each ms of a first token goes, from DRAM and from plain vLLM's own cache", pair=True),
     Step("overhead", overhead, 200, "plain, a connector that does nothing, ours idle, ours; the time in each method", pair=True),
     Step("stores", stores, 300, "nothing to reuse, with parts of a store left out or changed, in one engine", pair=True),
