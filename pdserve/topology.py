@@ -44,6 +44,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_space_gib: Positive | None = None  # CPU only (else gpu_memory_utilization); None: CPU_KV_GIB
     enforce_eager: bool | None = None  # None: yes on the CPU (compiling takes minutes there and gains nothing)
     enable_prefix_caching: bool | None = None
+    second_context: bool | None = None  # CUDA only; None: where it is known to gain
     start_timeout: Seconds = 900.0
     kv_transfer_config: dict[str, Any] = {}  # another connector than pdserve's, as vLLM wants it
     extra_args: tuple[str, ...] = ()

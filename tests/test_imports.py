@@ -65,6 +65,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "pdserve.engines.vllm.loading": (CORE, "pdserve.transfer"),
     "pdserve.engines.vllm.copier": (CORE, "pdserve.transfer"),
     "pdserve.engines.vllm.parts": (CORE, "pdserve.transfer"),
+    "pdserve.engines.vllm.quick": (CORE, "pdserve.kernels", "torch"),
     "pdserve.engines.vllm.stages": (CORE, "pdserve.transfer.wire", "vllm"),
     "pdserve.engines.vllm.saving": (CORE, "pdserve.transfer", "numpy"),
     "pdserve.engines.vllm.stats": (CORE, "vllm", "prometheus_client"),

@@ -127,6 +127,11 @@ def test_what_engines_do_with_a_hit_and_another_connector_reach_the_command_line
         argv = plan.make(top, cores=[0]).processes[1].argv
         extra = json.loads(argv[argv.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
         assert extra.get("pdserve.payload") == wanted
+    for said, wanted in (("", None), (", second_context: false", False), (", second_context: true", True)):
+        top = topology.parse(f"{base.replace('device: cpu', f'device: cuda{said}')}cache: {{size: 1GiB}}\n")
+        argv = plan.make(top, cores=[0]).processes[1].argv
+        extra = json.loads(argv[argv.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+        assert extra.get("pdserve.second_context") is wanted
     other = topology.parse(base.replace("kind: vllm", "kv_transfer_config: {kv_connector: Other, kv_role: kv_both}"))
     argv = plan.make(other, cores=[0]).processes[0].argv
     assert json.loads(argv[argv.index("--kv-transfer-config") + 1]) == {"kv_connector": "Other", "kv_role": "kv_both"}

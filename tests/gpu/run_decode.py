@@ -245,6 +245,7 @@ class Arms:
             "kv_connector": "PdserveConnector", "kv_connector_module_path": "pdserve.engines.vllm.connector",
             "kv_connector_extra_config": {"pdserve.socket": socket, "pdserve.load": "always"},
         }  # fmt: skip
+        one = {**ours, "kv_connector_extra_config": {**ours["kv_connector_extra_config"], "pdserve.second_context": False}}
         null = {"kv_connector": "NullConnector", "kv_connector_module_path": "null_connector"}
         size = {"kv_connector_extra_config": {"cpu_bytes_to_use": args.peers_gib << 30}}
         known: dict[str, tuple[dict | None, tuple[str, ...]]] = {
@@ -253,6 +254,7 @@ class Arms:
             "plain without hma": (None, ("--disable-hybrid-kv-cache-manager",)),
             "null": (null, ()),
             "ours": (ours, ()),
+            "ours+one": (one, ()),
             "lmcache": ({"kv_connector": "LMCacheConnectorV1"}, ()),
             "offloading": ({"kv_connector": "OffloadingConnector", **size}, ()),
         }
@@ -324,7 +326,8 @@ def main() -> int:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--gpu", default="0")
-    parser.add_argument("--arms", default="plain,plain again,null,ours", help="also: plain without hma, lmcache, offloading")
+    more = "also: plain without hma, ours+one (without its second CUDA context), lmcache, offloading"
+    parser.add_argument("--arms", default="plain,plain again,null,ours", help=more)
     parser.add_argument("--only", default="short,long,profile", help="phases (default %(default)s)")
     parser.add_argument("--peers-gib", type=int, default=24, help="host memory of each peer (default %(default)s)")
     parser.add_argument("--port", type=int, default=8400)

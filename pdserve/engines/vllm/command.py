@@ -80,6 +80,8 @@ def kv_transfer_config(instance: Instance, context: Context) -> dict[str, object
         extra["pdserve.payload"] = context.cache_payload
     if context.layer_groups > 1:
         extra["pdserve.layer_groups"] = context.layer_groups
+    if instance.engine.second_context is not None:
+        extra["pdserve.second_context"] = instance.engine.second_context
     return {
         "kv_connector": "PdserveConnector",
         "kv_connector_module_path": "pdserve.engines.vllm.connector",

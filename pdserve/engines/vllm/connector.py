@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from pdserve import log
 from pdserve.chunk import AS_IS
-from pdserve.engines.vllm import detokenizing, finding, layout, naps, stages, versions
+from pdserve.engines.vllm import detokenizing, finding, layout, naps, quick, stages, versions
 from pdserve.engines.vllm.facts import Teller
 from pdserve.engines.vllm.messages import StepPlan
 from pdserve.engines.vllm.scheduler_side import SchedulerSide
@@ -113,7 +113,12 @@ class PdserveConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         assert self._worker is not None
-        self._worker.register(layout.pages(kv_caches, self._vllm_config, self._config, self._layout, self._rank))
+        transfer, device = self._vllm_config.kv_transfer_config, next(iter(kv_caches.values())).device
+        # Here, because no other thread may make a context while graphs are captured.
+        self._worker.register(
+            layout.pages(kv_caches, self._vllm_config, self._config, self._layout, self._rank),
+            quick.on(device, transfer.get_from_extra_config("pdserve.second_context", None), transfer.kv_role),
+        )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         worker, plan = self._worker, self._plan()

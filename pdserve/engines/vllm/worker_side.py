@@ -17,6 +17,7 @@ from pdserve.engines.vllm.loading import Loader
 from pdserve.engines.vllm.messages import LoadJob, LoadResult, StepPlan, WorkerReport
 from pdserve.engines.vllm.naps import clock
 from pdserve.engines.vllm.parts import Parts
+from pdserve.engines.vllm.quick import Quick
 from pdserve.engines.vllm.saving import Saver
 from pdserve.errors import CacheError
 from pdserve.transfer.client import CacheClient
@@ -41,14 +42,16 @@ class WorkerSide:
         self._received: set[str] = set()
         self._failed_blocks: set[int] = set()
         self._loading: set[str] = set()
+        self._quick: Quick | None = None
         self._idle = False  # whether this step computes nothing
         self._way = GivingWay()
         self._loader = Loader(client, self._loaded, way=self._way)
         self._facts = StoreFacts(teller or Nobody())
         self._saver = Saver(client, self._saved, shards=shards, writer=writer, facts=self._facts, way=self._way)
 
-    def register(self, parts: Sequence[Pages]) -> None:
-        """`parts`: one for each layer group."""
+    def register(self, parts: Sequence[Pages], quick: Quick | None = None) -> None:
+        """`parts`: one for each layer group. Both are closed with this."""
+        self._quick = quick
         self._pages = pages = Parts(parts)
         self._log.info("kernels: %s", pages.describe())
         if pages.on_device:
@@ -67,6 +70,8 @@ class WorkerSide:
             return
         self._pages.decoding(plan.decodes)
         self._way.decoding = plan.decodes and self._pages.on_device
+        if self._quick is not None:
+            self._quick.step(plan.decodes)
         with self._lock:
             # Here and not with the saves: some vLLM versions announce no saves in a step that computes nothing.
             self._awaiting |= plan.awaiting
@@ -110,6 +115,8 @@ class WorkerSide:
 
     def close(self) -> None:
         ended = [part.stop() for part in (self._saver, self._loader)]
+        if self._quick is not None:
+            self._quick.close()
         if self._pages is not None and all(ended):
             self._pages.close()
         self._facts.close()

@@ -1,0 +1,33 @@
+"""A second CUDA context beside torch's own, on a real device."""
+
+import pytest
+import torch
+
+from pdserve.kernels.second_context import SecondContext
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def free() -> int:
+    return torch.cuda.mem_get_info(0)[0]
+
+
+def test_torch_computes_on_and_the_memory_comes_back():
+    a = torch.randn(512, 512, device="cuda")
+    want = (a @ a).cpu()
+    before = free()
+    context = SecondContext(0)
+    assert free() < before, "it takes memory"
+    for _ in range(5):
+        context.touch()
+        assert torch.equal((a @ a).cpu(), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = a @ a
+    context.touch()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out.cpu(), want)
+    context.close()
+    assert free() >= before - (64 << 20)
+    assert torch.equal((a @ a).cpu(), want)
