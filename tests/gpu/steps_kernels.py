@@ -33,7 +33,7 @@ PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, f"--
 
 
 def kernel_tests(run: Run) -> None:
-    words = [sys.executable, "-P", *PYTEST, str(HERE / "test_blocks.py")]
+    words = [sys.executable, "-P", *PYTEST, str(HERE / "test_blocks.py"), str(HERE / "test_second_context.py")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=run.left, check=False)
     results["kernel_tests"] = done.stdout[-3000:]
     row("kernel tests", done.stdout.strip().splitlines()[-1] if done.stdout.strip() else f"exit {done.returncode}")
