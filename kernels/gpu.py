@@ -61,7 +61,7 @@ def library(arch: str) -> Library:
     pointer, i64, u64, i32, u32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_int, ctypes.c_uint32
     for name, result, arguments in (
         ("error", ctypes.c_char_p, []),
-        ("open", pointer, [i32, pointer, pointer, u64, i32, i32, i32, ctypes.c_char_p]),
+        ("open", pointer, [i32, pointer, pointer, u64, i32, i32, i32, i32, ctypes.c_char_p]),
         ("close", None, [pointer]),
         ("register", i32, [i32, pointer, u64]),
         ("unregister", i32, [i32, pointer]),
@@ -100,6 +100,7 @@ class Gpu:
     """Staging buffers and streams on one device for one paged KV cache.
 
     Each direction (SAVE, LOAD) may be used by one thread at a time. `staging_bytes` must hold one chunk of all heads.
+    keep: loads in pieces ask the device's cache to keep their staging memory, and not what they write.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Gpu:
         *,
         depth: int = 3,
         blocks: int = BLOCKS,
+        keep: bool = False,
     ) -> None:
         geometry.check()
         made = library(arch)
@@ -130,7 +132,7 @@ class Gpu:
         )
         bases = np.asarray(g.bases, dtype=np.uint64)
         self._context = self._lib.pd_gpu_open(
-            device, bases.ctypes.data, ctypes.byref(numbers), staging_bytes, depth, blocks, int(g.wide), made.code
+            device, bases.ctypes.data, ctypes.byref(numbers), staging_bytes, depth, blocks, int(g.wide), int(keep), made.code
         )
         if not self._context:
             raise GpuError(self._error())

@@ -20,6 +20,7 @@ struct Job {
   uint64_t stride;        // from one shard to the next
   uint32_t first, heads;  // which heads of the pages
   uint32_t tokens;
+  uint32_t keep;  // scatter without a payload: the chunk's memory should stay in the device's cache, for it is used over and over
   int32_t blocks[MAX_BLOCKS];  // by position in the chunk; negative: scatter leaves that block alone (the digest does not)
 };
 

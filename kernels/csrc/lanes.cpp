@@ -105,6 +105,7 @@ struct Context {
   uint64_t staging_bytes;
   uint32_t blocks;  // thread blocks of one kernel, all heads together
   bool wide;        // 16-byte accesses
+  bool keep;        // loads in pieces ask the device's cache to keep their places
   Lane lanes[2];
   Kernels kernels;
 };
@@ -153,6 +154,7 @@ int make_job(const Context& c, Job& job, const int32_t* blocks, int count, uint3
   job.tokens = tokens;
   job.first = 0;
   job.heads = c.pages.heads;
+  job.keep = 0;
   for (int i = 0; i < count; i++) {
     if (gather && blocks[i] < 0) return refuse("gather from no block");
     job.blocks[i] = blocks[i];
@@ -280,15 +282,16 @@ const char* pd_gpu_driver(const char* path) {
 #endif
 
 // `wide`: every address and stride of the pages is a multiple of 16. `code`: the kernels, if they are not in this library; not
-// needed once this returns. Returns null on error.
+// needed once this returns. `keep`: see Context. Returns null on error.
 void* pd_gpu_open(int device, const uint64_t* bases, const PdGeometry* g, uint64_t staging_bytes, int depth, int blocks, int wide,
-                  const void* code) {
+                  int keep, const void* code) {
   Context* c = new Context();
   c->device = device;
   c->pages = Pages{nullptr, g->block, g->head, g->token, g->part, g->layers, g->heads, g->parts, g->part_bytes, g->block_tokens, g->payload};
   c->staging_bytes = staging_bytes;
   c->blocks = (uint32_t)blocks;
   c->wide = wide != 0;
+  c->keep = keep != 0;
   auto open = [&]() -> int {
     TRY(gpuSetDevice(device));
     if (c->kernels.open(code)) return -1;
@@ -388,6 +391,7 @@ int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count,
   uint64_t* const result = lane.results_device + lane.submitted % RESULTS * heads;
   // The size of a place is the caller's word where it can be: shorter chunks are cut differently, but into the same places.
   const uint64_t place_bytes = piece ? std::min(lane.slot_bytes, rounded_up(std::max(piece, stride))) : lane.slot_bytes;
+  job.keep = c.keep && place_bytes < lane.slot_bytes;
   const uint32_t together = piece ? (uint32_t)std::clamp<uint64_t>(piece / stride, 1, heads) : heads;
   if (mark) TRY(gpuStreamWaitEvent(lane.kernels, static_cast<gpuEvent_t>(mark), 0));
   for (; job.first < heads; job.first += job.heads) {

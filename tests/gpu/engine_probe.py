@@ -293,8 +293,8 @@ class Probe:
     def _lanes(self, stop: threading.Event, moved: list[int], how: str) -> list[threading.Thread]:
         """`how`: "store:turns:1" (as the engine does, giving way to loads; MiB between which others may copy), "store:piece:8" (never
         giving way), "load:piece:9" (MiB of a chunk at once, as the engine does; 0: the chunk), "load:dma:32" (thread blocks, the chunk
-        at once), "load:copies:0" (DMA and no kernel), "load:head4:32" (one head at a time as a chunk of its own, 4 buffers); or two of
-        them with "+" between."""
+        at once), "load:copies:0" (DMA and no kernel), "load:keep:9" (as piece, and the device's cache is asked to keep the staging memory),
+        "load:aside:9" (and has room for that set aside); or two of them with "+" between."""
         ways = [part.split(":") for part in how.split("+")]
         moves = [self._mover(way == "load", kind, int(size)) for way, kind, size in ways]
 
@@ -321,16 +321,16 @@ class Probe:
         for n, grant in enumerate(grants):
             ids = [top - 16 * n - i for i in range(16)]
             parts.append((ids, 256, stride, client.arena.bytes[grant.offset :].ctypes.data))
-        lane, piece = (gpu.LOAD if load else gpu.SAVE), (size << 20 if kind in ("piece", "turns") else 0)
+        lane, piece = (gpu.LOAD if load else gpu.SAVE), (0 if kind in ("dma", "copies") else size << 20)
         # Lanes of their own: those of the engine have one thread each.
         device, work = None, None
         if kind == "copies":
             areas = [client.arena.bytes[g.offset : g.offset + heads * stride] for g in grants]
             work = self._arms_module().Copies(pages, areas, load).once
-        elif kind.startswith("head"):
-            device, parts = self._arms_module().one_head(pages, parts, size, int(kind[4:] or 3))
         else:
-            more = {"blocks": size} if kind == "dma" else {}
+            more = {"blocks": size} if kind == "dma" else {"keep": kind in ("keep", "aside")}
+            if kind == "aside":
+                self._arms_module().set_aside(pages._device, 3 * piece)
             device = gpu.Gpu(pages._arch, pages._device, pages._geometry, pages._staging_bytes, **more)
 
         def once() -> int:
@@ -349,6 +349,8 @@ class Probe:
         def end() -> None:
             if device is not None:
                 device.close()
+            if kind == "aside":
+                self._arms_module().set_aside(pages._device, 0)
             client.abort([g.reservation for g in grants], 5)
 
         return int(load), once, end

@@ -6,7 +6,6 @@ What the arms without a gather or without a copy store is garbage under keys of 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
@@ -182,18 +181,12 @@ class Copies:
         ends[-1].synchronize()
 
 
-def one_head(pages: Any, chunks: Sequence[Any], blocks: int, depth: int) -> tuple[gpu.Gpu, list[Any]]:
-    """(a device whose chunks are one head's, the same bytes as such chunks): an eighth of a staging buffer at a time stays in the
-    device's own cache. Each goes to other blocks of the first head, so that as much memory is written."""
-    geometry = dataclasses.replace(pages._geometry, heads=1)
-    heads, stride = pages.shard_count, chunks[0][2]
-    device = gpu.Gpu(pages._arch, pages._device, geometry, stride, blocks=blocks, depth=depth)
-    ids = [i for chunk in chunks for i in chunk[0]]
-    more = [i - len(ids) * k for k in range(4) for i in ids]
-    more = [i for i in more if i > 0]
-    cut = []
-    for n, (some, tokens, _, host) in enumerate(chunks):
-        for head in range(heads):
-            at = (n * heads + head) * len(some) % (len(more) - len(some))
-            cut.append((more[at : at + len(some)], tokens, stride, host + head * stride))
-    return device, cut
+def set_aside(device: int, nbytes: int) -> None:
+    """So much of the device's cache is for what asks to be kept; 0: as it was, and what is kept there is let go."""
+    torch.cuda.set_device(device)
+    torch.cuda.synchronize()
+    driver, persisting_l2_cache_size = ctypes.CDLL("libcuda.so.1"), 6
+    code = driver.cuCtxSetLimit(persisting_l2_cache_size, ctypes.c_size_t(nbytes))
+    code = code or (0 if nbytes else driver.cuCtxResetPersistingL2Cache())
+    if code:
+        raise RuntimeError(f"{nbytes} bytes of the device's cache set aside: error {code}")

@@ -181,15 +181,16 @@ def test_many_chunks_through_the_lanes_with_marks(arch, piece):
     device.close()
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("payload", ["", *rounded.PAYLOADS])
-def test_loads_in_pieces_and_at_once_through_the_same_memory(arch, payload):
+def test_loads_in_pieces_and_at_once_through_the_same_memory(arch, payload, keep):
     """40 chunks of two lengths, every way to cut them after every other; what DMA overwrote too early would be seen."""
     layers, names, geometry = case("packed NHD", 16, 8, 128, torch.bfloat16)
     geometry = device_layout.rounded(geometry, payload, "bfloat16") if payload else geometry
     views = [device_layout.view_of(t, names) for t in layers]
     expected = [v.clone() for v in views]
     full = -(-geometry.shard_bytes(256) // 4096) * 4096
-    device = gpu.Gpu(arch, 0, geometry, 8 * full)
+    device = gpu.Gpu(arch, 0, geometry, 8 * full, keep=keep)
     arena = np.zeros((40, 8 * full), np.uint8)
     device.register(arena.ctypes.data, arena.nbytes)
     tickets, wanted = [], []

@@ -209,7 +209,7 @@ def test_loads_in_pieces_and_at_once_through_the_same_memory(without_kernels, hu
     views, geometry = make("K and V apart", 8, 8, 32, "bfloat16")
     geometry = dataclasses.replace(geometry, payload=payload, dtype="bfloat16")
     full = -(-geometry.shard_bytes(16) // 64) * 64
-    device = gpu.Gpu("sm_90", 0, geometry, geometry.heads * full, depth=2, blocks=8)
+    device = gpu.Gpu("sm_90", 0, geometry, geometry.heads * full, depth=2, blocks=8, keep=bool(rng.integers(2)))
     hurry(int(hurries))
     heads_at_once = [2, 2, 0, 1, 3, 0, 0, 8, 1]  # 0: the chunk at once
     expected, kept, tickets = [v.clone() for v in views], [], []
