@@ -206,7 +206,8 @@ __device__ __forceinline__ void move(const Pages& pages, const Job& job, const S
   __shared__ uint32_t largest[P && GATHER ? THREADS / TEAM : 1][8];
   for (uint32_t head = blockIdx.y; head < job.heads; head += gridDim.y) {
     if constexpr (P == 0 && GATHER) partial[threadIdx.x] = move_head<V, true, false>(pages, job, head);
-    else if constexpr (P == 0) partial[threadIdx.x] = job.keep ? move_head<V, false, true>(pages, job, head) : move_head<V, false, false>(pages, job, head);
+    else if constexpr (P == 0 && !GATHER)
+      partial[threadIdx.x] = job.keep ? move_head<V, false, true>(pages, job, head) : move_head<V, false, false>(pages, job, head);
     else if constexpr (GATHER) partial[threadIdx.x] = shrink_head<P>(pages, job, head, largest);
     else partial[threadIdx.x] = grow_head<P>(pages, job, head);
     __syncthreads();
