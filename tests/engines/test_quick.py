@@ -24,22 +24,39 @@ class Context:
         self.closed.set()
 
 
-def test_touched_while_answers_are_generated(monkeypatch):
-    monkeypatch.setattr(quick, "EVERY_S", 0.01)
+def step_until_touched(owner: Quick, context: Context, seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        owner.step(True)
+        if context.touched.acquire(timeout=0.001):
+            return True
+    return False
+
+
+def test_touched_after_something_was_moved_and_while_answers_are_generated(monkeypatch):
+    monkeypatch.setattr(quick, "REST_S", 0.01)
     context = Context()
     owner = Quick(context)
     for _ in range(3):
         owner.step(False)
     assert not context.touched.acquire(timeout=0.1), "nobody generates"
-    end = time.monotonic() + 10
-    touched = 0
-    while touched < 3 and time.monotonic() < end:
-        owner.step(True)
-        touched += context.touched.acquire(timeout=0.001)
-    assert touched == 3, "again and again"
+    assert step_until_touched(owner, context), "what came before is not known"
+    assert not step_until_touched(owner, context, 0.1), "nothing was moved since"
+    for _ in range(2):
+        owner.used()
+        assert step_until_touched(owner, context)
     owner.close()
     assert context.closed.is_set()
     assert not owner._thread.is_alive()
+
+
+def test_touched_now_and_then_whatever_happens(monkeypatch):
+    monkeypatch.setattr(quick, "REST_S", 0.01)
+    monkeypatch.setattr(quick, "EVERY_S", 0.05)
+    context = Context()
+    owner = Quick(context)
+    assert all(step_until_touched(owner, context) for _ in range(3))
+    owner.close()
 
 
 def test_closed_while_it_rests():

@@ -1,21 +1,25 @@
 """Keeps a GPU quick that an engine has to itself.
 
 Alone on an H200, an engine's decoding steps take 3 to 4 % longer than after the device has switched to another context and back:
-each kernel of the CUDA graph begins 0.35 us later, for plain vLLM as for ours, until somebody else uses the device. So
-somebody does, once a second while answers are generated: a second context of this process, with an empty kernel.
+each kernel of the CUDA graph begins 0.35 us later, for plain vLLM as for ours, until somebody else uses the device. Plain vLLM then
+stays quick; an engine that stores or loads falls back. So after stores and loads, when none is under way any more, the device is
+touched in the next step that generates answers: an empty kernel in a second context of this process.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any, Protocol
 
 from pdserve import log
 from pdserve.errors import ConfigError
 from pdserve.kernels.second_context import SecondContext, SecondContextError
 
-#: from one touch to the next. Each costs what else runs there 0.4 ms; the device stays quick for longer than this
-EVERY_S = 1.0
+#: from one touch to the next, at least: it costs what else runs there 0.4 ms, so that fewer than one step in a hundred feels it
+REST_S = 1.0
+#: and at most, whatever else made the device slow
+EVERY_S = 10.0
 #: the only kind of device that this was measured on
 CAPABILITY = (9, 0)
 #: what must be free on the device before the context is made: itself 0.5 GiB, and vLLM's graphs are still to come
@@ -37,13 +41,19 @@ class Quick:
     def __init__(self, context: Touched) -> None:
         self._context = context
         self._wanted, self._closed = threading.Event(), threading.Event()
+        self._used, self._touched = True, 0.0
         self._thread = threading.Thread(target=self._run, name="pdserve-quick", daemon=True)
         self._thread.start()
 
-    def step(self, decodes: bool) -> None:
-        """Called on the engine's thread, each step."""
-        if decodes and not self._wanted.is_set():
+    def step(self, worth: bool) -> None:
+        """Called on the engine's thread, each step. `worth`: it generates answers, and nothing is being stored or loaded."""
+        if worth and not self._wanted.is_set() and (self._used or time.monotonic() - self._touched > EVERY_S):
+            self._used = False
             self._wanted.set()
+
+    def used(self) -> None:
+        """Something was stored or loaded. From any thread."""
+        self._used = True
 
     def close(self) -> None:
         self._closed.set()
@@ -57,7 +67,8 @@ class Quick:
                 if self._closed.is_set():
                     break
                 self._context.touch()
-                self._closed.wait(EVERY_S)
+                self._touched = time.monotonic()
+                self._closed.wait(REST_S)
                 self._wanted.clear()
         except SecondContextError as e:
             log.get("connector").warning("the second CUDA context is given up, decoding may take 3 %% longer: %s", e)

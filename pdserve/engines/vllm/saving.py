@@ -65,6 +65,10 @@ class Saver(Copier):
             else:
                 self._jobs.put((job, mark))
 
+    @property
+    def busy(self) -> bool:
+        return bool(self._outstanding)
+
     def outstanding(self, request_id: str) -> bool:
         with self._lock:
             return bool(self._outstanding.get(request_id))

@@ -71,7 +71,7 @@ class WorkerSide:
         self._pages.decoding(plan.decodes)
         self._way.decoding = plan.decodes and self._pages.on_device
         if self._quick is not None:
-            self._quick.step(plan.decodes)
+            self._quick.step(plan.decodes and not self._saver.busy and not self._loading)
         with self._lock:
             # Here and not with the saves: some vLLM versions announce no saves in a step that computes nothing.
             self._awaiting |= plan.awaiting
@@ -124,7 +124,12 @@ class WorkerSide:
 
     # ---- called by the threads ----
 
+    def _moved(self) -> None:
+        if self._quick is not None:
+            self._quick.used()
+
     def _loaded(self, job: LoadJob, result: LoadResult, unfilled: set[int]) -> None:
+        self._moved()
         with self._lock:
             self._failed_blocks |= unfilled
             self._received.add(job.request_id)
@@ -134,5 +139,6 @@ class WorkerSide:
         clock.ended()  # where the engine core is in this process
 
     def _saved(self, request_id: str) -> None:
+        self._moved()
         with self._lock:
             self._report.saved[request_id] = self._report.saved.get(request_id, 0) + 1
