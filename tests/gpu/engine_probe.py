@@ -152,6 +152,13 @@ class Probe:
         self._arms.choose(arm)
         return {}
 
+    def one_context(self) -> dict:
+        """From now on nothing touches the device but the engine's work (pdserve.engines.vllm.quick)."""
+        if self.side is not None and self.side._quick is not None:
+            self.side._quick.close()
+            self.side._quick = None
+        return {}
+
     def about(self) -> dict:
         """What moves the KV."""
         return {"on_device": self.side._pages.on_device, "pages": self.side._pages.describe()}

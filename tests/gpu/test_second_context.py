@@ -17,7 +17,8 @@ def test_torch_computes_on_and_the_memory_comes_back():
     want = (a @ a).cpu()
     before = free()
     context = SecondContext(0)
-    assert free() < before, "it takes memory"
+    taken = before - free()
+    assert taken > 0
     for _ in range(5):
         context.touch()
         assert torch.equal((a @ a).cpu(), want)
@@ -28,6 +29,7 @@ def test_torch_computes_on_and_the_memory_comes_back():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out.cpu(), want)
+    held = free()
     context.close()
-    assert free() >= before - (64 << 20)
+    assert free() - held >= taken * 0.9, "what it took comes back"
     assert torch.equal((a @ a).cpu(), want)
