@@ -61,14 +61,14 @@ def library(arch: str) -> Library:
     pointer, i64, u64, i32, u32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_int, ctypes.c_uint32
     for name, result, arguments in (
         ("error", ctypes.c_char_p, []),
-        ("open", pointer, [i32, pointer, pointer, u64, i32, i32, i32, i32, ctypes.c_char_p]),
+        ("open", pointer, [i32, pointer, pointer, u64, i32, i32, i32, ctypes.c_char_p]),
         ("close", None, [pointer]),
         ("register", i32, [i32, pointer, u64]),
         ("unregister", i32, [i32, pointer]),
         ("mark", pointer, [i32, pointer]),
         ("unmark", None, [i32, pointer]),
         ("save", i64, [pointer, pointer, pointer, i32, u32, u64, pointer, u64]),
-        ("load", i64, [pointer, pointer, pointer, i32, u32, u64, pointer, u64]),
+        ("load", i64, [pointer, pointer, pointer, i32, u32, u64, pointer]),
         ("submit", i32, [pointer, i32, pointer, i32, pointer, pointer, pointer, pointer, pointer, u64]),
         ("submitted", i64, [pointer, i32]),
         ("done", i64, [pointer, i32]),
@@ -100,7 +100,6 @@ class Gpu:
     """Staging buffers and streams on one device for one paged KV cache.
 
     Each direction (SAVE, LOAD) may be used by one thread at a time. `staging_bytes` must hold one chunk of all heads.
-    keep: loads in pieces ask the device's cache to keep their staging memory, and not what they write.
     """
 
     def __init__(
@@ -112,7 +111,6 @@ class Gpu:
         *,
         depth: int = 3,
         blocks: int = BLOCKS,
-        keep: bool = False,
     ) -> None:
         geometry.check()
         made = library(arch)
@@ -132,7 +130,7 @@ class Gpu:
         )
         bases = np.asarray(g.bases, dtype=np.uint64)
         self._context = self._lib.pd_gpu_open(
-            device, bases.ctypes.data, ctypes.byref(numbers), staging_bytes, depth, blocks, int(g.wide), int(keep), made.code
+            device, bases.ctypes.data, ctypes.byref(numbers), staging_bytes, depth, blocks, int(g.wide), made.code
         )
         if not self._context:
             raise GpuError(self._error())
@@ -169,15 +167,9 @@ class Gpu:
         """
         return self._submit(self._lib.pd_gpu_save, mark, self._ids(blocks), tokens, stride, host, piece)
 
-    def load(
-        self, mark: Mark | None, blocks: Sequence[int | None], tokens: int, stride: int, host: int, piece: int = 0
-    ) -> int:
-        """Submits host memory -> pages; None leaves that block alone.
-
-        piece: as many heads at a time as have so many bytes (one at least), through little staging memory that stays in the
-        device's cache; 0: the chunk at once.
-        """
-        return self._submit(self._lib.pd_gpu_load, mark, self._ids(blocks), tokens, stride, host, piece)
+    def load(self, mark: Mark | None, blocks: Sequence[int | None], tokens: int, stride: int, host: int) -> int:
+        """Submits host memory -> pages; None leaves that block alone."""
+        return self._submit(self._lib.pd_gpu_load, mark, self._ids(blocks), tokens, stride, host)
 
     def _submit(
         self,
@@ -187,14 +179,14 @@ class Gpu:
         tokens: int,
         stride: int,
         host: int,
-        piece: int,
+        *more: int,
     ) -> int:
         handle = mark.handle if mark else None
-        return self._try(call(self._context, handle, ids.ctypes.data, ids.size, tokens, stride, host, piece))
+        return self._try(call(self._context, handle, ids.ctypes.data, ids.size, tokens, stride, host, *more))
 
     def submit(self, lane: int, mark: Mark | None, chunks: Sequence[Chunk], piece: int = 0) -> list[int]:
-        """Several chunks in one call, which holds no interpreter lock while it waits for buffers; piece: as save and load have it.
-        One ticket each, in order; fewer when the device refused one, and GpuError when it refused the first."""
+        """Several chunks in one call, which holds no interpreter lock while it waits for buffers. One ticket each, in order;
+        fewer when the device refused one, and GpuError when it refused the first."""
         ids = [self._ids(blocks) for blocks, _, _, _ in chunks]
         flat = np.ascontiguousarray(np.concatenate(ids))
         counts = np.array([i.size for i in ids], np.int32)

@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 #: Of the link's speed two thirds are left then; 8 MiB leave nine tenths, and the slowest hundredth of the steps feel them.
 GENTLE_BYTES = 1 << 20
 
-#: bytes of a chunk that a load stages at once, as whole heads (0: the chunk): some of these places are small enough to stay in the
-#: device's own cache, so that decoding steps do not share the memory's bandwidth with what is staged
-LOAD_BYTES = 9 << 20
-
 
 def stride_of(shard_bytes: int) -> int:
     """From one shard of a chunk to the next in the arena."""
@@ -229,16 +225,15 @@ class DevicePages:
     def load(self, mark: Any, source: np.ndarray, block_ids: Sequence[int | None], tokens: int, stride: int) -> Copy:
         device = self._ready(source, stride)
         ids = self._expand(block_ids, tokens)
-        ticket = device.load(mark, ids, tokens, stride, source.ctypes.data, LOAD_BYTES)
-        return _Ticket(device, gpu.LOAD, ticket, tokens)
+        return _Ticket(device, gpu.LOAD, device.load(mark, ids, tokens, stride, source.ctypes.data), tokens)
 
     def store_all(self, mark: Any, parts: Sequence[Part]) -> list[Copy]:
-        return self._all(gpu.SAVE, mark, parts, self._piece())
+        return self._all(gpu.SAVE, mark, parts)
 
     def load_all(self, mark: Any, parts: Sequence[Part]) -> list[Copy]:
-        return self._all(gpu.LOAD, mark, parts, LOAD_BYTES)
+        return self._all(gpu.LOAD, mark, parts)
 
-    def _all(self, lane: int, mark: Any, parts: Sequence[Part], piece: int) -> list[Copy]:
+    def _all(self, lane: int, mark: Any, parts: Sequence[Part]) -> list[Copy]:
         device: gpu.Gpu | None = None
         chunks = []
         for ids, tokens, area, stride in parts:
@@ -246,7 +241,7 @@ class DevicePages:
             chunks.append((self._expand(ids, tokens), tokens, stride, area.ctypes.data))
         if device is None:
             return []
-        tickets = device.submit(lane, mark, chunks, piece)
+        tickets = device.submit(lane, mark, chunks, self._piece())
         return [_Ticket(device, lane, t, c[1]) for t, c in zip(tickets, chunks, strict=False)]
 
     def _piece(self) -> int:

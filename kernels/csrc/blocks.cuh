@@ -22,35 +22,12 @@ template <> struct Words<uint2> {
   static PD_INLINE uint64_t get(const uint2& v, int) { return (uint64_t)v.x | (uint64_t)v.y << 32; }
 };
 
-// Reads what should stay in the device's cache, whatever else streams through it.
-struct Keeping {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  uint64_t policy;
-  __device__ __forceinline__ Keeping() { asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy)); }
-  __device__ __forceinline__ uint4 load(const uint4* p) const {
-    uint4 v;
-    asm("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p), "l"(policy));
-    return v;
-  }
-  __device__ __forceinline__ uint2 load(const uint2* p) const {
-    uint2 v;
-    asm("ld.global.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;" : "=r"(v.x), "=r"(v.y) : "l"(p), "l"(policy));
-    return v;
-  }
-#else
-  template <typename V> __device__ __forceinline__ V load(const V* p) const { return *p; }
-#endif
-};
-
-// Heads are counted from the job's first one.
-
 // Bytes of one head's shard, and the sum of their mixed words, by all threads of one row of blocks.
-template <typename V, bool GATHER, bool KEEP>
+template <typename V, bool GATHER>
 __device__ __forceinline__ uint64_t move_head(const Pages& pages, const Job& job, uint32_t head) {
   const uint32_t per_part = pages.part_bytes / sizeof(V), per_token = pages.parts * per_part;
   const uint32_t per_layer = job.tokens * per_token, total = pages.layers * per_layer, threads = blockDim.x;
   unsigned char* const shard = job.chunk + head * job.stride;
-  const Keeping keeping;
   uint64_t sum = 0;
   for (uint32_t start = blockIdx.x * (threads * UNROLL); start < total; start += gridDim.x * (threads * UNROLL)) {
     V value[UNROLL];
@@ -66,17 +43,15 @@ __device__ __forceinline__ uint64_t move_head(const Pages& pages, const Job& job
       const uint32_t slot = token / pages.block_tokens;
       const int32_t block = job.blocks[slot];
       if (block >= 0)
-        paged[u] = reinterpret_cast<unsigned char*>(pages.bases[layer]) + block * pages.block + (job.first + head) * pages.head +
+        paged[u] = reinterpret_cast<unsigned char*>(pages.bases[layer]) + block * pages.block + head * pages.head +
                    (token - slot * pages.block_tokens) * pages.token + part * pages.part + column * sizeof(V);
-      const V* const from = reinterpret_cast<const V*>(GATHER ? paged[u] : shard + (uint64_t)v * sizeof(V));
-      value[u] = KEEP ? keeping.load(from) : GPU_LOAD_ONCE(from);
+      value[u] = GPU_LOAD_ONCE(reinterpret_cast<const V*>(GATHER ? paged[u] : shard + (uint64_t)v * sizeof(V)));
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
       const uint32_t v = start + u * threads + threadIdx.x;
       if (v >= total) continue;
       if (GATHER) *reinterpret_cast<V*>(shard + (uint64_t)v * sizeof(V)) = value[u];
-      else if (paged[u] && KEEP) GPU_STORE_ONCE(reinterpret_cast<V*>(paged[u]), value[u]);
       else if (paged[u]) *reinterpret_cast<V*>(paged[u]) = value[u];
 #pragma unroll
       for (int i = 0; i < Words<V>::count; i++)
@@ -119,7 +94,7 @@ __device__ __forceinline__ unsigned char* paged_row(const Pages& pages, const Jo
   const uint32_t layer = row / job.tokens, token = row - layer * job.tokens, slot = token / pages.block_tokens;
   const int32_t block = job.blocks[slot];
   if (block < 0) return nullptr;
-  return reinterpret_cast<unsigned char*>(pages.bases[layer]) + block * pages.block + (job.first + head) * pages.head +
+  return reinterpret_cast<unsigned char*>(pages.bases[layer]) + block * pages.block + head * pages.head +
          (token - slot * pages.block_tokens) * pages.token;
 }
 
@@ -198,16 +173,14 @@ __device__ __forceinline__ uint64_t grow_head(const Pages& pages, const Job& job
   return sum;
 }
 
-// grid: (any, 1 to the job's heads), block: THREADS. `result` gets the sum of each head's shard, written by the last block to finish.
+// grid: (any, 1 to heads), block: THREADS. `result` gets the sum of each head's shard, written by the last block to finish.
 // P 0: the bytes as they are, sizeof(V) at a time.
 template <typename V, bool GATHER, int P>
 __device__ __forceinline__ void move(const Pages& pages, const Job& job, const Sums& sums, uint64_t* result) {
   __shared__ uint64_t partial[THREADS];
   __shared__ uint32_t largest[P && GATHER ? THREADS / TEAM : 1][8];
-  for (uint32_t head = blockIdx.y; head < job.heads; head += gridDim.y) {
-    if constexpr (P == 0 && GATHER) partial[threadIdx.x] = move_head<V, true, false>(pages, job, head);
-    else if constexpr (P == 0 && !GATHER)
-      partial[threadIdx.x] = job.keep ? move_head<V, false, true>(pages, job, head) : move_head<V, false, false>(pages, job, head);
+  for (uint32_t head = blockIdx.y; head < pages.heads; head += gridDim.y) {
+    if constexpr (P == 0) partial[threadIdx.x] = move_head<V, GATHER>(pages, job, head);
     else if constexpr (GATHER) partial[threadIdx.x] = shrink_head<P>(pages, job, head, largest);
     else partial[threadIdx.x] = grow_head<P>(pages, job, head);
     __syncthreads();
@@ -220,7 +193,7 @@ __device__ __forceinline__ void move(const Pages& pages, const Job& job, const S
   if (threadIdx.x == 0) {
     __threadfence();
     if (atomicAdd(sums.arrived, 1u) == gridDim.x * gridDim.y - 1) {
-      for (uint32_t h = 0; h < job.heads; h++) result[h] = atomicExch(&sums.by_head[h], 0ull);
+      for (uint32_t h = 0; h < pages.heads; h++) result[h] = atomicExch(&sums.by_head[h], 0ull);
       atomicExch(sums.arrived, 0u);
     }
   }

@@ -6,12 +6,10 @@
 #pragma once
 #if defined(__CUDACC_RTC__)
 #define GPU_LOAD_ONCE(p) __ldcs(p)
-#define GPU_STORE_ONCE(p, v) __stcs(p, v)
 #define GPU_GRID_CONSTANT __grid_constant__
 #elif defined(__HIPCC__)
 #include <hip/hip_runtime.h>
 #define GPU_LOAD_ONCE(p) (*(p))
-#define GPU_STORE_ONCE(p, v) (*(p) = (v))
 #define GPU_GRID_CONSTANT
 typedef const void* gpuKernel_t;
 #define gpuError_t hipError_t
@@ -51,7 +49,6 @@ typedef const void* gpuKernel_t;
 #elif defined(__CUDACC__)
 #include <cuda_runtime.h>
 #define GPU_LOAD_ONCE(p) __ldcs(p)
-#define GPU_STORE_ONCE(p, v) __stcs(p, v)
 #define GPU_GRID_CONSTANT __grid_constant__
 typedef const void* gpuKernel_t;
 #define gpuError_t cudaError_t

@@ -16,17 +16,15 @@ struct Pages {
 };
 
 struct Job {
-  unsigned char* chunk;   // shard of the first head
-  uint64_t stride;        // from one shard to the next
-  uint32_t first, heads;  // which heads of the pages
+  unsigned char* chunk;  // first shard
+  uint64_t stride;       // from one shard to the next
   uint32_t tokens;
-  uint32_t keep;  // scatter without a payload: the chunk's memory should stay in the device's cache, for it is used over and over
   int32_t blocks[MAX_BLOCKS];  // by position in the chunk; negative: scatter leaves that block alone (the digest does not)
 };
 
 // Per-direction scratch: kernels of one direction run one after another on one stream.
 struct Sums {
-  unsigned long long* by_head;  // of the job's heads; zero between launches
+  unsigned long long* by_head;  // zero between launches
   unsigned* arrived;            // zero between launches
 };
 

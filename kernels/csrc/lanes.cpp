@@ -1,16 +1,12 @@
 // The GPU path, called through ctypes: raw pointers and stream handles, no tensor library's ABI.
 //
-// Each direction is a lane: staging memory on the device for `depth` chunks, a stream for kernels and two for DMA, tied together
-// by events. Save: gather into a chunk's slot, then DMA into the arena. Load: the other way. A call that submits returns at once
-// unless `depth` chunks are under way. A lane belongs to one host thread; `settle` may come from any.
-//
-// A load may go in pieces of some heads through a few small places, used over and over: what DMA wrote there is read by the
-// scatter, and overwritten by DMA, while it is in the device's cache. The device, not the host, waits for a place.
+// Each direction is a lane: a ring of staging buffers on the device, a stream for kernels and two for DMA, tied together by
+// events. Save: gather into a buffer, then DMA into the arena. Load: the other way. A call that submits returns at once unless all
+// buffers are in use. A lane belongs to one host thread; `settle` may come from any.
 //
 // A copy engine serves one queue until that is empty: with one stream of saves the small copies of an engine's step would wait
 // for all of them. So saves go by turns on two streams, each turn after the one before it: between two, whoever waits is served.
 // A turn is a chunk, or `piece` bytes of one. No kernel writes to the host's memory: digests, too, are fetched by DMA.
-#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -26,9 +22,6 @@ namespace {
 
 using namespace pd;
 
-// Places of loads in pieces: one that DMA writes, one that is read, and one to spare, so that neither waits for the other; each
-// more would take more of the device's cache.
-constexpr uint64_t PLACES = 3;
 constexpr int64_t RESULTS = 1024;  // digests of a ticket must be read before this many more are submitted
 thread_local std::string last_error;
 
@@ -44,26 +37,16 @@ int refuse(const char* why) {
   return -1;
 }
 
-// Of one chunk that is under way.
 struct Slot {
-  gpuEvent_t computed = nullptr, end = nullptr;
-};
-
-// Of one piece of a load.
-struct Place {
-  gpuEvent_t copied = nullptr, scattered = nullptr;
+  unsigned char* buffer = nullptr;
+  gpuEvent_t copied = nullptr, computed = nullptr, end = nullptr;
 };
 
 struct Lane {
   gpuStream_t kernels = nullptr, copies[2] = {nullptr, nullptr};
   gpuEvent_t turn[2] = {nullptr, nullptr};  // the end of each stream's last turn
   uint64_t turns = 0;
-  unsigned char* staging = nullptr;  // all slots; loads cut it into places
-  uint64_t slot_bytes = 0;
   std::vector<Slot> slots;
-  std::vector<Place> places;
-  uint64_t place_bytes = 0, taken = 0;  // how loads cut the staging memory at present, and how many places they took since then
-  gpuEvent_t scattered = nullptr;       // of the last place taken
   Sums sums{nullptr, nullptr};
   uint64_t *results = nullptr, *results_device = nullptr;  // host and device, [RESULTS][heads]
   int64_t submitted = 0, completed = 0;
@@ -105,18 +88,16 @@ struct Context {
   uint64_t staging_bytes;
   uint32_t blocks;  // thread blocks of one kernel, all heads together
   bool wide;        // 16-byte accesses
-  bool keep;        // loads in pieces ask the device's cache to keep their places
   Lane lanes[2];
   Kernels kernels;
 };
 
 enum { SAVE = 0, LOAD = 1 };
 
-// `result`: of the job's first head. `blocks`: what all heads together would get.
 gpuError_t launch(const Context& c, int way, const Job& job, const Lane& lane, uint64_t* result, uint32_t blocks) {
   const uint32_t x = (blocks + c.pages.heads - 1) / c.pages.heads, kind = c.wide && !c.pages.payload ? WIDE : c.pages.payload;
   const void* arguments[] = {&c.pages, &job, &lane.sums, &result};
-  return gpuLaunch(c.kernels.of[way][kind], x, job.heads, THREADS, const_cast<void**>(arguments), lane.kernels);
+  return gpuLaunch(c.kernels.of[way][kind], x, c.pages.heads, THREADS, const_cast<void**>(arguments), lane.kernels);
 }
 
 // The stream whose turn it is; what is submitted there begins when the turn before has ended.
@@ -152,18 +133,12 @@ int make_job(const Context& c, Job& job, const int32_t* blocks, int count, uint3
   if (shard / 8 > 0x7fffffffull) return refuse("chunk too large");
   job.stride = stride;
   job.tokens = tokens;
-  job.first = 0;
-  job.heads = c.pages.heads;
-  job.keep = 0;
   for (int i = 0; i < count; i++) {
     if (gather && blocks[i] < 0) return refuse("gather from no block");
     job.blocks[i] = blocks[i];
   }
   return 0;
 }
-
-// Every slot and place begins where an allocation could.
-uint64_t rounded_up(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 int open_lane(Context& c, Lane& lane, int depth, int priority) {
   TRY(gpuStreamCreateWithPriority(&lane.kernels, gpuStreamNonBlocking, priority));
@@ -176,17 +151,12 @@ int open_lane(Context& c, Lane& lane, int depth, int priority) {
   lane.sums.arrived = reinterpret_cast<unsigned*>(lane.sums.by_head + c.pages.heads);
   TRY(gpuHostMalloc((void**)&lane.results, RESULTS * c.pages.heads * 8, gpuHostMallocDefault));
   TRY(gpuMalloc((void**)&lane.results_device, RESULTS * c.pages.heads * 8));
-  lane.slot_bytes = rounded_up(c.staging_bytes);
-  TRY(gpuMalloc((void**)&lane.staging, lane.slot_bytes * depth));
   lane.slots.resize(depth);
   for (Slot& s : lane.slots) {
+    TRY(gpuMalloc((void**)&s.buffer, c.staging_bytes));
+    TRY(gpuEventCreateWithFlags(&s.copied, gpuEventDisableTiming));
     TRY(gpuEventCreateWithFlags(&s.computed, gpuEventDisableTiming));
     TRY(gpuEventCreateWithFlags(&s.end, gpuEventDisableTiming | gpuEventBlockingSync));
-  }
-  lane.places.resize(std::max<uint64_t>(depth, PLACES));
-  for (Place& p : lane.places) {
-    TRY(gpuEventCreateWithFlags(&p.copied, gpuEventDisableTiming));
-    TRY(gpuEventCreateWithFlags(&p.scattered, gpuEventDisableTiming));
   }
   return 0;
 }
@@ -195,13 +165,11 @@ void close_lane(Lane& lane) {
   gpuStream_t streams[] = {lane.kernels, lane.copies[0], lane.copies[1]};
   for (gpuStream_t s : streams)
     if (s) gpuStreamSynchronize(s);
-  for (Slot& s : lane.slots)
-    for (gpuEvent_t e : {s.computed, s.end})
+  for (Slot& s : lane.slots) {
+    if (s.buffer) gpuFree(s.buffer);
+    for (gpuEvent_t e : {s.copied, s.computed, s.end})
       if (e) gpuEventDestroy(e);
-  for (Place& p : lane.places)
-    for (gpuEvent_t e : {p.copied, p.scattered})
-      if (e) gpuEventDestroy(e);
-  if (lane.staging) gpuFree(lane.staging);
+  }
   for (gpuEvent_t e : lane.turn)
     if (e) gpuEventDestroy(e);
   if (lane.sums.by_head) gpuFree(lane.sums.by_head);
@@ -229,38 +197,6 @@ int next_slot(Lane& lane, Slot*& slot) {
   return 0;
 }
 
-// A place of the load lane, and its memory; what the lane's first DMA stream gets from now on may write there. Places of one
-// size are taken in turn, each once the scatter from it has ended. Where the size changes, bytes belong to other places than
-// before: the first one then waits for all scatters so far, and with it whatever comes after it on that stream.
-int next_place(Lane& lane, uint64_t bytes, Place*& place, unsigned char*& memory) {
-  const uint64_t depth = lane.slots.size(), whole = lane.slot_bytes * depth;
-  const uint64_t count = bytes == lane.slot_bytes ? depth : std::min(PLACES, whole / bytes);
-  if (bytes != lane.place_bytes) {
-    if (lane.scattered) TRY(gpuStreamWaitEvent(lane.copies[0], lane.scattered, 0));
-    lane.place_bytes = bytes;
-    lane.taken = 0;
-  }
-  const uint64_t at = lane.taken % count;
-  place = &lane.places[at];
-  if (lane.taken >= count) TRY(gpuStreamWaitEvent(lane.copies[0], place->scattered, 0));
-  memory = lane.staging + at * bytes;
-  return 0;
-}
-
-// The job's heads, from `host` on, through one place; digests go to `result`.
-int load_piece(const Context& c, Lane& lane, Job& job, uint64_t place_bytes, const unsigned char* host, uint64_t* result) {
-  Place* place;
-  if (next_place(lane, place_bytes, place, job.chunk)) return -1;
-  TRY(gpuMemcpyAsync(job.chunk, host + job.first * job.stride, job.heads * job.stride, gpuMemcpyHostToDevice, lane.copies[0]));
-  TRY(gpuEventRecord(place->copied, lane.copies[0]));
-  TRY(gpuStreamWaitEvent(lane.kernels, place->copied, 0));
-  TRY(launch(c, LOAD, job, lane, result + job.first, c.blocks));
-  TRY(gpuEventRecord(place->scattered, lane.kernels));
-  lane.scattered = place->scattered;
-  lane.taken++;
-  return 0;
-}
-
 }  // namespace
 
 extern "C" {
@@ -282,16 +218,15 @@ const char* pd_gpu_driver(const char* path) {
 #endif
 
 // `wide`: every address and stride of the pages is a multiple of 16. `code`: the kernels, if they are not in this library; not
-// needed once this returns. `keep`: see Context. Returns null on error.
+// needed once this returns. Returns null on error.
 void* pd_gpu_open(int device, const uint64_t* bases, const PdGeometry* g, uint64_t staging_bytes, int depth, int blocks, int wide,
-                  int keep, const void* code) {
+                  const void* code) {
   Context* c = new Context();
   c->device = device;
   c->pages = Pages{nullptr, g->block, g->head, g->token, g->part, g->layers, g->heads, g->parts, g->part_bytes, g->block_tokens, g->payload};
   c->staging_bytes = staging_bytes;
   c->blocks = (uint32_t)blocks;
   c->wide = wide != 0;
-  c->keep = keep != 0;
   auto open = [&]() -> int {
     TRY(gpuSetDevice(device));
     if (c->kernels.open(code)) return -1;
@@ -358,7 +293,7 @@ int64_t pd_gpu_save(void* context, void* mark, const int32_t* blocks, int count,
   if (next_slot(lane, slot)) return -1;
   if (mark) TRY(gpuStreamWaitEvent(lane.kernels, static_cast<gpuEvent_t>(mark), 0));
   const uint64_t place = lane.submitted % RESULTS * c.pages.heads;
-  job.chunk = lane.staging + lane.slot_bytes * (slot - lane.slots.data());
+  job.chunk = slot->buffer;
   TRY(launch(c, SAVE, job, lane, lane.results_device + place, c.blocks));
   TRY(gpuEventRecord(slot->computed, lane.kernels));
   for (uint64_t at = 0, size; at < bytes; at += size) {
@@ -369,38 +304,34 @@ int64_t pd_gpu_save(void* context, void* mark, const int32_t* blocks, int count,
       TRY(gpuStreamWaitEvent(stream, slot->computed, 0));
       TRY(fetch_digests(c, lane, place, stream));
     }
-    TRY(gpuMemcpyAsync(static_cast<unsigned char*>(host) + at, job.chunk + at, size, gpuMemcpyDeviceToHost, stream));
+    TRY(gpuMemcpyAsync(static_cast<unsigned char*>(host) + at, slot->buffer + at, size, gpuMemcpyDeviceToHost, stream));
     if (at + size == bytes) TRY(gpuEventRecord(slot->end, stream));
     if (end_turn(lane)) return -1;
   }
   return lane.submitted++;
 }
 
-// Arena -> pages; only the scatter waits for `mark`, the DMA starts at once. `piece` > 0: as many heads at a time as have so many
-// bytes, but one at least; 0: the chunk at once. Returns a ticket, or -1.
-int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, const void* host, uint64_t piece) {
+// Arena -> pages; only the scatter waits for `mark`, the DMA starts at once. Returns a ticket, or -1.
+int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, const void* host) {
   Context& c = *static_cast<Context*>(context);
   Lane& lane = c.lanes[LOAD];
-  const uint32_t heads = c.pages.heads;
   Job job;
   if (make_job(c, job, blocks, count, tokens, stride, false)) return -1;
-  if (stride * heads > c.staging_bytes) return refuse("chunk larger than the staging buffer");
+  if (stride * c.pages.heads > c.staging_bytes) return refuse("chunk larger than the staging buffer");
   TRY(gpuSetDevice(c.device));
   Slot* slot;
   if (next_slot(lane, slot)) return -1;
-  uint64_t* const result = lane.results_device + lane.submitted % RESULTS * heads;
-  // The size of a place is the caller's word where it can be: shorter chunks are cut differently, but into the same places.
-  const uint64_t place_bytes = piece ? std::min(lane.slot_bytes, rounded_up(std::max(piece, stride))) : lane.slot_bytes;
-  job.keep = c.keep && place_bytes < lane.slot_bytes;
-  const uint32_t together = piece ? (uint32_t)std::clamp<uint64_t>(piece / stride, 1, heads) : heads;
+  const uint64_t place = lane.submitted % RESULTS * c.pages.heads;
+  job.chunk = slot->buffer;
+  TRY(gpuMemcpyAsync(slot->buffer, host, stride * c.pages.heads, gpuMemcpyHostToDevice, lane.copies[0]));
+  TRY(gpuEventRecord(slot->copied, lane.copies[0]));
+  TRY(gpuStreamWaitEvent(lane.kernels, slot->copied, 0));
   if (mark) TRY(gpuStreamWaitEvent(lane.kernels, static_cast<gpuEvent_t>(mark), 0));
-  for (; job.first < heads; job.first += job.heads) {
-    job.heads = std::min(together, heads - job.first);
-    if (load_piece(c, lane, job, place_bytes, static_cast<const unsigned char*>(host), result)) return -1;
-  }
+  TRY(launch(c, LOAD, job, lane, lane.results_device + place, c.blocks));
+  TRY(gpuEventRecord(slot->computed, lane.kernels));
   // On a stream of its own: it may have to wait for a save's turn to end, and the next scatter should not.
-  TRY(gpuStreamWaitEvent(lane.copies[1], lane.scattered, 0));
-  TRY(fetch_digests(c, lane, result - lane.results_device, lane.copies[1]));
+  TRY(gpuStreamWaitEvent(lane.copies[1], slot->computed, 0));
+  TRY(fetch_digests(c, lane, place, lane.copies[1]));
   TRY(gpuEventRecord(slot->end, lane.copies[1]));
   return lane.submitted++;
 }
@@ -411,7 +342,7 @@ int pd_gpu_submit(void* context, int which, void* mark, int chunks, const int32_
                   const uint64_t* strides, void* const* hosts, uint64_t piece) {
   for (int i = 0; i < chunks; blocks += counts[i], i++) {
     const int64_t ticket = which == SAVE ? pd_gpu_save(context, mark, blocks, counts[i], tokens[i], strides[i], hosts[i], piece)
-                                         : pd_gpu_load(context, mark, blocks, counts[i], tokens[i], strides[i], hosts[i], piece);
+                                         : pd_gpu_load(context, mark, blocks, counts[i], tokens[i], strides[i], hosts[i]);
     if (ticket < 0) return i;
   }
   return chunks;

@@ -9,16 +9,24 @@ from pdserve.engines.vllm.giving_way import TOGETHER, GivingWay
 CHUNKS = list(range(19))
 
 
+def nobody() -> bool:
+    return False
+
+
+def turns(way: GivingWay, chunks: list[int]):
+    return way.turns(chunks, 8, nobody)
+
+
 def test_as_many_together_as_is_right():
     way = GivingWay()
-    assert [len(x) for x in way.turns(CHUNKS, 8)] == [8, 8, 3]
+    assert [len(x) for x in turns(way, CHUNKS)] == [8, 8, 3]
     way.loading(True)
-    assert [len(x) for x in way.turns(CHUNKS, 8)] == [8, 8, 3], "nobody decodes"
+    assert [len(x) for x in turns(way, CHUNKS)] == [8, 8, 3], "nobody decodes"
     way.loading(False)
     way.decoding = True
-    assert {len(x) for x in way.turns(CHUNKS[:-1], 8)} == {TOGETHER}
-    assert [len(x) for x in way.turns(CHUNKS[:3], 1)] == [1, 1, 1]
-    assert list(way.turns([], 8)) == []
+    assert {len(x) for x in turns(way, CHUNKS[:-1])} == {TOGETHER}
+    assert [len(x) for x in way.turns(CHUNKS[:3], 1, nobody)] == [1, 1, 1]
+    assert list(turns(way, [])) == []
 
 
 def test_beside_a_load_one_at_a_time_and_all_of_them(monkeypatch):
@@ -29,9 +37,20 @@ def test_beside_a_load_one_at_a_time_and_all_of_them(monkeypatch):
     monkeypatch.setattr(way, "_pause", lambda: (pause(), steps.append("pause")))
     way.decoding = True
     way.loading(True)
-    for some in way.turns(CHUNKS[:3], 8):
+    for some in turns(way, CHUNKS[:3]):
         steps.append(some)
     assert steps == [[0], "pause", [1], "pause", [2]], "none after the last"
+
+
+def test_no_pause_where_other_stores_wait(monkeypatch):
+    way = GivingWay()
+    pauses: list[int] = []
+    monkeypatch.setattr(way, "_pause", lambda: pauses.append(1))
+    way.decoding = True
+    way.loading(True)
+    waiting = iter([True, True, False])
+    assert list(way.turns(CHUNKS[:4], 8, lambda: next(waiting))) == [[0], [1], [2], [3]]
+    assert len(pauses) == 1
 
 
 def test_the_pause_ends_with_the_load(monkeypatch):
@@ -40,7 +59,7 @@ def test_the_pause_ends_with_the_load(monkeypatch):
     way.decoding = True
     way.loading(True)
     found: list[list[int]] = []
-    storing = threading.Thread(target=lambda: found.extend(list(x) for x in way.turns(CHUNKS[:5], 8)), daemon=True)
+    storing = threading.Thread(target=lambda: found.extend(list(x) for x in turns(way, CHUNKS[:5])), daemon=True)
     storing.start()
     end = time.monotonic() + 10
     while not found and time.monotonic() < end:

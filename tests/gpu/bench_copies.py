@@ -114,28 +114,6 @@ def main() -> None:
     Path(sys.argv[1]).write_text(json.dumps(results, indent=1))
 
 
-def pieces(device, arena, geometry, cuts, blocks, stored) -> None:
-    """What was stored, loaded with so many MiB of a chunk at once (0: the chunk), each way once a round."""
-    stride = stride_of(geometry.shard_bytes(CHUNK))
-    chunks = []
-    for n, (at, tokens) in enumerate(cuts):
-        some = blocks[at // BLOCK : -(-(at + tokens) // BLOCK)]
-        host = arena.bytes.ctypes.data + n * HEADS * stride
-        chunks.append((some, tokens, stride_of(geometry.shard_bytes(tokens)), host))
-    found: dict[int, list[float]] = {0: [], 5: [], 9: [], 18: []}
-    for _ in range(7):
-        for mib, seconds in found.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            tickets = device.submit(gpu.LOAD, None, chunks, mib << 20)
-            device.wait(gpu.LOAD, tickets[-1])
-            seconds.append(time.perf_counter() - start)
-            if [device.digests(gpu.LOAD, t, c[1]) for t, c in zip(tickets, chunks, strict=True)] != stored:
-                raise RuntimeError(f"loads of {mib} MiB at once are not what was stored")
-    for mib, seconds in found.items():
-        note(f"(b) load, {mib} MiB at once" if mib else "(b) load, a chunk at once", seconds, HEADS * geometry.shard_bytes(TOKENS))
-
-
 def rounding(payload, arena, geometry, arch, cuts, ids, back) -> None:
     """The same 20000 tokens in 8 bits a value; the bytes of the engine's cache count."""
     small = device_layout.rounded(geometry, payload, "bfloat16")
@@ -199,7 +177,6 @@ def measure(rng, layers, geometry, arch, arena) -> None:
     results["equal"] = bool(stored == loaded and same)
     print("digests equal:", stored == loaded, flush=True)
 
-    pieces(device, arena, geometry, cuts, back, stored)
     for small in ("int8", "fp8"):
         rounding(small, arena, geometry, arch, cuts, ids, back)
 

@@ -70,7 +70,7 @@ class Probe:
             "compilation_config": GRAPHS,
         }
         self.llm = LLM(options["model"], **{**arguments, **more, **options.get("engine", {})})
-        self.side, self._timeline, self._arms = None, None, None
+        self.side, self._timeline, self._arms, self._touching = None, None, None, None
         if options.get("connector"):
             from vllm.distributed.kv_transfer import get_kv_transfer_group
 
@@ -157,6 +157,15 @@ class Probe:
         if self.side is not None and self.side._quick is not None:
             self.side._quick.close()
             self.side._quick = None
+        return {}
+
+    def touch(self) -> dict:
+        """The device switches to another context and back."""
+        from pdserve.kernels.second_context import SecondContext
+
+        if self._touching is None:
+            self._touching = SecondContext(self.side._pages.parts[0]._device)
+        self._touching.touch()
         return {}
 
     def about(self) -> dict:
@@ -299,9 +308,8 @@ class Probe:
 
     def _lanes(self, stop: threading.Event, moved: list[int], how: str) -> list[threading.Thread]:
         """`how`: "store:turns:1" (as the engine does, giving way to loads; MiB between which others may copy), "store:piece:8" (never
-        giving way), "load:piece:9" (MiB of a chunk at once, as the engine does; 0: the chunk), "load:dma:32" (thread blocks, the chunk
-        at once), "load:copies:0" (DMA and no kernel), "load:keep:9" (as piece, and the device's cache is asked to keep the staging memory),
-        "load:aside:9" (and has room for that set aside); or two of them with "+" between."""
+        giving way), "load:dma:32" (thread blocks), "load:copies:0" (DMA and no kernel), "load:kernel:0" (no DMA), "load:torch:0" (no
+        more than small kernels of torch's on another stream); or two of them with "+" between."""
         ways = [part.split(":") for part in how.split("+")]
         moves = [self._mover(way == "load", kind, int(size)) for way, kind, size in ways]
 
@@ -328,36 +336,41 @@ class Probe:
         for n, grant in enumerate(grants):
             ids = [top - 16 * n - i for i in range(16)]
             parts.append((ids, 256, stride, client.arena.bytes[grant.offset :].ctypes.data))
-        lane, piece = (gpu.LOAD if load else gpu.SAVE), (0 if kind in ("dma", "copies") else size << 20)
+        lane, piece = (gpu.LOAD if load else gpu.SAVE), (size << 20 if kind in ("piece", "turns") else 0)
         # Lanes of their own: those of the engine have one thread each.
         device, work = None, None
         if kind == "copies":
             areas = [client.arena.bytes[g.offset : g.offset + heads * stride] for g in grants]
             work = self._arms_module().Copies(pages, areas, load).once
+        elif kind == "torch":
+            work = self._arms_module().SmallKernels(pages._device).once
         else:
-            more = {"blocks": size} if kind == "dma" else {"keep": kind in ("keep", "aside")}
-            if kind == "aside":
-                self._arms_module().set_aside(pages._device, 3 * piece)
+            more = {"blocks": size} if kind == "dma" else {}
             device = gpu.Gpu(pages._arch, pages._device, pages._geometry, pages._staging_bytes, **more)
+
+        staged = self._arms_module().staging(pages) if kind == "kernel" else 0
 
         def once() -> int:
             if work is not None:
                 work()
+            elif kind == "kernel":
+                for ids, tokens, _, _ in parts:
+                    device.move(lane, ids, tokens, stride, staged)
             elif kind == "turns":
-                for some in way.turns(parts, pages.together):
+                for some in way.turns(parts, pages.together, lambda: False):
                     last = device.submit(lane, None, some, piece)[-1]
                 device.wait(lane, last)
             else:
-                way.loading(load)
+                if load:
+                    way.loading(True)
                 device.wait(lane, device.submit(lane, None, parts, piece)[-1])
-                way.loading(False)
+                if load:
+                    way.loading(False)
             return len(grants) * heads * shard
 
         def end() -> None:
             if device is not None:
                 device.close()
-            if kind == "aside":
-                self._arms_module().set_aside(pages._device, 0)
             client.abort([g.reservation for g in grants], 5)
 
         return int(load), once, end

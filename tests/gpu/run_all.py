@@ -25,7 +25,7 @@ from steps_answers import payload, peers, pressure, tokens_agree
 from steps_cost import overhead, throughput
 from steps_kernels import copies, kernel_tests, sanitizer
 from steps_stores import loads, stores
-from steps_waiting import between_tokens, first_token, timeline
+from steps_waiting import between_tokens, first_token, timeline, two_speeds
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ STEPS = (
         "first token from DRAM at 2k, 10k, 20k, 30k tokens, beside plain vLLM; KV byte by byte; with the start", pair=True,
     ),
     Step("throughput", throughput, 110, "nothing to reuse and all in the GPU's cache, in turn with plain vLLM", pair=True),
-    Step("itl", between_tokens, 240, "time between tokens of 8 streams while 20k tokens are stored or loaded", pair=True),
+    Step("itl", between_tokens, 130, "time between tokens of 8 streams while 20k tokens are stored or loaded", pair=True),
+    Step("speeds", two_speeds, 75, "which part of a store or load makes the device slow again", pair=True),
     Step("timeline", timeline, 90, "where each ms of a first token goes, from DRAM and from plain vLLM's own cache", pair=True),
     Step("overhead", overhead, 200, "plain, a connector that does nothing, ours idle, ours; the time in each method", pair=True),
     Step("stores", stores, 300, "nothing to reuse, with parts of a store left out or changed, in one engine", pair=True),
@@ -99,7 +100,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help=f"comma-separated, of {','.join(s.name for s in STEPS)}")
     parser.add_argument("--skip", default="", help="the same")
     parser.add_argument("--budget", type=float, default=520, help="seconds for everything (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of throughput; overhead has one more (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of throughput; overhead has one more, itl two fewer (default %(default)s)")
     parser.add_argument(
         "--lane", type=int, default=0, help="of several runs side by side on one host, which one: sets ports and names"
     )

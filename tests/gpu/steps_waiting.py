@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import time
 
 from gpu_session import Engine, Run, results, row, write
 
-STORING, LOADING = "store:turns:1", "load:piece:9"  # as the engine does while it generates
-DISTURBED = (STORING, "load:piece:0", LOADING, f"{STORING}+load:piece:0", "load:keep:9", "load:aside:5", "load:copies:0")
+STORING, LOADING = "store:turns:1", "load:dma:528"  # as the engine does while it generates
+DISTURBED = (STORING, LOADING, f"{STORING}+{LOADING}", "load:copies:0")
+#: what may make the device slow, one part of a store or load each
+PARTS = ("load:torch:0", "store:copies:0", "load:copies:0", "store:kernel:0", "load:kernel:0", STORING, LOADING)
 #: the slowest hundredth of them is six steps: of 200 it was two, which say nothing
 STEPS = 600
-#: they take 170 s at 6 ms a step; where less is left, there are fewer
-ROUNDS, ROUNDS_S = 3, 240.0
 
 
 def first_token(run: Run) -> None:
@@ -82,17 +81,12 @@ def between_tokens(run: Run) -> None:
     ours, plain = run.pair()
     found: dict = results.setdefault("itl", {})
     ours.do("one_context")  # the device would go from one of its two states to the other now and then
-    until, longest = time.monotonic() + min(run.left, ROUNDS_S), 0.0
-    for again in range(ROUNDS):
-        start = time.monotonic()
-        if start + longest > until:
-            row("ITL of 8 streams", f"{again} rounds: no time for more")
-            break
+    for again in range(max(1, run.rounds - 2)):
         plain.do("itl", streams=8, out=100, seed=again + 900)  # the first after another engine's is quicker
         found.setdefault("plain", []).append(plain.do("itl", streams=8, out=STEPS, seed=again))
+        ours.do("itl", streams=8, out=60, seed=again + 950, disturb=STORING)  # and the device is as it is beside stores again
         for n, how in enumerate(DISTURBED):
             beside_idle(ours, found, how, 20 + 10 * n + again, STEPS)
-        longest = max(longest, time.monotonic() - start)
     for how in DISTURBED:
         ratios = {q: statistics.median(of_idle(found, how, q)) for q in ("p50", "p99")}
         m = sorted(found[how], key=lambda x: x["p99"])[(len(found[how]) - 1) // 2]
@@ -105,6 +99,23 @@ def between_tokens(run: Run) -> None:
     for name, runs in (("idle", idle), ("plain vLLM", found["plain"])):
         p50, p99 = (statistics.median(x[q] for x in runs) for q in ("p50", "p99"))
         row(f"ITL of 8 streams, p50 / p99, {name}", f"{p50:.2f} / {p99:.2f} ms")
+
+
+def two_speeds(run: Run) -> None:
+    """What makes a device slow that was touched: time between tokens after a touch, beside one part of stores and loads, after it."""
+    ours, _ = run.pair()
+    ours.do("one_context")
+    found: dict = results.setdefault("two_speeds", {})
+    for again in range(3):
+        for n, how in enumerate(("", *PARTS)):
+            ours.do("touch")
+            seed = 1000 * again + 10 * n
+            runs = [ours.do("itl", streams=8, out=60, seed=seed + i, disturb=how if i == 1 else "") for i in range(3)]
+            found.setdefault(how or "nothing", []).append([x["p50"] for x in runs])
+            write()
+    for how, each in found.items():
+        said = [f"{statistics.median(x[i] for x in each):.2f}" for i in range(3)]
+        row(f"ITL of 8 streams, touched, beside, after: {how}", f"{' / '.join(said)} ms")
 
 
 def timeline(run: Run) -> None:

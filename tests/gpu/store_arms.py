@@ -181,12 +181,27 @@ class Copies:
         ends[-1].synchronize()
 
 
-def set_aside(device: int, nbytes: int) -> None:
-    """So much of the device's cache is for what asks to be kept; 0: as it was, and what is kept there is let go."""
-    torch.cuda.set_device(device)
-    torch.cuda.synchronize()
-    driver, persisting_l2_cache_size = ctypes.CDLL("libcuda.so.1"), 6
-    code = driver.cuCtxSetLimit(persisting_l2_cache_size, ctypes.c_size_t(nbytes))
-    code = code or (0 if nbytes else driver.cuCtxResetPersistingL2Cache())
-    if code:
-        raise RuntimeError(f"{nbytes} bytes of the device's cache set aside: error {code}")
+class SmallKernels:
+    """Nothing but a kernel of torch's on a stream of its own, a thousand times a second."""
+
+    def __init__(self, device: int) -> None:
+        torch.cuda.set_device(device)
+        self._stream, self._numbers = torch.cuda.Stream(), torch.zeros(1 << 20, device="cuda")
+        torch.cuda.synchronize()
+
+    def once(self) -> None:
+        with torch.cuda.stream(self._stream):
+            self._numbers.add_(1)
+        self._stream.synchronize()
+        time.sleep(0.001)
+
+
+_staged: list[torch.Tensor] = []
+
+
+def staging(pages: Any) -> int:
+    """Address of device memory that holds a chunk; one for all who ask."""
+    if not _staged:
+        _staged.append(torch.zeros(pages._staging_bytes, dtype=torch.uint8, device="cuda"))
+        torch.cuda.synchronize()
+    return _staged[0].data_ptr()

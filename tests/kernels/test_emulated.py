@@ -176,7 +176,7 @@ def test_many_chunks_through_the_lanes_with_marks(library, without_kernels, piec
     engine_writes(library, views, zero)  # earlier work: what is loaded must not be overwritten by it
     mark = device.mark(0)
     targets = [plan[-1][0], None]
-    ticket = device.load(mark, targets, tokens, stride, parts[-1][3], piece)
+    ticket = device.load(mark, targets, tokens, stride, parts[-1][3])
     while device.done(gpu.LOAD) <= ticket:
         pass  # each question lets the device do something
     assert device.digests(gpu.LOAD, ticket, tokens) == device.digests(gpu.SAVE, tickets[-1], tokens)
@@ -194,62 +194,6 @@ def engine_writes(library, views, values):
     for view, value in zip(views, values, strict=True):
         nbytes = ctypes.c_size_t(view.numel())
         library.emulated_copy(ctypes.c_void_p(view.data_ptr()), ctypes.c_void_p(value.data_ptr()), nbytes)
-
-
-@pytest.fixture
-def hurry(library):
-    """Whether copies to the device run as soon as they may, or as late as they may."""
-    yield library.emulated_hurry
-    library.emulated_hurry(0)
-
-
-@pytest.mark.parametrize(("hurries", "payload"), [(False, ""), (True, ""), (True, rounded.FP8)])
-def test_loads_in_pieces_and_at_once_through_the_same_memory(without_kernels, hurry, hurries, payload):
-    """More chunks than are under way at once, of other lengths too, in pieces of some heads; 3 do not divide 8."""
-    views, geometry = make("K and V apart", 8, 8, 32, "bfloat16")
-    geometry = dataclasses.replace(geometry, payload=payload, dtype="bfloat16")
-    full = -(-geometry.shard_bytes(16) // 64) * 64
-    device = gpu.Gpu("sm_90", 0, geometry, geometry.heads * full, depth=2, blocks=8, keep=bool(rng.integers(2)))
-    hurry(int(hurries))
-    heads_at_once = [2, 2, 0, 1, 3, 0, 0, 8, 1]  # 0: the chunk at once
-    expected, kept, tickets = [v.clone() for v in views], [], []
-    while heads_at_once:
-        some = [heads_at_once.pop(0)]
-        while heads_at_once and heads_at_once[0] == some[0]:
-            some.append(heads_at_once.pop(0))
-        parts = [load_part(geometry, expected, payload) for _ in some]
-        kept += parts
-        submitted = [(targets, tokens, stride, rows.ctypes.data) for targets, tokens, stride, rows in parts]
-        tickets += device.submit(gpu.LOAD, None, submitted, some[0] * full + (32 if some[0] else 0))
-    for ticket, (_, tokens, _, rows) in zip(tickets, kept, strict=True):
-        device.wait(gpu.LOAD, ticket)
-        found = device.digests(gpu.LOAD, ticket, tokens)
-        assert found == [kernels.digest(row[: geometry.shard_bytes(tokens)].copy()) for row in rows]
-    for got, wanted in zip(views, expected, strict=True):
-        assert torch.equal(got, wanted)
-
-    targets, tokens, stride, rows = kept[-1]
-    head, at = int(rng.integers(geometry.heads)), int(rng.integers(geometry.shard_bytes(tokens)))
-    rows[head, at] ^= 1 << int(rng.integers(8))
-    ticket = device.load(None, targets, tokens, stride, rows.ctypes.data, 3 * full)
-    device.wait(gpu.LOAD, ticket)
-    now = device.digests(gpu.LOAD, ticket, tokens)
-    assert [h for h in range(geometry.heads) if now[h] != found[h]] == [head]
-    device.close()
-
-
-def load_part(geometry, expected, payload):
-    """(blocks, tokens, stride, rows of a chunk of random KV, one a head), scattered to `expected`."""
-    tokens = int(rng.choice([16, 16, 11]))
-    shard = geometry.shard_bytes(tokens)
-    stride = -(-shard // 64) * 64
-    source = torch.from_numpy(rng.integers(0, 256, (geometry.heads, LAYERS, tokens, geometry.token_bytes), dtype=np.uint8))
-    source = torch_path.shrink(source, payload, "bfloat16") if payload else source
-    rows = rng.integers(0, 256, (geometry.heads, stride), dtype=np.uint8)
-    rows[:, :shard] = source.flatten(1).numpy()
-    targets = [int(b) if rng.random() < 0.8 else None for b in rng.permutation(BLOCKS)[:2]]
-    torch_path.scatter(torch_path.grow(source, payload, "bfloat16") if payload else source, expected, targets)
-    return targets, tokens, stride, rows
 
 
 def test_one_kernel_alone_and_what_is_refused(without_kernels):

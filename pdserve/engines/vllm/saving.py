@@ -115,7 +115,7 @@ class Saver(Copier):
         try:
             if arena is not None and granted:
                 pages.attach(arena, self._client.chunk_tokens)
-                for some in self._way.turns(granted, pages.together):
+                for some in self._way.turns(granted, pages.together, lambda: not self._jobs.empty()):
                     if not self._begin_copy(job):
                         break
                     try:

@@ -40,8 +40,6 @@ template <typename T> T __ldcs(const T* p) {
   return v;
 }
 
-template <typename T> void __stcs(T* p, T v) { std::memcpy(p, &v, sizeof(T)); }
-
 // One block after another, so that what is shared in a block may be static.
 template <typename Kernel> void run_grid(dim3 grid, unsigned threads, Kernel kernel) {
   gridDim = grid;

@@ -1,8 +1,7 @@
 // The functions of CUDA's driver that the host part (kernels/csrc/driver.h) uses, without a device.
 //
 // Streams are as lazy as they may be: nothing runs before somebody waits for it, and then only what that needs. What the host
-// part forgot to order is therefore seen; what it forgot to hold back, where copies to the device hurry: each runs as soon as it
-// is submitted, and of everything else only what it waits for. One lock around everything, as a driver is called from any thread.
+// part forgot to order is therefore seen. One lock around everything, as a driver is called from any thread.
 #include <cstdlib>
 #include <deque>
 #include <functional>
@@ -27,7 +26,6 @@ enum { OK = 0, INVALID_VALUE = 1, NOT_FOUND = 500, NOT_READY = 600 };
 std::recursive_mutex guard;
 std::map<char*, size_t> registered;  // pinned host memory
 Stream engine;  // stream 0
-bool hurrying = false;
 int kept = 0;   // allocations, streams, events, modules that nobody has given back
 
 #define LOCKED const std::lock_guard<std::recursive_mutex> hold(guard)
@@ -84,8 +82,6 @@ extern "C" {
 
 int emulated_kept() { return kept + (int)registered.size(); }
 
-void emulated_hurry(int now) { hurrying = now; }
-
 // Work of the engine, on stream 0.
 int emulated_copy(void* to, const void* from, size_t bytes) {
   return submit(nullptr, [=] { std::memcpy(to, from, bytes); });
@@ -124,10 +120,7 @@ int cuMemcpyHtoD_v2(void* to, const void* from, size_t bytes) {
   return OK;
 }
 int cuMemcpyHtoDAsync_v2(void* to, const void* from, size_t bytes, Stream* stream) {
-  LOCKED;
-  submit(stream, [=] { std::memcpy(to, from, bytes); });
-  if (hurrying) run(*stream, stream->given);
-  return OK;
+  return submit(stream, [=] { std::memcpy(to, from, bytes); });
 }
 int cuMemcpyDtoHAsync_v2(void* to, const void* from, size_t bytes, Stream* stream) {
   return submit(stream, [=] { std::memcpy(to, from, bytes); });

@@ -15,9 +15,6 @@ extern "C" void emulate(int gather, int wide, unsigned grid_x, unsigned grid_y, 
   job.chunk = chunk;
   job.stride = stride;
   job.tokens = tokens;
-  job.first = 0;
-  job.heads = pages.heads;
-  job.keep = 0;
   for (int i = 0; i < count; i++) job.blocks[i] = blocks[i];
   std::vector<unsigned long long> by_head(pages.heads, 0);
   unsigned arrived = 0;
