@@ -76,8 +76,8 @@ KEYS: dict[str, Key] = {
         _CPU,
     ),
     "engine.second_context": Key(
-        "Whether an engine that generates answers has a second CUDA context, which it touches once a second: 0.5 GiB of a GPU's memory for "
-        "decoding steps that are 3 % shorter where the engine has the GPU to itself; see [tuning](tuning.md#a-gpu-of-its-own). "
+        "Whether an engine that generates answers has a second CUDA context, which it touches after stores and loads: 0.5 GiB of a GPU's "
+        "memory for decoding steps that are 3 % shorter where the engine has the GPU to itself; see [tuning](tuning.md#a-gpu-of-its-own). "
         "Default: on H100 and H200 with 4 GiB free.",
         "false",
         {"engine.device": "cuda"},

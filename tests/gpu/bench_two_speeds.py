@@ -1,7 +1,8 @@
-"""The two speeds of a CUDA graph on one device: python tests/gpu/bench_two_speeds.py   (torch alone; half a minute)
+"""The two speeds of a CUDA graph on one device: python tests/gpu/bench_two_speeds.py   (no vLLM; half a minute)
 
 A graph of 600 small kernels is replayed: as the process begins, after another process has made a CUDA context on the device and
-ended, and after large matrix products. Each line: ms of one replay, the median of 60.
+ended, and after large matrix products; then with a second context of this process, touched never, each second, each 100 ms. Each
+line: ms of one replay, the median of 60; beside touches also the mean and the slowest hundredth.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from itertools import pairwise
 
 import torch
+
+from pdserve.kernels.second_context import SecondContext
 
 OTHER = "import torch; torch.zeros(1, device='cuda'); torch.cuda.synchronize()"
 KERNELS, REPLAYS, TRIALS = 600, 60, 5
@@ -37,18 +42,44 @@ def captured() -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
     return graph, [rows, *weights, last]
 
 
-def replayed(graph: torch.cuda.CUDAGraph) -> float:
+def replays(graph: torch.cuda.CUDAGraph) -> list[float]:
     events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
     events[0].record()
     for event in events[1:]:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
+
+
+def replayed(graph: torch.cuda.CUDAGraph) -> float:
+    return statistics.median(replays(graph))
 
 
 def another_process() -> None:
     subprocess.run([sys.executable, "-c", OTHER], check=True, timeout=120)
+
+
+def touched(graph: torch.cuda.CUDAGraph, context: SecondContext, every: float) -> str:
+    """Some seconds of replays beside touches, `every` so many seconds (0: none)."""
+    stop = threading.Event()
+
+    def touch() -> None:
+        while not stop.wait(every):
+            context.touch()
+
+    toucher = threading.Thread(target=touch, daemon=True)
+    if every:
+        toucher.start()
+    each: list[float] = []
+    end = time.monotonic() + 2.5
+    while time.monotonic() < end:
+        each += replays(graph)
+    stop.set()
+    if every:
+        toucher.join(5)
+    each.sort()
+    return f"{statistics.median(each):.4f} ms, mean {statistics.mean(each):.4f}, p99 {each[int(len(each) * 0.99)]:.4f}"
 
 
 def main() -> None:
@@ -64,6 +95,12 @@ def main() -> None:
         for _ in range(50):
             left @ right
         print(f"{trial}: after another process {quick:.4f} ms, after large products {replayed(graph):.4f}", flush=True)
+    context = SecondContext(torch.cuda.current_device())
+    print(f"a second context, untouched: {replayed(graph):.4f} ms", flush=True)
+    context.touch()
+    for every in (0.0, 1.0, 0.1):
+        print(f"touched once, then each {every:g} s (0: no more): {touched(graph, context, every)}", flush=True)
+    context.close()
 
 
 if __name__ == "__main__":
