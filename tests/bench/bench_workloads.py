@@ -125,19 +125,19 @@ class Step:
     redis: bool = False
 
 
-REGIMES = "bench regimes --users 1 --requests 3 --output-len 2 --repetitions 3 --settle 0.3 --keep-up --quiet"
+REGIMES = "bench regimes --requests 3 --output-len 2 --repetitions 3 --settle 0.3 --keep-up --quiet"
 STEPS = (
     Step("workloads", 720, "one", "gpu-cache,cache,lmcache", LOADS),
     Step("no-loss", 1500, "one", "gpu-cache,cache", NOTHING),
     Step("again", 400, "one", "gpu-cache,cache", AGAIN),
     Step("pd-interference", 270, "two", "gpu-cache,pd", (INTERFERENCE,)),
-    Step("regimes", 330, "small", lines=(
+    Step("regimes", 730, "small", lines=(
         f"{REGIMES} --topology {{small}} --arms gpu-cache,cache-always,cache --working-sets 2000,6000 --lengths 300,1500 --reuse 0,90 "
-        "--budget 300 --out {out} --name regimes",
+        "--users 1,3 --budget 700 --out {out} --name regimes",
     )),
     Step("pd-regimes", 300, "small-two", lines=(
         f"{REGIMES} --topology {{small-two}} --arms cache,pd+cache,pd+adaptive --working-sets 3000 --lengths 300,1500 --reuse 0,90 "
-        "--budget 270 --out {out} --name pd-regimes",
+        "--users 1 --budget 270 --out {out} --name pd-regimes",
     )),
     Step("size", 150, "one", lines=(
         "launch {one} --detach",

@@ -309,7 +309,8 @@ class Probe:
     def _lanes(self, stop: threading.Event, moved: list[int], how: str) -> list[threading.Thread]:
         """`how`: "store:turns:1" (as the engine does, giving way to loads; MiB between which others may copy), "store:piece:8" (never
         giving way), "load:dma:32" (thread blocks), "load:copies:0" (DMA and no kernel), "load:kernel:0" (no DMA), "load:torch:0" (no
-        more than small kernels of torch's on another stream); or two of them with "+" between."""
+        more than small kernels of torch's on another stream), "load:paced:75" (percent of the time: two chunks, then a rest); or two of
+        them with "+" between."""
         ways = [part.split(":") for part in how.split("+")]
         moves = [self._mover(way == "load", kind, int(size)) for way, kind, size in ways]
 
@@ -356,6 +357,11 @@ class Probe:
             elif kind == "kernel":
                 for ids, tokens, _, _ in parts:
                     device.move(lane, ids, tokens, stride, staged)
+            elif kind == "paced":
+                for at in range(0, len(parts), 2):
+                    began = time.perf_counter()
+                    device.wait(lane, device.submit(lane, None, parts[at : at + 2], piece)[-1])
+                    time.sleep((time.perf_counter() - began) * (100 / size - 1))
             elif kind == "turns":
                 for some in way.turns(parts, pages.together, lambda: False):
                     last = device.submit(lane, None, some, piece)[-1]

@@ -11,7 +11,7 @@ from steps_waiting import beside_idle, of_idle
 ARMS = ("idle", "full", "dma:132", "copies:0", "gathers:528", "nothing", "pieces:0", "pieces:2")
 ON_CPU = ("idle", "full", "nothing")
 GRIDS = (32, 132, 264, 528, 1056)
-LOADS = ("load:dma:32", "load:copies:0", "load:dma:528")
+LOADS = ("load:dma:528", "load:copies:0", "load:paced:75", "load:paced:60", "load:paced:50")
 
 
 def only_ours(run: Run) -> Engine:
@@ -60,7 +60,7 @@ def loads(run: Run) -> None:
     found: dict[str, list[dict]] = results.setdefault("loads", {})
     for again in range(4):
         for n, how in enumerate(LOADS):
-            beside_idle(ours, found, how, 20 + 10 * n + again, 150)
+            beside_idle(ours, found, how, 20 + 10 * n + again, 250)
     for how in LOADS:
         said = []
         for q in ("p50", "p99"):
