@@ -88,6 +88,12 @@ STEPS = {
         Load("all-hit", ALL_HIT, 9, rounds=12),
         Load("agents-8", f"{AGENTS} --users 8 --duration 16 --warmup 4", 18),
     ), kv_gib=16, cache_gib=48, about="ten users in conversation about 20k tokens each, the GPU holds five; nothing to gain; low load"),
+    "turns-peers": Step("gpu-cache,cache,lmcache,offloading", (
+        Load("turns", f"{TURNS_20K} --duration 26 --warmup 8 --slo-ttft 1", 31),
+    ), kv_gib=12, cache_gib=32, about="the ten conversations against all that keep KV on the host"),
+    "agents-peers": Step("gpu-cache,cache,lmcache,offloading", (
+        Load("agents", f"{AGENTS} --users 32 --duration 30 --warmup 10", 36),
+    ), kv_gib=12, cache_gib=32, about="the 32 agents against all that keep KV on the host"),
     "documents": Step("gpu-cache,cache,lmcache,offloading", (
         Load("documents", "long-doc-qa --num-documents 8 --document-length 20000 --output-len 100", 16),
         Load("regimes-peers", "regimes --working-sets 36000,150000 --lengths 12000 --reuse 0,90 --users 1 --requests 4", 11),
