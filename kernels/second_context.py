@@ -6,7 +6,9 @@ kernel begins 0.35 us sooner after the one before; docs/measurements.md). A proc
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 from pdserve.kernels.nvrtc import DRIVER
@@ -29,30 +31,39 @@ class SecondContext:
         self._context, self._stream, self._kernel = (ctypes.c_void_p() for _ in range(3))
         self._call("cuInit", 0)
         self._call("cuCtxCreate_v2", ctypes.byref(self._context), _BLOCKING_SYNC, self._ordinal(device))
+        self._pop()
         try:
-            module = ctypes.c_void_p()
-            self._call("cuModuleLoadData", ctypes.byref(module), _KERNEL)
-            self._call("cuModuleGetFunction", ctypes.byref(self._kernel), module, b"pd_touch")
-            self._call("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING)
+            with self._current():
+                module = ctypes.c_void_p()
+                self._call("cuModuleLoadData", ctypes.byref(module), _KERNEL)
+                self._call("cuModuleGetFunction", ctypes.byref(self._kernel), module, b"pd_touch")
+                self._call("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING)
         except SecondContextError:
             self.close()
             raise
-        finally:
-            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def touch(self) -> None:
         """The device switches to this context and back; some 0.4 ms of what else runs there. Waits for it: up to a few time slices."""
-        self._call("cuCtxPushCurrent_v2", self._context)
-        try:
+        with self._current():
             self._call("cuLaunchKernel", self._kernel, 1, 1, 1, 32, 1, 1, 0, self._stream, None, None)
             self._call("cuStreamSynchronize", self._stream)
-        finally:
-            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def close(self) -> None:
+        """While it is not this thread's current context: the driver would take it off the thread's stack."""
         context, self._context = self._context, ctypes.c_void_p()
         if context:
             self._call("cuCtxDestroy_v2", context)
+
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        self._call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self._pop()
+
+    def _pop(self) -> None:
+        self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def _ordinal(self, device: int) -> int:
         handle = ctypes.c_int()

@@ -28,6 +28,8 @@ class Driver:
                 self.current.append("second")
             elif name == "cuCtxPopCurrent_v2":
                 self.current.pop()
+            elif name == "cuCtxDestroy_v2" and self.current[-1] == "second":
+                self.current.pop()  # as CUDA says of a context that is current to the calling thread
             elif name == "cuGetErrorString":
                 ctypes.cast(arguments[1], ctypes.POINTER(ctypes.c_char_p))[0] = b"out of memory"
             return 0
