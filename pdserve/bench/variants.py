@@ -101,7 +101,7 @@ def on_gpus(base: Raw, gpus: Sequence[int]) -> Raw:
     each, left = divmod(len(gpus), count)
     if left or not each:
         raise ConfigError("--arm-gpus", f"{len(gpus)} GPUs cannot be shared by {count} engines evenly")
-    shares = iter(list(gpus[i : i + each]) for i in range(0, len(gpus), each))
+    shares = (list(gpus[i : i + each]) for i in range(0, len(gpus), each))
     placed = {role: [{**machine, "gpus": next(shares)} for machine in base[role]] for role in ROLES if base.get(role)}
     return {**base, **placed}
 

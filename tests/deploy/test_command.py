@@ -112,26 +112,20 @@ def test_every_engine_has_a_command(kind: str) -> None:
 
 def test_what_engines_do_with_a_hit_and_another_connector_reach_the_command_line() -> None:
     base = "name: a\nmodel: demo\nengine: {device: cpu, kind: vllm}\nboth: [{port: 8300}]\n"
+
+    def extra(cache: str = "", engine: str = "device: cpu") -> dict[str, object]:
+        top = topology.parse(f"{base.replace('device: cpu', engine)}cache: {{size: 1GiB{cache}}}\n")
+        argv = plan.make(top, cores=[0]).processes[1].argv
+        return json.loads(argv[argv.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+
     for load, wanted in (("adaptive", None), ("never", "never")):
-        top = topology.parse(f"{base}cache: {{size: 1GiB, load: {load}}}\n")
-        argv = plan.make(top, cores=[0]).processes[1].argv
-        extra = json.loads(argv[argv.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
-        assert extra.get("pdserve.load") == wanted
+        assert extra(f", load: {load}").get("pdserve.load") == wanted
     for patience, factor in (("1", None), ("2.5", 2.5), ("20", 20)):
-        top = topology.parse(f"{base}cache: {{size: 1GiB, patience: {patience}}}\n")
-        argv = plan.make(top, cores=[0]).processes[1].argv
-        extra = json.loads(argv[argv.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
-        assert extra.get("pdserve.patience") == factor
+        assert extra(f", patience: {patience}").get("pdserve.patience") == factor
     for payload, wanted in (("", None), ("int8", "int8")):
-        top = topology.parse(f"{base}cache: {{size: 1GiB, payload: '{payload}'}}\n")
-        argv = plan.make(top, cores=[0]).processes[1].argv
-        extra = json.loads(argv[argv.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
-        assert extra.get("pdserve.payload") == wanted
-    for said, wanted in (("", None), (", second_context: false", False), (", second_context: true", True)):
-        top = topology.parse(f"{base.replace('device: cpu', f'device: cuda{said}')}cache: {{size: 1GiB}}\n")
-        argv = plan.make(top, cores=[0]).processes[1].argv
-        extra = json.loads(argv[argv.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
-        assert extra.get("pdserve.second_context") is wanted
+        assert extra(f", payload: '{payload}'").get("pdserve.payload") == wanted
+    for said, context_wanted in (("", None), (", second_context: false", False), (", second_context: true", True)):
+        assert extra(engine=f"device: cuda{said}").get("pdserve.second_context") is context_wanted
     other = topology.parse(base.replace("kind: vllm", "kv_transfer_config: {kv_connector: Other, kv_role: kv_both}"))
     argv = plan.make(other, cores=[0]).processes[0].argv
     assert json.loads(argv[argv.index("--kv-transfer-config") + 1]) == {"kv_connector": "Other", "kv_role": "kv_both"}

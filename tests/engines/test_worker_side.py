@@ -27,7 +27,7 @@ LAYERS, BLOCKS, BLOCK_BYTES = 3, 16, 4096
 class Engine:
     """A worker with `LAYERS` tensors of blocks, filled at random."""
 
-    def __init__(self, socket, rank=0, shards=1, writer="w", kind=HostPages):
+    def __init__(self, socket, rank=0, shards=1, writer="w", kind=HostPages, quick=None):
         self.kv = np.random.default_rng().integers(0, 256, (LAYERS, BLOCKS, BLOCK_BYTES), dtype=np.uint8)
         self.side = WorkerSide(CacheClient(socket, f"worker-{rank}"), shards=shards, writer=writer)
         self.pages = kind(
@@ -37,7 +37,7 @@ class Engine:
             BLOCKS,
             first_shard=rank,
         )
-        self.side.register([self.pages])
+        self.side.register([self.pages], quick)
 
     def save(self, rid, *chunks):
         self.side.start_saves(StepPlan(saves=[SaveJob(rid, [ChunkSave(k, p, 256, b) for k, p, b in chunks])]))
@@ -126,6 +126,45 @@ def test_blocks_saved_by_one_engine_are_loaded_by_another_bit_for_bit(cache_daem
     others = [i for i in range(BLOCKS) if i not in (0, 5, 9)]
     assert (b.kv[:, others] == before[:, others]).all()
     assert b.side.report().loaded["q"].nbytes == 3 * LAYERS * BLOCK_BYTES
+    client.release(lease, 60)
+    client.close()
+
+
+class Steps:
+    """What a worker tells the one that touches its GPU."""
+
+    def __init__(self):
+        self.worth, self.uses = [], 0
+
+    def step(self, worth):
+        self.worth.append(worth)
+
+    def used(self):
+        self.uses += 1
+
+    def close(self):
+        """Its end is test_quick's."""
+
+
+def test_the_gpu_is_touched_when_nothing_is_on_its_way(cache_daemon, engines):
+    quick = Steps()
+    a, b = engines(), engines(writer="v", kind=Held, quick=quick)
+    b.side.start_loads(StepPlan(decodes=True))
+    b.side.start_loads(StepPlan(decodes=False))
+    assert quick.worth == [True, False]
+    a.save("r", (key(1), b"", [3]))
+    a.wait(a.side.report)
+    client = CacheClient(cache_daemon.socket, "scheduler")
+    load, lease = job(client, "q", [key(1)], [[0]])
+    b.side.start_loads(StepPlan(decodes=True, loads=[load]))
+    b.side.start_loads(StepPlan(decodes=True))
+    assert quick.worth[-1] is False, "a load is under way"
+    assert not quick.uses
+    b.pages.may_end.set()
+    b.wait(lambda: b.side.finished()[1])
+    assert quick.uses == 1
+    b.side.start_loads(StepPlan(decodes=True))
+    assert quick.worth[-1] is True
     client.release(lease, 60)
     client.close()
 

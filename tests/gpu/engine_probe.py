@@ -349,7 +349,7 @@ class Probe:
             more = {"blocks": size} if kind == "dma" else {}
             device = gpu.Gpu(pages._arch, pages._device, pages._geometry, pages._staging_bytes, **more)
 
-        staged = self._arms_module().staging(pages) if kind == "kernel" else 0
+        staged = self._arms_module().staging(pages).data_ptr() if kind == "kernel" else 0
 
         def once() -> int:
             if work is not None:

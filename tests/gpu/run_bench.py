@@ -77,23 +77,27 @@ AGENTS = (
 # short turns, so that there are many: each one more makes the interval narrower
 RANDOM = "random --num-prompts {} --random-input-len 8000 --random-output-len 128"
 ALL_HIT = "all-hit --num-requests 40 --output-len 64"
+AGENTS_32 = Load("agents", f"{AGENTS} --users 32 --duration 30 --warmup 10", 36)
+CONVERSATIONS = Load("turns", f"{TURNS_20K} --duration 26 --warmup 8 --slo-ttft 1", 31)
 STEPS = {
     "agents": Step("gpu-cache,cache,lmcache", (
-        Load("agents", f"{AGENTS} --users 32 --duration 30 --warmup 10", 36),
+        AGENTS_32,
         Load("agents-8", f"{AGENTS} --users 8 --duration 20 --warmup 5", 22, rounds=1, since=3, arms=("gpu-cache", "cache")),
     ), kv_gib=16, cache_gib=56, about="recorded agents' conversations: 32 users' KV is three times what the GPU holds; 8 users' fits"),
     "turns": Step("gpu-cache,cache", (
-        Load("turns", f"{TURNS_20K} --duration 26 --warmup 8 --slo-ttft 1", 31),
+        CONVERSATIONS,
         Load("random", RANDOM.format(24), 9, rounds=12),
         Load("all-hit", ALL_HIT, 9, rounds=12),
         Load("agents-8", f"{AGENTS} --users 8 --duration 16 --warmup 4", 18),
     ), kv_gib=16, cache_gib=48, about="ten users in conversation about 20k tokens each, the GPU holds five; nothing to gain; low load"),
-    "turns-peers": Step("gpu-cache,cache,lmcache,offloading", (
-        Load("turns", f"{TURNS_20K} --duration 26 --warmup 8 --slo-ttft 1", 31),
-    ), kv_gib=12, cache_gib=32, about="the ten conversations against all that keep KV on the host"),
-    "agents-peers": Step("gpu-cache,cache,lmcache,offloading", (
-        Load("agents", f"{AGENTS} --users 32 --duration 30 --warmup 10", 36),
-    ), kv_gib=12, cache_gib=32, about="the 32 agents against all that keep KV on the host"),
+    "turns-peers": Step(
+        "gpu-cache,cache,lmcache,offloading", (CONVERSATIONS,), kv_gib=12, cache_gib=32,
+        about="the ten conversations against all that keep KV on the host",
+    ),
+    "agents-peers": Step(
+        "gpu-cache,cache,lmcache,offloading", (AGENTS_32,), kv_gib=12, cache_gib=32,
+        about="the 32 agents against all that keep KV on the host",
+    ),
     "documents": Step("gpu-cache,cache,lmcache,offloading", (
         Load("documents", "long-doc-qa --num-documents 8 --document-length 20000 --output-len 100", 16),
         Load("regimes-peers", "regimes --working-sets 36000,150000 --lengths 12000 --reuse 0,90 --users 1 --requests 4", 11),

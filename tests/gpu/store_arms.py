@@ -102,8 +102,7 @@ class StoreArms:
         if self._stream is None:
             torch.cuda.set_device(self._pages._device)
             self._stream = torch.cuda.Stream(priority=0)
-            self._staged = torch.zeros(self._pages._staging_bytes, dtype=torch.uint8, device="cuda")
-            torch.cuda.synchronize()
+            self._staged = staging(self._pages)
 
     def _nothing(self, mark: Any, parts: Sequence[Part]) -> list[Any]:
         return [Done([0] * self._pages.shard_count) for _ in parts]
@@ -199,9 +198,9 @@ class SmallKernels:
 _staged: list[torch.Tensor] = []
 
 
-def staging(pages: Any) -> int:
-    """Address of device memory that holds a chunk; one for all who ask."""
+def staging(pages: Any) -> torch.Tensor:
+    """Device memory that holds a chunk; one for all who ask."""
     if not _staged:
         _staged.append(torch.zeros(pages._staging_bytes, dtype=torch.uint8, device="cuda"))
         torch.cuda.synchronize()
-    return _staged[0].data_ptr()
+    return _staged[0]

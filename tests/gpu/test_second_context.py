@@ -1,11 +1,8 @@
 """A second CUDA context beside torch's own, on a real device."""
 
-import pytest
 import torch
 
 from pdserve.kernels.second_context import SecondContext
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def free() -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any, Protocol
+from typing import Any
 
 from pdserve import log
 from pdserve.errors import ConfigError
@@ -29,16 +29,10 @@ CLOSE_S = 5.0
 _KEY = "kv_connector_extra_config.pdserve.second_context"
 
 
-class Touched(Protocol):
-    def touch(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class Quick:
-    """One thread, which owns the context from here on."""
+    """One thread, which owns the context from here on; it waits for work until close() ends it."""
 
-    def __init__(self, context: Touched) -> None:
+    def __init__(self, context: SecondContext) -> None:
         self._context = context
         self._wanted, self._closed = threading.Event(), threading.Event()
         self._used, self._touched = True, 0.0
