@@ -68,8 +68,8 @@ def library(arch: str) -> Library:
         ("mark", pointer, [i32, pointer]),
         ("unmark", None, [i32, pointer]),
         ("save", i64, [pointer, pointer, pointer, i32, u32, u64, pointer, u64]),
-        ("load", i64, [pointer, pointer, pointer, i32, u32, u64, pointer]),
-        ("submit", i32, [pointer, i32, pointer, i32, pointer, pointer, pointer, pointer, pointer, u64]),
+        ("load", i64, [pointer, pointer, pointer, i32, u32, u64, pointer, i32]),
+        ("submit", i32, [pointer, i32, pointer, i32, pointer, pointer, pointer, pointer, pointer, u64, i32]),
         ("submitted", i64, [pointer, i32]),
         ("done", i64, [pointer, i32]),
         ("wait", i32, [pointer, i32, i64]),
@@ -167,9 +167,15 @@ class Gpu:
         """
         return self._submit(self._lib.pd_gpu_save, mark, self._ids(blocks), tokens, stride, host, piece)
 
-    def load(self, mark: Mark | None, blocks: Sequence[int | None], tokens: int, stride: int, host: int) -> int:
-        """Submits host memory -> pages; None leaves that block alone."""
-        return self._submit(self._lib.pd_gpu_load, mark, self._ids(blocks), tokens, stride, host)
+    def load(
+        self, mark: Mark | None, blocks: Sequence[int | None], tokens: int, stride: int, host: int, share: int = 100
+    ) -> int:
+        """Submits host memory -> pages; None leaves that block alone.
+
+        share: percent of the bus. Below 100 it waits for the DMA, and the next such load begins only when this one would have
+        ended at its share of the fastest one's speed.
+        """
+        return self._submit(self._lib.pd_gpu_load, mark, self._ids(blocks), tokens, stride, host, share)
 
     def _submit(
         self,
@@ -184,9 +190,14 @@ class Gpu:
         handle = mark.handle if mark else None
         return self._try(call(self._context, handle, ids.ctypes.data, ids.size, tokens, stride, host, *more))
 
-    def submit(self, lane: int, mark: Mark | None, chunks: Sequence[Chunk], piece: int = 0) -> list[int]:
+    def submit(
+        self, lane: int, mark: Mark | None, chunks: Sequence[Chunk], piece: int = 0, share: int = 100
+    ) -> list[int]:
         """Several chunks in one call, which holds no interpreter lock while it waits for buffers. One ticket each, in order;
-        fewer when the device refused one, and GpuError when it refused the first."""
+        fewer when the device refused one, and GpuError when it refused the first.
+
+        piece, share: as save() and load() have them, for whichever of the two this is.
+        """
         ids = [self._ids(blocks) for blocks, _, _, _ in chunks]
         flat = np.ascontiguousarray(np.concatenate(ids))
         counts = np.array([i.size for i in ids], np.int32)
@@ -201,6 +212,7 @@ class Gpu:
             len(chunks),
             *(a.ctypes.data for a in arrays),
             piece,
+            share,
         )
         if not done:
             raise GpuError(self._error())

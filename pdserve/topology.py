@@ -45,6 +45,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     enforce_eager: bool | None = None  # None: yes on the CPU (compiling takes minutes there and gains nothing)
     enable_prefix_caching: bool | None = None
     second_context: bool | None = None  # CUDA only; None: where it is known to gain
+    load_share: Annotated[float, Meta(ge=0.1, le=1)] | None = None  # CUDA only; None: the connector's own
     start_timeout: Seconds = 900.0
     kv_transfer_config: dict[str, Any] = {}  # another connector than pdserve's, as vLLM wants it
     extra_args: tuple[str, ...] = ()

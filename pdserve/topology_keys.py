@@ -82,6 +82,13 @@ KEYS: dict[str, Key] = {
         "false",
         {"engine.device": "cuda"},
     ),
+    "engine.load_share": Key(
+        "Share of the bus to the GPU that a load takes while the engine generates answers and no other load waits: at 1 the request "
+        "has its first token sooner, and the answers under way feel the load more, in fewer steps; see "
+        "[tuning](tuning.md#loads-beside-answers). Default: 0.6.",
+        "1",
+        {"engine.device": "cuda"},
+    ),
     "engine.enforce_eager": Key("No CUDA graphs, no compilation. Default: true on the CPU, vLLM's on a GPU.", "false"),
     "engine.enable_prefix_caching": Key(
         "The engine's own prefix cache, in its own memory. Default: vLLM's (on).", "true"

@@ -104,8 +104,9 @@ def _check_instance(topology: Topology, instance: Instance) -> None:
         if engine.gpu_memory_utilization is not None:
             fix = "Use kv_cache_space_gib on the CPU."
             raise ConfigError(f"{key}.gpu_memory_utilization", "has no meaning with device cpu", fix)
-        if engine.second_context is not None:
-            raise ConfigError(f"{key}.second_context", "has no meaning with device cpu", "Remove it.")
+        for name in ("second_context", "load_share"):
+            if getattr(engine, name) is not None:
+                raise ConfigError(f"{key}.{name}", "has no meaning with device cpu", "Remove it.")
         if engine.pipeline_parallel_size > 1:
             problem = "with device cpu: vLLM ends at the first request"
             raise ConfigError(f"{key}.pipeline_parallel_size", problem, "Use tensor_parallel_size, or device: cuda.")

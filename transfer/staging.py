@@ -80,7 +80,8 @@ class Pages(Protocol):
     def store_all(self, mark: Any, parts: Sequence[Part]) -> list[Copy]:
         """store() of several chunks, at most `together` of them."""
 
-    def load_all(self, mark: Any, parts: Sequence[Part]) -> list[Copy]: ...
+    def load_all(self, mark: Any, parts: Sequence[Part], share: int = 100) -> list[Copy]:
+        """load() of several, at most `together` of them. `share`: percent of the way to the device that they may take."""
 
     def settle(self) -> None:
         """When it returns, no submitted store reads blocks any more."""
@@ -96,7 +97,7 @@ class OneByOne:
     def store_all(self: Any, mark: Any, parts: Sequence[Part]) -> list[Copy]:
         return [self.store(mark, ids, tokens, area, stride) for ids, tokens, area, stride in parts]
 
-    def load_all(self: Any, mark: Any, parts: Sequence[Part]) -> list[Copy]:
+    def load_all(self: Any, mark: Any, parts: Sequence[Part], share: int = 100) -> list[Copy]:
         return [self.load(mark, area, ids, tokens, stride) for ids, tokens, area, stride in parts]
 
 
@@ -230,10 +231,10 @@ class DevicePages:
     def store_all(self, mark: Any, parts: Sequence[Part]) -> list[Copy]:
         return self._all(gpu.SAVE, mark, parts)
 
-    def load_all(self, mark: Any, parts: Sequence[Part]) -> list[Copy]:
-        return self._all(gpu.LOAD, mark, parts)
+    def load_all(self, mark: Any, parts: Sequence[Part], share: int = 100) -> list[Copy]:
+        return self._all(gpu.LOAD, mark, parts, share)
 
-    def _all(self, lane: int, mark: Any, parts: Sequence[Part]) -> list[Copy]:
+    def _all(self, lane: int, mark: Any, parts: Sequence[Part], share: int = 100) -> list[Copy]:
         device: gpu.Gpu | None = None
         chunks = []
         for ids, tokens, area, stride in parts:
@@ -241,7 +242,7 @@ class DevicePages:
             chunks.append((self._expand(ids, tokens), tokens, stride, area.ctypes.data))
         if device is None:
             return []
-        tickets = device.submit(lane, mark, chunks, self._piece())
+        tickets = device.submit(lane, mark, chunks, self._piece(), share)
         return [_Ticket(device, lane, t, c[1]) for t, c in zip(tickets, chunks, strict=False)]
 
     def _piece(self) -> int:

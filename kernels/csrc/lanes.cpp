@@ -7,9 +7,12 @@
 // A copy engine serves one queue until that is empty: with one stream of saves the small copies of an engine's step would wait
 // for all of them. So saves go by turns on two streams, each turn after the one before it: between two, whoever waits is served.
 // A turn is a chunk, or `piece` bytes of one. No kernel writes to the host's memory: digests, too, are fetched by DMA.
+#include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "gpu.h"
@@ -22,6 +25,9 @@ namespace {
 
 using namespace pd;
 
+using Clock = std::chrono::steady_clock;
+
+constexpr std::chrono::milliseconds LONGEST_TURN{20};  // from one load with a share of the bus to the next, whatever held it up
 constexpr int64_t RESULTS = 1024;  // digests of a ticket must be read before this many more are submitted
 thread_local std::string last_error;
 
@@ -50,6 +56,8 @@ struct Lane {
   Sums sums{nullptr, nullptr};
   uint64_t *results = nullptr, *results_device = nullptr;  // host and device, [RESULTS][heads]
   int64_t submitted = 0, completed = 0;
+  double fastest = 0;      // of a load with a share of the bus: ns a byte
+  Clock::time_point next;  // until then the next such load waits
 };
 
 // The kernels: in this library, or in what the run-time compiler made.
@@ -154,7 +162,7 @@ int open_lane(Context& c, Lane& lane, int depth, int priority) {
   lane.slots.resize(depth);
   for (Slot& s : lane.slots) {
     TRY(gpuMalloc((void**)&s.buffer, c.staging_bytes));
-    TRY(gpuEventCreateWithFlags(&s.copied, gpuEventDisableTiming));
+    TRY(gpuEventCreateWithFlags(&s.copied, gpuEventDisableTiming | gpuEventBlockingSync));
     TRY(gpuEventCreateWithFlags(&s.computed, gpuEventDisableTiming));
     TRY(gpuEventCreateWithFlags(&s.end, gpuEventDisableTiming | gpuEventBlockingSync));
   }
@@ -311,19 +319,24 @@ int64_t pd_gpu_save(void* context, void* mark, const int32_t* blocks, int count,
   return lane.submitted++;
 }
 
-// Arena -> pages; only the scatter waits for `mark`, the DMA starts at once. Returns a ticket, or -1.
-int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, const void* host) {
+// Arena -> pages; only the scatter waits for `mark`, the DMA starts at once. `share` < 100: percent of the bus. Waits for the DMA,
+// and the next such load begins when, at its share of the fastest so far, this one would have ended. Returns a ticket, or -1.
+int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count, uint32_t tokens, uint64_t stride, const void* host, int share) {
   Context& c = *static_cast<Context*>(context);
   Lane& lane = c.lanes[LOAD];
   Job job;
   if (make_job(c, job, blocks, count, tokens, stride, false)) return -1;
-  if (stride * c.pages.heads > c.staging_bytes) return refuse("chunk larger than the staging buffer");
+  const uint64_t bytes = stride * c.pages.heads;
+  if (bytes > c.staging_bytes) return refuse("chunk larger than the staging buffer");
+  if (share < 1) return refuse("no share of the bus");
   TRY(gpuSetDevice(c.device));
   Slot* slot;
   if (next_slot(lane, slot)) return -1;
   const uint64_t place = lane.submitted % RESULTS * c.pages.heads;
   job.chunk = slot->buffer;
-  TRY(gpuMemcpyAsync(slot->buffer, host, stride * c.pages.heads, gpuMemcpyHostToDevice, lane.copies[0]));
+  if (share < 100) std::this_thread::sleep_until(lane.next);
+  const Clock::time_point began = Clock::now();
+  TRY(gpuMemcpyAsync(slot->buffer, host, bytes, gpuMemcpyHostToDevice, lane.copies[0]));
   TRY(gpuEventRecord(slot->copied, lane.copies[0]));
   TRY(gpuStreamWaitEvent(lane.kernels, slot->copied, 0));
   if (mark) TRY(gpuStreamWaitEvent(lane.kernels, static_cast<gpuEvent_t>(mark), 0));
@@ -333,16 +346,24 @@ int64_t pd_gpu_load(void* context, void* mark, const int32_t* blocks, int count,
   TRY(gpuStreamWaitEvent(lane.copies[1], slot->computed, 0));
   TRY(fetch_digests(c, lane, place, lane.copies[1]));
   TRY(gpuEventRecord(slot->end, lane.copies[1]));
+  if (share < 100) {
+    TRY(gpuEventSynchronize(slot->copied));
+    const double each = std::chrono::duration<double, std::nano>(Clock::now() - began).count() / bytes;
+    lane.fastest = lane.fastest > 0 ? std::min(lane.fastest, each) : each;
+    const auto turn = std::chrono::nanoseconds((int64_t)(lane.fastest * bytes * 100 / share));
+    lane.next = began + std::min<Clock::duration>(turn, LONGEST_TURN);
+  }
   return lane.submitted++;
 }
 
 // Several chunks in one call, so that the caller's interpreter is left alone meanwhile. `blocks` of all of them, one after
-// another. Returns how many were submitted (their tickets are the last ones of the lane); fewer than `chunks` after an error.
+// another. `piece` is of saves, `share` of loads. Returns how many were submitted (their tickets are the last ones of the lane);
+// fewer than `chunks` after an error.
 int pd_gpu_submit(void* context, int which, void* mark, int chunks, const int32_t* blocks, const int32_t* counts, const uint32_t* tokens,
-                  const uint64_t* strides, void* const* hosts, uint64_t piece) {
+                  const uint64_t* strides, void* const* hosts, uint64_t piece, int share) {
   for (int i = 0; i < chunks; blocks += counts[i], i++) {
     const int64_t ticket = which == SAVE ? pd_gpu_save(context, mark, blocks, counts[i], tokens[i], strides[i], hosts[i], piece)
-                                         : pd_gpu_load(context, mark, blocks, counts[i], tokens[i], strides[i], hosts[i]);
+                                         : pd_gpu_load(context, mark, blocks, counts[i], tokens[i], strides[i], hosts[i], share);
     if (ticket < 0) return i;
   }
   return chunks;

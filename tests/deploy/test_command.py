@@ -126,6 +126,8 @@ def test_what_engines_do_with_a_hit_and_another_connector_reach_the_command_line
         assert extra(f", payload: '{payload}'").get("pdserve.payload") == wanted
     for said, context_wanted in (("", None), (", second_context: false", False), (", second_context: true", True)):
         assert extra(engine=f"device: cuda{said}").get("pdserve.second_context") is context_wanted
+    for said, share in (("", None), (", load_share: 0.75", 0.75), (", load_share: 1", 1.0)):
+        assert extra(engine=f"device: cuda{said}").get("pdserve.load_share") == share
     other = topology.parse(base.replace("kind: vllm", "kv_transfer_config: {kv_connector: Other, kv_role: kv_both}"))
     argv = plan.make(other, cores=[0]).processes[0].argv
     assert json.loads(argv[argv.index("--kv-transfer-config") + 1]) == {"kv_connector": "Other", "kv_role": "kv_both"}

@@ -1,10 +1,13 @@
-"""Stores give way to loads, and always go on."""
+"""Stores give way to loads, both to answers, and always go on."""
 
 import threading
 import time
 
+import pytest
+
 from pdserve.engines.vllm import giving_way
-from pdserve.engines.vllm.giving_way import TOGETHER, GivingWay
+from pdserve.engines.vllm.giving_way import LOAD_SHARE, TOGETHER, GivingWay
+from pdserve.errors import ConfigError
 
 CHUNKS = list(range(19))
 
@@ -68,3 +71,31 @@ def test_the_pause_ends_with_the_load(monkeypatch):
     storing.join(10)
     assert not storing.is_alive()
     assert found == [[0], [1, 2], [3, 4]]
+
+
+def test_a_load_has_its_share_while_answers_are_generated():
+    way = GivingWay(0.5)
+    loads = lambda others=nobody: [(len(some), share) for some, share in way.loads(CHUNKS, 8, others)]  # noqa: E731
+    assert loads() == [(1, 100), (8, 100), (8, 100), (2, 100)], "nobody decodes"
+    way.decoding = True
+    assert loads() == [(1, 50), *[(TOGETHER, 50)] * 9]
+    assert loads(lambda: True) == [(1, 100), (8, 100), (8, 100), (2, 100)], "others wait"
+    begun = way.loads(CHUNKS, 8, nobody)
+    assert [len(next(begun)[0]) for _ in range(2)] == [1, TOGETHER]
+    way.decoding = False
+    assert [x for some, _ in begun for x in some] == CHUNKS[1 + TOGETHER :], "all of them, whatever changes meanwhile"
+    assert list(GivingWay().loads([], 8, nobody)) == []
+
+
+@pytest.mark.parametrize(("share", "percent"), [(1.0, 100), (0.8, 80), (0.1, 10), (None, round(100 * LOAD_SHARE))])
+def test_the_share_that_was_asked_for(share, percent):
+    way = GivingWay(share)
+    way.decoding = True
+    assert {p for _, p in way.loads(CHUNKS, 8, nobody)} == {percent}
+
+
+def test_what_is_no_share():
+    assert [giving_way.load_share(x) for x in (None, 1, 0.25)] == [None, 1.0, 0.25]
+    for wrong in (0, 1.5, "0.5", True, float("nan")):
+        with pytest.raises(ConfigError, match=r"pdserve.load_share: .* is no share of the bus"):
+            giving_way.load_share(wrong)

@@ -306,11 +306,50 @@ class Probe:
             "stored_gb_s": moved[0] / seconds / 1e9, "loaded_gb_s": moved[1] / seconds / 1e9,
         }  # fmt: skip
 
+    def hits(self, streams: int, seeds: list[int], n: int, share: float, seed: int = 0) -> dict:
+        """First tokens of prompts that come one after another while `streams` others decode, and the time between tokens of these.
+
+        share: of the bus that a load may take, as engine.load_share.
+        """
+        from vllm import SamplingParams
+
+        self.side._way._load_percent = round(100 * share)
+        self.rates()
+        engine, names = self.llm.llm_engine, [f"beside-{seed}-{i}" for i in range(streams)]
+        forever = SamplingParams(temperature=0, max_tokens=20000, ignore_eos=True)
+        for i, name in enumerate(names):
+            engine.add_request(name, prompt(7000 + seed * 100 + i, 500), forever)
+        one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+        gaps: list[float] = []
+        first: list[float] = []
+        waiting = [(f"hit-{seed}-{s}", prompt(s, n)) for s in seeds]
+        asked = last = 0.0
+        rest = 30  # steps until the next one is sent
+        while waiting or asked:
+            outputs = engine.step()
+            now = time.perf_counter()
+            if last and any(o.request_id == names[0] for o in outputs):
+                gaps.append((now - last) * 1e3)
+            last = now
+            if asked and any(o.finished for o in outputs):
+                first.append((now - asked) * 1e3)
+                asked, rest = 0.0, 30
+            rest -= 1
+            if not asked and waiting and rest <= 0:
+                name, hit = waiting.pop(0)
+                asked = time.perf_counter()
+                engine.add_request(name, hit, one)
+        engine.abort_request(names)
+        engine.step()
+        gaps.sort()
+        loads = self.rates()["loads"]
+        return {"first": first, "loads": loads, "p50": gaps[len(gaps) // 2], "mean": sum(gaps) / len(gaps), "max": gaps[-1]}
+
     def _lanes(self, stop: threading.Event, moved: list[int], how: str) -> list[threading.Thread]:
         """`how`: "store:turns:1" (as the engine does, giving way to loads; MiB between which others may copy), "store:piece:8" (never
         giving way), "load:dma:32" (thread blocks), "load:copies:0" (DMA and no kernel), "load:kernel:0" (no DMA), "load:torch:0" (no
-        more than small kernels of torch's on another stream), "load:paced:75" (percent of the time: two chunks, then a rest); or two of
-        them with "+" between."""
+        more than small kernels of torch's on another stream), "load:share:60" (as the engine does; percent of the bus); or two of them
+        with "+" between."""
         ways = [part.split(":") for part in how.split("+")]
         moves = [self._mover(way == "load", kind, int(size)) for way, kind, size in ways]
 
@@ -323,6 +362,7 @@ class Probe:
 
     def _mover(self, load: bool, kind: str, size: int):
         """Which way, a function that moves 20k tokens once and gives the bytes, and one that frees what it used."""
+        from pdserve.engines.vllm.giving_way import GivingWay
         from pdserve.kernels import gpu
         from pdserve.transfer import wire
         from pdserve.transfer.staging import stride_of
@@ -338,6 +378,8 @@ class Probe:
             ids = [top - 16 * n - i for i in range(16)]
             parts.append((ids, 256, stride, client.arena.bytes[grant.offset :].ctypes.data))
         lane, piece = (gpu.LOAD if load else gpu.SAVE), (size << 20 if kind in ("piece", "turns") else 0)
+        shared = GivingWay(size / 100 if kind == "share" else None)
+        shared.decoding = True
         # Lanes of their own: those of the engine have one thread each.
         device, work = None, None
         if kind == "copies":
@@ -357,11 +399,12 @@ class Probe:
             elif kind == "kernel":
                 for ids, tokens, _, _ in parts:
                     device.move(lane, ids, tokens, stride, staged)
-            elif kind == "paced":
-                for at in range(0, len(parts), 2):
-                    began = time.perf_counter()
-                    device.wait(lane, device.submit(lane, None, parts[at : at + 2], piece)[-1])
-                    time.sleep((time.perf_counter() - began) * (100 / size - 1))
+            elif kind == "share":
+                way.loading(True)
+                for some, percent in shared.loads(parts, pages.together, lambda: False):
+                    last = device.submit(lane, None, some, share=percent)[-1]
+                device.wait(lane, last)
+                way.loading(False)
             elif kind == "turns":
                 for some in way.turns(parts, pages.together, lambda: False):
                     last = device.submit(lane, None, some, piece)[-1]

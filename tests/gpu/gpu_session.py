@@ -142,11 +142,19 @@ class Run:
     def engine(self, name: str, **options) -> Engine:
         return self.engines((name, options))[0]
 
+    def ours(self) -> Engine:
+        """Our engine, of a pair that was started before, or alone."""
+        if "pdserve" not in self.started:
+            self.engine("pdserve", connector=True, socket=self.socket, **self.big)
+        return self.started["pdserve"]
+
     def pair(self) -> tuple[Engine, Engine]:
         """Ours and the plain one, started by the step that needs them first; with them the null one, where it will be asked."""
-        if "pdserve" not in self.started:
-            named: list[tuple[str, dict]] = [("pdserve", {"connector": True, "socket": self.socket, **self.big}), ("plain", self.big)]
-            self.engines(*named, *([("null", {"peer": "null", **self.big})] if self.null else []))
+        if "plain" not in self.started:
+            named: list[tuple[str, dict]] = [("plain", self.big), *([("null", {"peer": "null", **self.big})] if self.null else [])]
+            if "pdserve" not in self.started:
+                named.insert(0, ("pdserve", {"connector": True, "socket": self.socket, **self.big}))
+            self.engines(*named)
         return self.started["pdserve"], self.started["plain"]
 
     def end_pair(self) -> None:

@@ -24,7 +24,7 @@ from gpu_session import HERE, Engine, Run, daemon, keep_in, results, row, table,
 from steps_answers import payload, peers, pressure, tokens_agree
 from steps_cost import overhead, throughput
 from steps_kernels import copies, kernel_tests, sanitizer
-from steps_stores import loads, stores
+from steps_stores import hits, loads, stores
 from steps_waiting import between_tokens, first_token, timeline, two_speeds
 
 
@@ -45,12 +45,13 @@ STEPS = (
         "first token from DRAM at 2k, 10k, 20k, 30k tokens, beside plain vLLM; KV byte by byte; with the start", pair=True,
     ),
     Step("throughput", throughput, 110, "nothing to reuse and all in the GPU's cache, in turn with plain vLLM", pair=True),
-    Step("itl", between_tokens, 130, "time between tokens of 8 streams while 20k tokens are stored or loaded", pair=True),
-    Step("speeds", two_speeds, 75, "which part of a store or load makes the device slow again", pair=True),
+    Step("hits", hits, 120, "first token of 20k tokens from DRAM beside 8 streams, by the load's share of the bus", pair=True),
+    Step("itl", between_tokens, 160, "time between tokens of 8 streams while 20k tokens are stored or loaded", pair=True),
     Step("timeline", timeline, 90, "where each ms of a first token goes, from DRAM and from plain vLLM's own cache", pair=True),
     Step("overhead", overhead, 200, "plain, a connector that does nothing, ours idle, ours; the time in each method", pair=True),
     Step("stores", stores, 300, "nothing to reuse, with parts of a store left out or changed, in one engine", pair=True),
-    Step("loads", loads, 90, "time between tokens beside other ways to load, in one engine", pair=True),
+    Step("loads", loads, 330, "time between tokens beside other ways to load, in one engine", pair=True),
+    Step("speeds", two_speeds, 75, "which part of a store or load makes the device slow again", pair=True),
     Step("tokens", tokens_agree, 90, "greedy tokens of the real model: loaded = computed = plain"),
     Step("pressure", pressure, 120, "the same with preemptions, aborts and resets in between"),
     Step("tests", kernel_tests, 60, "kernels against plain indexing, bit for bit"),

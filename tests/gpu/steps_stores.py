@@ -5,25 +5,20 @@ from __future__ import annotations
 import statistics
 
 from gpu_session import Engine, Run, results, row, write
-from steps_waiting import beside_idle, of_idle
+from steps_waiting import AT_ONCE, STEPS, STORING, beside_idle, of_idle
 
 #: the first is what the others are compared with
 ARMS = ("idle", "full", "dma:132", "copies:0", "gathers:528", "nothing", "pieces:0", "pieces:2")
 ON_CPU = ("idle", "full", "nothing")
 GRIDS = (32, 132, 264, 528, 1056)
-LOADS = ("load:dma:528", "load:copies:0", "load:paced:75", "load:paced:60", "load:paced:50")
-
-
-def only_ours(run: Run) -> Engine:
-    """Our engine, of a pair that was started before, or alone."""
-    if "pdserve" not in run.started:
-        run.engine("pdserve", connector=True, socket=run.socket, **run.big)
-    return run.started["pdserve"]
+LOADS = (AT_ONCE, "load:copies:0", *(f"load:share:{share}" for share in (75, 60, 50, 40)))
+LOADS += tuple(f"{STORING}+load:share:{share}" for share in (60, 50))
+SHARES = (1.0, 0.75, 0.6, 0.5)
 
 
 def stores(run: Run) -> None:
     """24 x 4000 + 64 with nothing to reuse: each arm once a round, always in the same order; ratios are to the round's idle one."""
-    ours = only_ours(run)
+    ours = run.ours()
     on_device = ours.do("about")["on_device"]
     if on_device:
         alone = results["kernels alone, ms a chunk"] = ours.do("kernels_alone", grids=GRIDS)
@@ -56,11 +51,12 @@ def stores(run: Run) -> None:
 
 def loads(run: Run) -> None:
     """Time between tokens of 8 streams while 20k tokens are loaded without a pause, each way after an idle run."""
-    ours = only_ours(run)
+    ours = run.ours()
     found: dict[str, list[dict]] = results.setdefault("loads", {})
-    for again in range(4):
+    ours.do("one_context")  # the device would go from one of its two states to the other now and then
+    for again in range(max(1, run.rounds - 1)):
         for n, how in enumerate(LOADS):
-            beside_idle(ours, found, how, 20 + 10 * n + again, 250)
+            beside_idle(ours, found, how, 20 + 10 * n + again, STEPS)
     for how in LOADS:
         said = []
         for q in ("p50", "p99"):
@@ -68,3 +64,26 @@ def loads(run: Run) -> None:
             said.append(f"{q} {statistics.median(each):.3f} ({min(each):.3f} to {max(each):.3f})")
         speed = statistics.median(x["loaded_gb_s"] for x in found[how])
         row(f"ITL of 8 streams, of idle, {how}", f"{', '.join(said)}; {speed:.1f} GB/s")
+
+
+def hits(run: Run) -> None:
+    """What the first token of a 20k prompt that is loaded waits for beside 8 streams, by the share of the bus that its load may take."""
+    ours = run.ours()
+    seeds = list(range(400000, 400009))  # more than the engine's own cache holds: each comes back from DRAM
+    for seed in seeds:
+        ours.do("generate", seeds=[seed], n=20000, out=1)
+    ours.do("settle")
+    found: dict[str, list[dict]] = results.setdefault("hits", {})
+    for again in range(max(1, run.rounds - 1)):
+        for n, share in enumerate(SHARES):
+            found.setdefault(str(share), []).append(ours.do("hits", streams=8, seeds=seeds, n=20000, share=share, seed=10 * again + n))
+            write()
+    for share, each in found.items():
+        first = [ms for x in each[1:] or each for ms in x["first"]]
+        load = [ms for x in each[1:] or each for tokens, ms in x["loads"] if tokens > 19000 // Engine.shrink]
+        p50, mean = (statistics.median(x[k] for x in each[1:] or each) for k in ("p50", "mean"))
+        row(
+            f"20k from DRAM beside 8 streams, load share {share}",
+            f"first token {statistics.median(first):.1f} ms, {len(load)} of {len(first)} loaded in "
+            f"{statistics.median(load or [0.0]):.1f} ms; streams' steps p50 {p50:.2f}, mean {mean:.2f} ms",
+        )

@@ -6,10 +6,13 @@ import statistics
 
 from gpu_session import Engine, Run, results, row, write
 
-STORING, LOADING = "store:turns:1", "load:dma:528"  # as the engine does while it generates
-DISTURBED = (STORING, LOADING, f"{STORING}+{LOADING}", "load:copies:0")
+from pdserve.engines.vllm.giving_way import LOAD_SHARE
+
+STORING, LOADING = "store:turns:1", f"load:share:{LOAD_SHARE * 100:.0f}"  # as the engine does while it generates
+AT_ONCE = "load:dma:528"  # as fast as it goes
+DISTURBED = (STORING, LOADING, f"{STORING}+{LOADING}", AT_ONCE, "load:copies:0")
 #: what may make the device slow, one part of a store or load each
-PARTS = ("load:torch:0", "store:copies:0", "load:copies:0", "store:kernel:0", "load:kernel:0", STORING, LOADING)
+PARTS = ("load:torch:0", "store:copies:0", "load:copies:0", "store:kernel:0", "load:kernel:0", STORING, AT_ONCE)
 #: the slowest hundredth of them is six steps: of 200 it was two, which say nothing
 STEPS = 600
 
@@ -103,7 +106,7 @@ def between_tokens(run: Run) -> None:
 
 def two_speeds(run: Run) -> None:
     """What makes a device slow that was touched: time between tokens after a touch, beside one part of stores and loads, after it."""
-    ours, _ = run.pair()
+    ours = run.ours()
     ours.do("one_context")
     found: dict = results.setdefault("two_speeds", {})
     for again in range(3):

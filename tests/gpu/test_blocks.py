@@ -174,7 +174,7 @@ def test_many_chunks_through_the_lanes_with_marks(arch, piece):
     torch.cuda.synchronize()
     spread = GENERATOR.permutation(NUM_BLOCKS)[:3].tolist()
     for i in range(chunks):
-        ticket = device.load(None, spread, tokens, stride, arena.ctypes.data + i * size)
+        ticket = device.load(None, spread, tokens, stride, arena.ctypes.data + i * size, share=100 - 40 * (i % 2))
     device.wait(gpu.LOAD, ticket)
     assert torch.equal(plain_gather(layers, names, spread, tokens), plain_gather(new, names, plan[-1], tokens))
     device.unregister(arena.ctypes.data)

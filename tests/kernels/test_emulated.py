@@ -138,10 +138,10 @@ def without_kernels(library, tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("piece", "settles", "payload"),
-    [(0, True, ""), (0, False, rounded.INT8), (1000, True, rounded.INT8), (4096, False, "")],
+    ("piece", "share", "settles", "payload"),
+    [(0, 100, True, ""), (0, 60, False, rounded.INT8), (1000, 100, True, rounded.INT8), (4096, 10, False, "")],
 )
-def test_many_chunks_through_the_lanes_with_marks(library, without_kernels, piece, settles, payload):
+def test_many_chunks_through_the_lanes_with_marks(library, without_kernels, piece, share, settles, payload):
     """More chunks than buffers, after work of the engine that they must wait for, and back behind such work."""
     views, geometry = make("packed NHD", 8, 2, 64, "bfloat16")
     geometry = dataclasses.replace(geometry, payload=payload, dtype="bfloat16")
@@ -176,7 +176,7 @@ def test_many_chunks_through_the_lanes_with_marks(library, without_kernels, piec
     engine_writes(library, views, zero)  # earlier work: what is loaded must not be overwritten by it
     mark = device.mark(0)
     targets = [plan[-1][0], None]
-    ticket = device.load(mark, targets, tokens, stride, parts[-1][3])
+    ticket = device.submit(gpu.LOAD, mark, [(targets, tokens, stride, parts[-1][3])] * 3, share=share)[-1]
     while device.done(gpu.LOAD) <= ticket:
         pass  # each question lets the device do something
     assert device.digests(gpu.LOAD, ticket, tokens) == device.digests(gpu.SAVE, tickets[-1], tokens)
@@ -207,6 +207,8 @@ def test_one_kernel_alone_and_what_is_refused(without_kernels):
     for blocks, tokens, stride in (([1], 9, shard), ([1], 8, shard - 16), ([1], 8, 2 * shard), ([None], 8, shard)):
         with pytest.raises(gpu.GpuError):
             device.save(None, blocks, tokens, stride, chunk.ctypes.data)
+    with pytest.raises(gpu.GpuError, match="no share"):
+        device.load(None, [4], 8, shard, chunk.ctypes.data, share=0)
     device.close()
 
 

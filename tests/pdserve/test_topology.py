@@ -112,6 +112,8 @@ CASES = [
     ('cpus: "0"', "cpus: a-b", "prefill[0].cpus: 'a-b' is not a list of cores", "0-3"),
     ('cpus: "0"', 'cpus: "0|1"', "prefill[0].cpus: '0|1' is for 2 rank(s)", "each rank"),
     ('cpus: "0"', "second_context: true", "prefill[0].second_context: has no meaning", "Remove it"),
+    ('cpus: "0"', "load_share: 0.5", "prefill[0].load_share: has no meaning", "Remove it"),
+    ('cpus: "0"', "load_share: 0", "prefill[0].load_share: ", "0.1"),
     ('cpus: "0"', "gpu_memory_utilization: 0.5", "prefill[0].gpu_memory_utilization: has no meaning", "kv_cache_space"),
     ('cpus: "0"', "kind: fake", "engine.kind: engines of kinds fake, vllm", "one kind"),
     ("name: local-cpu", "name: Local CPU", "name: 'Local CPU' is not a name", "small letters"),

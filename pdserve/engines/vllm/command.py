@@ -82,6 +82,8 @@ def kv_transfer_config(instance: Instance, context: Context) -> dict[str, object
         extra["pdserve.layer_groups"] = context.layer_groups
     if instance.engine.second_context is not None:
         extra["pdserve.second_context"] = instance.engine.second_context
+    if instance.engine.load_share is not None:
+        extra["pdserve.load_share"] = instance.engine.load_share
     return {
         "kv_connector": "PdserveConnector",
         "kv_connector_module_path": "pdserve.engines.vllm.connector",

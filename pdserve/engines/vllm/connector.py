@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from pdserve import log
 from pdserve.chunk import AS_IS
-from pdserve.engines.vllm import detokenizing, finding, layout, naps, quick, stages, versions
+from pdserve.engines.vllm import detokenizing, finding, giving_way, layout, naps, quick, stages, versions
 from pdserve.engines.vllm.facts import Teller
 from pdserve.engines.vllm.messages import StepPlan
 from pdserve.engines.vllm.scheduler_side import SchedulerSide
@@ -87,6 +87,7 @@ class PdserveConnector(KVConnectorBase_V1):
             self._worker = WorkerSide(
                 CacheClient(socket, f"{instance}/worker-{self._rank}"), shards=self._layout.shards, writer=writer,
                 teller=Teller(socket, instance) if self._rank == 0 else None,
+                load_share=giving_way.load_share(transfer.get_from_extra_config("pdserve.load_share", None)),
             )  # fmt: skip
 
     def _connect(self, client: CacheClient) -> None:

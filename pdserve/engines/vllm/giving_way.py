@@ -1,30 +1,41 @@
-"""How fast a store goes while others use the device.
+"""How fast stores and loads go while answers are generated.
 
 A decoding step is held up a little by a store beside it, and a little by a load: both write and read the memory that the step
 lives on. Each alone costs a few percent, the two at once cost their sum, and slow each other. So beside a load, while answers are
 generated, a store goes slowly: somebody waits for the load's first token, nobody for the store. It never stops, and where other
 stores wait it does not go slowly either: what is stored holds blocks.
+
+A load takes a share of the bus then, evenly: what it costs the answers is the same in sum, but no step feels much of it. Where other
+loads wait it has all of the bus: each of them would have a later first token.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-#: chunks that are submitted together while answers are generated: as many go on beside a load that begins just then
+from pdserve.errors import ConfigError
+
+#: chunks that are submitted together while answers are generated: as many go on as they were when that changes
 TOGETHER = 2
+#: of the bus, for a load that nobody waits behind while answers are generated
+LOAD_SHARE = 0.6
 #: from chunk to chunk beside a load: of three steps one feels the copy, for a sixth of its time
 PAUSE_S = 0.02
+
+_KEY = "kv_connector_extra_config.pdserve.load_share"
 
 T = TypeVar("T")
 
 
 class GivingWay:
-    """Told by the engine's thread (`decoding`) and by the one that loads (`loading`); stores ask. Each a thread of its own."""
+    """Told by the engine's thread (`decoding`) and by the one that loads (`loading`); stores and loads ask. Each a thread of its
+    own. `load_share`: of the bus, at most 1; None: LOAD_SHARE."""
 
-    def __init__(self) -> None:
+    def __init__(self, load_share: float | None = None) -> None:
         self.decoding = False
+        self._load_percent = round(100 * (load_share or LOAD_SHARE))
         self._loading = False
         self._changed = threading.Condition()
 
@@ -45,6 +56,18 @@ class GivingWay:
             if at < len(chunks) and not others_wait():
                 self._pause()
 
+    def loads(
+        self, chunks: Sequence[T], together: int, others_wait: Callable[[], bool]
+    ) -> Iterator[tuple[Sequence[T], int]]:
+        """All of them in order, as many as are best submitted at once, each time with the percent of the bus that they may take."""
+        at = 0
+        while at < len(chunks):
+            percent = self._load_percent if self.decoding and not others_wait() else 100
+            # The first by itself: while it is on its way, the next ones are made ready.
+            count = 1 if at == 0 else min(together, TOGETHER) if percent < 100 else together
+            yield chunks[at : at + count], percent
+            at += count
+
     def _beside_load(self) -> bool:
         return self._loading and self.decoding
 
@@ -57,3 +80,12 @@ class GivingWay:
         """Ends early with the load."""
         with self._changed:
             self._changed.wait_for(lambda: not self._beside_load(), PAUSE_S)
+
+
+def load_share(wanted: Any) -> float | None:
+    """What was asked for, None where nothing was. Raises ConfigError."""
+    if wanted is None:
+        return None
+    if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0.1 <= wanted <= 1:
+        raise ConfigError(_KEY, f"{wanted!r} is no share of the bus", "Use a number from 0.1 to 1 (all of it), or leave it out.")
+    return float(wanted)

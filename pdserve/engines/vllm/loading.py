@@ -36,10 +36,11 @@ class Loader(Copier):
     ) -> None:
         super().__init__(client, "pdserve-load")  # jobs: a load, or the requests that nobody waits for any more
         self._done, self._way = done, way
+        self._arriving: list[_Load] = []
 
     def put(self, job: LoadJob, mark: Any) -> None:
         """`mark`: the point in the engine's work that the load must not overtake."""
-        self._jobs.put(_Load(job, mark, self._way))
+        self._jobs.put(_Load(job, mark, self._way, self._others_wait))
 
     def drop(self, request_ids: set[str]) -> None:
         """Nobody waits for these any more: what is still to come for them is not waited for."""
@@ -49,28 +50,31 @@ class Loader(Copier):
     # ---- the thread ----
 
     def _run(self) -> None:
-        arriving: list[_Load] = []
         poll_s = POLL_GPU_S if self._pages is not None and self._pages.on_device else POLL_S
         while True:
             # What has just come is rarely alone.
-            pause = 0.0 if any(load.came for load in arriving) else poll_s
+            pause = 0.0 if any(load.came for load in self._arriving) else poll_s
             try:
-                item = self._jobs.get(timeout=pause if arriving else None)
+                item = self._jobs.get(timeout=pause if self._arriving else None)
             except queue.Empty:
                 pass
             else:
                 if item is None:
                     break
                 if isinstance(item, _Load):
-                    arriving.append(item)
+                    self._arriving.append(item)
                 else:
-                    for load in (x for x in arriving if x.job.request_id in item):
+                    for load in (x for x in self._arriving if x.job.request_id in item):
                         load.result.error = "the request is gone"
-            arriving = [load for load in arriving if not self._advance(load)]
-            self._way.loading(any(load.moving for load in arriving))
-        for load in arriving:
+            self._arriving = [load for load in self._arriving if not self._advance(load)]
+            self._way.loading(any(load.moving for load in self._arriving))
+        for load in self._arriving:
             load.result.error = "the engine is closing"
             self._end(load)
+
+    def _others_wait(self) -> bool:
+        """Asked by a load on this thread, about others."""
+        return len(self._arriving) > 1 or not self._jobs.empty()
 
     def _advance(self, load: _Load) -> bool:
         """Whether it has ended."""
@@ -114,8 +118,8 @@ class _Flight:
 class _Load:
     """One job under way."""
 
-    def __init__(self, job: LoadJob, mark: Any, way: GivingWay) -> None:
-        self.job, self._mark, self._way = job, mark, way
+    def __init__(self, job: LoadJob, mark: Any, way: GivingWay, others_wait: Callable[[], bool]) -> None:
+        self.job, self._mark, self._way, self._others_wait = job, mark, way, others_wait
         self.result = LoadResult()
         self.started = time.perf_counter()
         self.came = False  # whether the last look found something
@@ -178,14 +182,14 @@ class _Load:
         """Submits all of them, which waits while all buffers are in use."""
         flight.chunks, flight.verified = chunks, [0] * len(chunks)
         self._way.loading(True)
-        # The first by itself: while it is on its way, the next ones are made ready.
-        for at in (0, *range(1, len(chunks), pages.together)):
-            some = chunks[at : at + pages.together] if at else chunks[:1]
+        at = 0
+        for some, share in self._way.loads(chunks, pages.together, self._others_wait):
             for part in pages.parts:
-                copies = part.load_all(self._mark, [_source(part, arena, chunk) for chunk in some])
+                copies = part.load_all(self._mark, [_source(part, arena, chunk) for chunk in some], share)
                 flight.moving.extend((at + i, part, copy) for i, copy in enumerate(copies))
                 if len(copies) < len(some):
                     raise CacheError("the device refused a chunk")
+            at += len(some)
             self._verify(flight, wait=False)
             if self.result.error:
                 break

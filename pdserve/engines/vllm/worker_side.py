@@ -31,7 +31,7 @@ class WorkerSide:
     """One per worker process. `pages` is set once vLLM has registered its KV caches."""
 
     def __init__(
-        self, client: CacheClient, *, shards: int, writer: str, teller: Teller | Nobody | None = None
+        self, client: CacheClient, *, shards: int, writer: str, teller: Teller | Nobody | None = None, load_share: float | None = None
     ) -> None:
         self._client = client
         self._pages: Parts | None = None
@@ -44,7 +44,7 @@ class WorkerSide:
         self._loading: set[str] = set()
         self._quick: Quick | None = None
         self._idle = False  # whether this step computes nothing
-        self._way = GivingWay()
+        self._way = GivingWay(load_share)
         self._loader = Loader(client, self._loaded, way=self._way)
         self._facts = StoreFacts(teller or Nobody())
         self._saver = Saver(client, self._saved, shards=shards, writer=writer, facts=self._facts, way=self._way)
