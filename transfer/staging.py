@@ -22,10 +22,6 @@ from pdserve.transfer.arena import Arena
 if TYPE_CHECKING:
     import torch
 
-#: bytes that a store copies at once while answers are generated: the engine's own small copies wait for so many, some 20 us.
-#: Of the link's speed two thirds are left then; 8 MiB leave nine tenths, and the slowest hundredth of the steps feel them.
-GENTLE_BYTES = 1 << 20
-
 
 def stride_of(shard_bytes: int) -> int:
     """From one shard of a chunk to the next in the arena."""
@@ -64,10 +60,6 @@ class Pages(Protocol):
     def attach(self, arena: Arena, chunk_tokens: int) -> None:
         """Prepares for copies to and from this arena; cheap when it is the same one as before."""
 
-    def decoding(self, now: bool) -> None:
-        """Whether answers are being generated at present, in short steps: then stores should not get in their way, else they
-        should be fast."""
-
     def mark(self) -> Any:
         """What the engine has submitted so far. Called on the engine's thread."""
 
@@ -77,8 +69,9 @@ class Pages(Protocol):
     def load(self, mark: Any, source: np.ndarray, block_ids: Sequence[int | None], tokens: int, stride: int) -> Copy:
         """`source` -> blocks; None leaves that block alone."""
 
-    def store_all(self, mark: Any, parts: Sequence[Part]) -> list[Copy]:
-        """store() of several chunks, at most `together` of them."""
+    def store_all(self, mark: Any, parts: Sequence[Part], piece: int = 0) -> list[Copy]:
+        """store() of several chunks, at most `together` of them. `piece`: the engine's own copies to the host are let in after so many
+        bytes; 0: after a chunk. (Those to the device never wait.)"""
 
     def load_all(self, mark: Any, parts: Sequence[Part], share: int = 100) -> list[Copy]:
         """load() of several, at most `together` of them. `share`: percent of the way to the device that they may take."""
@@ -94,7 +87,7 @@ class OneByOne:
 
     together = 1
 
-    def store_all(self: Any, mark: Any, parts: Sequence[Part]) -> list[Copy]:
+    def store_all(self: Any, mark: Any, parts: Sequence[Part], piece: int = 0) -> list[Copy]:
         return [self.store(mark, ids, tokens, area, stride) for ids, tokens, area, stride in parts]
 
     def load_all(self: Any, mark: Any, parts: Sequence[Part], share: int = 100) -> list[Copy]:
@@ -183,7 +176,6 @@ class DevicePages:
         self._gpu: gpu.Gpu | None = None
         self._staging_bytes = 0
         self._arena: Arena | None = None
-        self._decoding = False
         self._lock = threading.Lock()
 
     def describe(self) -> str:
@@ -211,16 +203,13 @@ class DevicePages:
             self._pinned.pin(self._gpu, arena)
             self._arena = arena  # kept: what is registered must stay mapped
 
-    def decoding(self, now: bool) -> None:
-        self._decoding = now
-
     def mark(self) -> gpu.Mark | None:
         return self._gpu.mark(self._current_stream()) if self._gpu else None
 
     def store(self, mark: Any, block_ids: Sequence[int], tokens: int, to: np.ndarray, stride: int) -> Copy:
         device = self._ready(to, stride)
         ids = self._expand(block_ids, tokens)
-        ticket = device.save(mark, ids, tokens, stride, to.ctypes.data, self._piece())
+        ticket = device.save(mark, ids, tokens, stride, to.ctypes.data)
         return _Ticket(device, gpu.SAVE, ticket, tokens)
 
     def load(self, mark: Any, source: np.ndarray, block_ids: Sequence[int | None], tokens: int, stride: int) -> Copy:
@@ -228,13 +217,13 @@ class DevicePages:
         ids = self._expand(block_ids, tokens)
         return _Ticket(device, gpu.LOAD, device.load(mark, ids, tokens, stride, source.ctypes.data), tokens)
 
-    def store_all(self, mark: Any, parts: Sequence[Part]) -> list[Copy]:
-        return self._all(gpu.SAVE, mark, parts)
+    def store_all(self, mark: Any, parts: Sequence[Part], piece: int = 0) -> list[Copy]:
+        return self._all(gpu.SAVE, mark, parts, piece=piece)
 
     def load_all(self, mark: Any, parts: Sequence[Part], share: int = 100) -> list[Copy]:
-        return self._all(gpu.LOAD, mark, parts, share)
+        return self._all(gpu.LOAD, mark, parts, share=share)
 
-    def _all(self, lane: int, mark: Any, parts: Sequence[Part], share: int = 100) -> list[Copy]:
+    def _all(self, lane: int, mark: Any, parts: Sequence[Part], piece: int = 0, share: int = 100) -> list[Copy]:
         device: gpu.Gpu | None = None
         chunks = []
         for ids, tokens, area, stride in parts:
@@ -242,12 +231,8 @@ class DevicePages:
             chunks.append((self._expand(ids, tokens), tokens, stride, area.ctypes.data))
         if device is None:
             return []
-        tickets = device.submit(lane, mark, chunks, self._piece(), share)
+        tickets = device.submit(lane, mark, chunks, piece, share)
         return [_Ticket(device, lane, t, c[1]) for t, c in zip(tickets, chunks, strict=False)]
-
-    def _piece(self) -> int:
-        """Of a store: a decoding step's own copies to the host must not wait for long. (Those to the device never do.)"""
-        return GENTLE_BYTES if self._decoding else 0
 
     def _ready(self, area: np.ndarray, stride: int) -> gpu.Gpu:
         if self._gpu is None:
@@ -309,9 +294,6 @@ class TorchPages(OneByOne):
         return self.layers * tokens * token_bytes
 
     def attach(self, arena: Arena, chunk_tokens: int) -> None:
-        pass
-
-    def decoding(self, now: bool) -> None:
         pass
 
     def mark(self) -> Any:

@@ -62,9 +62,6 @@ class HostPages(OneByOne):
     def attach(self, arena: Arena, chunk_tokens: int) -> None:
         pass
 
-    def decoding(self, now: bool) -> None:
-        pass
-
     def mark(self) -> None:
         return None
 

@@ -32,11 +32,10 @@ def test_all_parts_hear_what_concerns_the_engine_and_one_marks_its_work():
     parts = [part(4), part(8)]
     pages = Parts(parts)
     pages.attach("arena", 256)
-    pages.decoding(True)
     assert pages.mark() == "mark"
     pages.settle()
     pages.close()
-    heard = [("attach", "arena", 256), ("decoding", True), ("settle",), ("close",)]
+    heard = [("attach", "arena", 256), ("settle",), ("close",)]
     assert [c for c in parts[0].asked if c != ("mark",)] == parts[1].asked == heard
     assert parts[0].asked.count(("mark",)) == 1
     assert pages.describe() == "describe; 2 layer groups like this"

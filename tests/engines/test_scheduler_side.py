@@ -540,11 +540,13 @@ def test_a_step_says_whether_it_computes_anything(world):
 def test_an_answer_is_minded_in_short_steps_and_not_beside_a_long_prefill(world):
     compute_all(world, "a", range(19))
     one = ("a", None, 19)
-    assert world.side.plan(step({"a": 1}, cached=[one])).decodes
+    assert world.side.plan(step({"a": 1}, cached=[one])).answers == 1
     long = world.side.plan(step({"a": 1, "b": LONG_STEP}, new=[("b", 0)], cached=[one]))
-    assert not long.decodes
-    assert world.side.plan(step({"a": 1, "b": LONG_STEP // 2}, cached=[one, ("b", None, LONG_STEP)])).decodes
-    assert not world.side.plan(step({"c": 8}, new=[("c", 0)])).decodes
+    assert long.answers == 0
+    assert world.side.plan(step({"a": 1, "b": LONG_STEP // 2}, cached=[one, ("b", None, LONG_STEP)])).answers == 1
+    assert not world.side.plan(step({"c": 8}, new=[("c", 0)])).answers
+    compute_all(world, "d", range(30, 49))
+    assert world.side.plan(step({"a": 1, "d": 1}, cached=[one, ("d", None, 19)])).answers == 2
 
 
 def test_the_daemon_is_not_asked_about_fewer_tokens_than_a_load_is_worth(world, monkeypatch):

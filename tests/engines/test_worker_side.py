@@ -149,21 +149,21 @@ class Steps:
 def test_the_gpu_is_touched_when_nothing_is_on_its_way(cache_daemon, engines):
     quick = Steps()
     a, b = engines(), engines(writer="v", kind=Held, quick=quick)
-    b.side.start_loads(StepPlan(decodes=True))
-    b.side.start_loads(StepPlan(decodes=False))
+    b.side.start_loads(StepPlan(answers=1))
+    b.side.start_loads(StepPlan())
     assert quick.worth == [True, False]
     a.save("r", (key(1), b"", [3]))
     a.wait(a.side.report)
     client = CacheClient(cache_daemon.socket, "scheduler")
     load, lease = job(client, "q", [key(1)], [[0]])
-    b.side.start_loads(StepPlan(decodes=True, loads=[load]))
-    b.side.start_loads(StepPlan(decodes=True))
+    b.side.start_loads(StepPlan(answers=1, loads=[load]))
+    b.side.start_loads(StepPlan(answers=1))
     assert quick.worth[-1] is False, "a load is under way"
     assert not quick.uses
     b.pages.may_end.set()
     b.wait(lambda: b.side.finished()[1])
     assert quick.uses == 1
-    b.side.start_loads(StepPlan(decodes=True))
+    b.side.start_loads(StepPlan(answers=1))
     assert quick.worth[-1] is True
     client.release(lease, 60)
     client.close()

@@ -379,7 +379,7 @@ class Probe:
             parts.append((ids, 256, stride, client.arena.bytes[grant.offset :].ctypes.data))
         lane, piece = (gpu.LOAD if load else gpu.SAVE), (size << 20 if kind in ("piece", "turns") else 0)
         shared = GivingWay(size / 100 if kind == "share" else None)
-        shared.decoding = True
+        shared.answers = 8
         # Lanes of their own: those of the engine have one thread each.
         device, work = None, None
         if kind == "copies":
@@ -406,7 +406,7 @@ class Probe:
                 device.wait(lane, last)
                 way.loading(False)
             elif kind == "turns":
-                for some in way.turns(parts, pages.together, lambda: False):
+                for some, _ in way.stores(parts, pages.together, lambda: False):
                     last = device.submit(lane, None, some, piece)[-1]
                 device.wait(lane, last)
             else:

@@ -46,7 +46,7 @@ STEPS = (
     ),
     Step("throughput", throughput, 110, "nothing to reuse and all in the GPU's cache, in turn with plain vLLM", pair=True),
     Step("hits", hits, 120, "first token of 20k tokens from DRAM beside 8 streams, by the load's share of the bus", pair=True),
-    Step("itl", between_tokens, 160, "time between tokens of 8 streams while 20k tokens are stored or loaded", pair=True),
+    Step("itl", between_tokens, 130, "time between tokens of 8 streams while 20k tokens are stored or loaded", pair=True),
     Step("timeline", timeline, 90, "where each ms of a first token goes, from DRAM and from plain vLLM's own cache", pair=True),
     Step("overhead", overhead, 200, "plain, a connector that does nothing, ours idle, ours; the time in each method", pair=True),
     Step("stores", stores, 300, "nothing to reuse, with parts of a store left out or changed, in one engine", pair=True),

@@ -110,8 +110,8 @@ STEPS = {
     ), kv_gib=36, about="where a cache below the GPU's can only be in the way: nothing reused, and everything in the GPU's own cache; "
         "with --arm-gpus 0,1 and then 1,0: alone on its GPU an engine steps slower than where others have used it"),
     "rates": Step("gpu-cache,cache", (
-        Load("rates", "cache-rate --num-requests 12 --prompt-len 20000 --num-prefixes 8", 45, rounds=4),
-    ), about="0 to 100 % of each 20k prompt sent before"),
+        Load("rates", "cache-rate --rates 100,75,50,25,0 --num-requests 12 --prompt-len 20000 --num-prefixes 8", 45, rounds=4),
+    ), about="100 to 0 % of each 20k prompt sent before, in that order: what is asked for once would push the rest out of 36 GiB"),
     "regimes": Step("gpu-cache,cache-always,cache", (
         Load("regimes", "regimes --working-sets 36000,150000 --lengths 1000,12000 --reuse 0,90 --users 1,4 --requests 6", 45, rounds=4),
     ), about="the adaptive arm against the best fixed one at every point"),

@@ -25,7 +25,7 @@ class StoreArms:
     def __init__(self, side: Any) -> None:
         self._pages = side._pages.parts[0]
         self._own = {
-            name: getattr(self._pages, name) for name in ("store_all", "_piece", "_gpu") if hasattr(self._pages, name)
+            name: getattr(self._pages, name) for name in ("store_all", "_gpu") if hasattr(self._pages, name)
         }
         self._devices: dict[tuple[int, ...], gpu.Gpu] = {}
         self._stream: Any = None
@@ -33,8 +33,7 @@ class StoreArms:
 
     def choose(self, arm: str) -> None:
         pages = self._pages
-        for name in ("store_all", "_piece"):
-            pages.__dict__.pop(name, None)
+        pages.__dict__.pop("store_all", None)
         if "_gpu" in self._own:
             pages._gpu = self._own["_gpu"]
         kind, *sizes = arm.split(":")
@@ -47,12 +46,12 @@ class StoreArms:
             raise RuntimeError(f"{arm} needs a device")
         if kind == "pieces":
             mib = int(sizes[0])
-            pages._piece = lambda: mib << 20
+            pages.store_all = lambda mark, parts, piece: self._own["store_all"](mark, parts, mib << 20)
         elif kind == "dma":
             pages._gpu = self._device(*map(int, sizes))
         elif kind == "gathers":
             device = self._device(*map(int, sizes))
-            pages.store_all = lambda mark, parts: self._gathers(device, mark, parts)
+            pages.store_all = lambda mark, parts, piece: self._gathers(device, mark, parts)
         elif kind == "copies":
             self._open()
             pages.store_all = self._copies
@@ -104,10 +103,10 @@ class StoreArms:
             self._stream = torch.cuda.Stream(priority=0)
             self._staged = staging(self._pages)
 
-    def _nothing(self, mark: Any, parts: Sequence[Part]) -> list[Any]:
+    def _nothing(self, mark: Any, parts: Sequence[Part], piece: int) -> list[Any]:
         return [Done([0] * self._pages.shard_count) for _ in parts]
 
-    def _copies(self, mark: Any, parts: Sequence[Part]) -> list[Any]:
+    def _copies(self, mark: Any, parts: Sequence[Part], piece: int) -> list[Any]:
         torch.cuda.set_device(self._pages._device)
         after(self._stream, mark)
         moved = []

@@ -68,8 +68,8 @@ class StepPlan(KVConnectorMetadata):
     preempted: set[str] = field(default_factory=set)
     #: requests that ended while they were being loaded: no need to wait for chunks that are still to come
     dropped: set[str] = field(default_factory=set)
-    #: whether somebody waits for the next token of an answer in this step, and would see it come later
-    decodes: bool = False
+    #: answers whose next token somebody waits for in this step, and would see it come later
+    answers: int = 0
     #: whether this step computes nothing at all
     idle: bool = False
 

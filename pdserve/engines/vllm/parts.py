@@ -28,10 +28,6 @@ class Parts:
         for part in self.parts:
             part.attach(arena, chunk_tokens)
 
-    def decoding(self, now: bool) -> None:
-        for part in self.parts:
-            part.decoding(now)
-
     def mark(self) -> Any:
         """A point in the engine's work is the same for all parts: they are on one device."""
         return self.parts[0].mark()

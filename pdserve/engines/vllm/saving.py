@@ -115,11 +115,11 @@ class Saver(Copier):
         try:
             if arena is not None and granted:
                 pages.attach(arena, self._client.chunk_tokens)
-                for some in self._way.turns(granted, pages.together, lambda: not self._jobs.empty()):
+                for some, piece in self._way.stores(granted, pages.together, lambda: not self._jobs.empty()):
                     if not self._begin_copy(job):
                         break
                     try:
-                        _submit(pages, arena, mark, some, moving)
+                        _submit(pages, arena, mark, some, piece, moving)
                     finally:
                         self._end_copy()
                     moving.commit(COMMIT_TOGETHER * len(pages.parts))
@@ -175,11 +175,17 @@ class Saver(Copier):
 
 
 def _submit(
-    pages: Parts, arena: Arena, mark: Any, chunks: Sequence[tuple[ChunkSave, list[wire.Grant]]], moving: _Moving
+    pages: Parts,
+    arena: Arena,
+    mark: Any,
+    chunks: Sequence[tuple[ChunkSave, list[wire.Grant]]],
+    piece: int,
+    moving: _Moving,
 ) -> None:
     for place, part in enumerate(pages.parts):
         last = place == len(pages.parts) - 1
-        copies = part.store_all(mark, [_target(part, arena, chunk, grants[place]) for chunk, grants in chunks])
+        targets = [_target(part, arena, chunk, grants[place]) for chunk, grants in chunks]
+        copies = part.store_all(mark, targets, piece)
         for (chunk, grants), copy in zip(chunks, copies, strict=False):
             moving.add(grants[place], chunk.tokens if last else 0, copy)
 

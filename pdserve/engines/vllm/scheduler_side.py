@@ -210,7 +210,7 @@ class SchedulerSide:
                     tracked.block_ids = []
                 tracked.block_ids.extend(new_blocks[0])
             if computed >= tracked.request.num_prompt_tokens:
-                plan.decodes = output.total_num_scheduled_tokens < LONG_STEP
+                plan.answers += output.total_num_scheduled_tokens < LONG_STEP
                 if tracked.computing_since:
                     self._time_prefill(tracked)
             if computed + output.num_scheduled_tokens.get(request_id, 0) >= self._storing.due(tracked):

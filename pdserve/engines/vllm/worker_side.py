@@ -68,10 +68,9 @@ class WorkerSide:
     def start_loads(self, plan: StepPlan) -> None:
         if self._pages is None:
             return
-        self._pages.decoding(plan.decodes)
-        self._way.decoding = plan.decodes and self._pages.on_device
+        self._way.answers = plan.answers if self._pages.on_device else 0
         if self._quick is not None:
-            self._quick.step(plan.decodes and not self._saver.busy and not self._loading)
+            self._quick.step(plan.answers > 0 and not self._saver.busy and not self._loading)
         with self._lock:
             # Here and not with the saves: some vLLM versions announce no saves in a step that computes nothing.
             self._awaiting |= plan.awaiting
