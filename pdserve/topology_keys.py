@@ -83,8 +83,8 @@ KEYS: dict[str, Key] = {
         {"engine.device": "cuda"},
     ),
     "engine.load_share": Key(
-        "Share of the bus to the GPU that a load takes while the engine generates answers and no other load waits: at 1 the request "
-        "has its first token sooner, and the answers under way feel the load more, in fewer steps; see "
+        "Share of the bus to the GPU that a load takes while the engine generates four answers or more and no other load waits: at 1 "
+        "the request has its first token sooner, and the answers under way feel the load more, in fewer steps; see "
         "[tuning](tuning.md#loads-beside-answers). Default: 0.6.",
         "1",
         {"engine.device": "cuda"},

@@ -10,10 +10,10 @@ import json
 import os
 import random
 import sys
-import threading
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
 os.environ.update(
     HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_USE_FLASHINFER_SAMPLER="0", VLLM_ENABLE_V1_MULTIPROCESSING="0"
 )
@@ -45,7 +45,6 @@ class Probe:
                 },
             )
         elif options.get("peer") == "null":
-            sys.path.insert(0, str(Path(__file__).parent))
             more["kv_transfer_config"] = KVTransferConfig(
                 kv_connector="NullConnector", kv_connector_module_path="null_connector", kv_role="kv_both"
             )
@@ -117,7 +116,6 @@ class Probe:
     def timeline(self, seed: int, n: int) -> dict:
         """One token behind a prompt: where each millisecond of it goes."""
         if self._timeline is None:
-            sys.path.insert(0, str(Path(__file__).parent))
             from timeline import Timeline
 
             self._timeline = Timeline(self.llm, self.side)
@@ -138,16 +136,12 @@ class Probe:
             half._storing.job = lambda *_: None
         return {}
 
-    def _arms_module(self):
-        sys.path.insert(0, str(Path(__file__).parent))
-        import store_arms
-
-        return store_arms
-
     def store_arm(self, arm: str) -> dict:
         """How what is computed from now on is stored; see store_arms.py."""
         if self._arms is None:
-            self._arms = self._arms_module().StoreArms(self.side)
+            from store_arms import StoreArms
+
+            self._arms = StoreArms(self.side)
         self.connector(arm != "idle")
         self._arms.choose(arm)
         return {}
@@ -264,17 +258,16 @@ class Probe:
     def itl(self, streams: int, out: int, disturb: str = "", seed: int = 0) -> dict:
         """Time between tokens of `streams` decoding requests.
 
-        disturb: as _lanes has it; 20k tokens are moved to or from the arena all the time.
+        disturb: as movers.py has it; 20k tokens are moved to or from the arena all the time.
         """
+        from movers import Beside
         from vllm import SamplingParams
 
         engine = self.llm.llm_engine
         params = SamplingParams(temperature=0, max_tokens=out, ignore_eos=True)
         for i in range(streams):
             engine.add_request(f"itl-{seed}-{i}-{disturb}", prompt(9000 + seed * 100 + i, 500), params)
-        stop, moved, threads = threading.Event(), [0, 0], []
-        if disturb:
-            threads = self._lanes(stop, moved, disturb)
+        moving = Beside(self.side, disturb)
         last: dict[str, tuple[int, float]] = {}
         gaps: list[float] = []
         start = None
@@ -292,18 +285,14 @@ class Probe:
                     last[o.request_id] = (count, now)
             if start is None and len(last) == streams:
                 start = now
-                for t in threads:
-                    t.start()
+                moving.start()
         seconds = time.perf_counter() - (start or 0)
-        stop.set()
-        for t in threads:
-            if t.ident:
-                t.join(20)
+        moving.stop()
         gaps.sort()
         pick = lambda q: gaps[min(len(gaps) - 1, int(len(gaps) * q))] * 1e3  # noqa: E731
         return {
             "p50": pick(0.5), "p95": pick(0.95), "p99": pick(0.99), "max": gaps[-1] * 1e3, "tokens": len(gaps),
-            "stored_gb_s": moved[0] / seconds / 1e9, "loaded_gb_s": moved[1] / seconds / 1e9,
+            "stored_gb_s": moving.stored / seconds / 1e9, "loaded_gb_s": moving.loaded / seconds / 1e9,
         }  # fmt: skip
 
     def hits(self, streams: int, seeds: list[int], n: int, share: float, seed: int = 0) -> dict:
@@ -344,85 +333,6 @@ class Probe:
         gaps.sort()
         loads = self.rates()["loads"]
         return {"first": first, "loads": loads, "p50": gaps[len(gaps) // 2], "mean": sum(gaps) / len(gaps), "max": gaps[-1]}
-
-    def _lanes(self, stop: threading.Event, moved: list[int], how: str) -> list[threading.Thread]:
-        """`how`: "store:turns:1" (as the engine does, giving way to loads; MiB between which others may copy), "store:piece:8" (never
-        giving way), "load:dma:32" (thread blocks), "load:copies:0" (DMA and no kernel), "load:kernel:0" (no DMA), "load:torch:0" (no
-        more than small kernels of torch's on another stream), "load:share:60" (as the engine does; percent of the bus); or two of them
-        with "+" between."""
-        ways = [part.split(":") for part in how.split("+")]
-        moves = [self._mover(way == "load", kind, int(size)) for way, kind, size in ways]
-
-        def run(which: int, once, end) -> None:
-            while not stop.is_set():
-                moved[which] += once()
-            end()
-
-        return [threading.Thread(target=run, args=m, daemon=True) for m in moves]
-
-    def _mover(self, load: bool, kind: str, size: int):
-        """Which way, a function that moves 20k tokens once and gives the bytes, and one that frees what it used."""
-        from pdserve.engines.vllm.giving_way import GivingWay
-        from pdserve.kernels import gpu
-        from pdserve.transfer import wire
-        from pdserve.transfer.staging import stride_of
-
-        pages, client, way = self.side._pages.parts[0], self.side._client, self.side._way
-        shard, heads = pages.shard_bytes(256), pages.shard_count
-        stride = stride_of(shard)
-        items = [wire.ReserveItem(os.urandom(32), b"", 0, heads, shard, 256, count=heads) for _ in range(79)]
-        grants = client.reserve("bench", items, 5)
-        top = pages.num_blocks - 1 - 79 * 16 * load
-        parts = []
-        for n, grant in enumerate(grants):
-            ids = [top - 16 * n - i for i in range(16)]
-            parts.append((ids, 256, stride, client.arena.bytes[grant.offset :].ctypes.data))
-        lane, piece = (gpu.LOAD if load else gpu.SAVE), (size << 20 if kind in ("piece", "turns") else 0)
-        shared = GivingWay(size / 100 if kind == "share" else None)
-        shared.answers = 8
-        # Lanes of their own: those of the engine have one thread each.
-        device, work = None, None
-        if kind == "copies":
-            areas = [client.arena.bytes[g.offset : g.offset + heads * stride] for g in grants]
-            work = self._arms_module().Copies(pages, areas, load).once
-        elif kind == "torch":
-            work = self._arms_module().SmallKernels(pages._device).once
-        else:
-            more = {"blocks": size} if kind == "dma" else {}
-            device = gpu.Gpu(pages._arch, pages._device, pages._geometry, pages._staging_bytes, **more)
-
-        staged = self._arms_module().staging(pages).data_ptr() if kind == "kernel" else 0
-
-        def once() -> int:
-            if work is not None:
-                work()
-            elif kind == "kernel":
-                for ids, tokens, _, _ in parts:
-                    device.move(lane, ids, tokens, stride, staged)
-            elif kind == "share":
-                way.loading(True)
-                for some, percent in shared.loads(parts, pages.together, lambda: False):
-                    last = device.submit(lane, None, some, share=percent)[-1]
-                device.wait(lane, last)
-                way.loading(False)
-            elif kind == "turns":
-                for some, _ in way.stores(parts, pages.together, lambda: False):
-                    last = device.submit(lane, None, some, piece)[-1]
-                device.wait(lane, last)
-            else:
-                if load:
-                    way.loading(True)
-                device.wait(lane, device.submit(lane, None, parts, piece)[-1])
-                if load:
-                    way.loading(False)
-            return len(grants) * heads * shard
-
-        def end() -> None:
-            if device is not None:
-                device.close()
-            client.abort([g.reservation for g in grants], 5)
-
-        return int(load), once, end
 
 
 def _same(got, want, geometry) -> bool:

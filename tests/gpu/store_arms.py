@@ -101,7 +101,8 @@ class StoreArms:
         if self._stream is None:
             torch.cuda.set_device(self._pages._device)
             self._stream = torch.cuda.Stream(priority=0)
-            self._staged = staging(self._pages)
+            self._staged = torch.zeros(self._pages._staging_bytes, dtype=torch.uint8, device="cuda")
+            torch.cuda.synchronize()
 
     def _nothing(self, mark: Any, parts: Sequence[Part], piece: int) -> list[Any]:
         return [Done([0] * self._pages.shard_count) for _ in parts]
@@ -154,52 +155,3 @@ def after(stream: Any, mark: Any) -> None:
     code = wait(ctypes.c_void_p(stream.cuda_stream), ctypes.c_void_p(mark.handle), 0)
     if code:
         raise RuntimeError(f"cuStreamWaitEvent: {code}")
-
-
-class Copies:
-    """DMA alone between parts of the arena and staging buffers, as loads or stores submit it."""
-
-    def __init__(self, pages: Any, areas: Sequence[Any], load: bool) -> None:
-        self._device, self._areas, self._load = pages._device, areas, load
-        self._stream = torch.cuda.Stream(priority=-1 if load else 0)
-        self._staged = [torch.zeros(pages._staging_bytes, dtype=torch.uint8, device="cuda") for _ in range(3)]
-        torch.cuda.synchronize()
-
-    def once(self) -> None:
-        torch.cuda.set_device(self._device)
-        ends: list[Any] = []
-        with torch.cuda.stream(self._stream):
-            for n, area in enumerate(self._areas):
-                if n >= len(self._staged):
-                    ends[n - len(self._staged)].synchronize()
-                host, device = torch.from_numpy(area), self._staged[n % len(self._staged)][: area.size]
-                (device if self._load else host).copy_(host if self._load else device, non_blocking=True)
-                ends.append(torch.cuda.Event(blocking=True))
-                ends[-1].record()
-        ends[-1].synchronize()
-
-
-class SmallKernels:
-    """Nothing but a kernel of torch's on a stream of its own, a thousand times a second."""
-
-    def __init__(self, device: int) -> None:
-        torch.cuda.set_device(device)
-        self._stream, self._numbers = torch.cuda.Stream(), torch.zeros(1 << 20, device="cuda")
-        torch.cuda.synchronize()
-
-    def once(self) -> None:
-        with torch.cuda.stream(self._stream):
-            self._numbers.add_(1)
-        self._stream.synchronize()
-        time.sleep(0.001)
-
-
-_staged: list[torch.Tensor] = []
-
-
-def staging(pages: Any) -> torch.Tensor:
-    """Device memory that holds a chunk; one for all who ask."""
-    if not _staged:
-        _staged.append(torch.zeros(pages._staging_bytes, dtype=torch.uint8, device="cuda"))
-        torch.cuda.synchronize()
-    return _staged[0]

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ torch = pytest.importorskip("torch", reason="the oracle is the plain torch path"
 from pdserve.kernels import torch_path  # noqa: E402
 
 rng = np.random.default_rng()
-HERE = Path(__file__).parent / "emulated"
 LAYERS, BLOCKS = 2, 9
 #: what the dimensions of a cache are, in the order in which they lie in memory
 ORDERS = {
@@ -35,17 +32,6 @@ SIZES = [(16, 2, 64, 18), (8, 1, 80, 9)]
 
 
 PAYLOADS = [("", "bfloat16"), *((p, d) for p in rounded.PAYLOADS for d in rounded.FORMATS)]
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    compiler = build.compiler()
-    assert compiler, "a C++ compiler"
-    out = tmp_path_factory.mktemp("emulated") / "lib.so"
-    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-D__CUDACC__", f"-I{HERE}", f"-I{build.SOURCES}"]
-    sources = [str(HERE / "main.cpp"), str(HERE / "driver.cpp")]
-    subprocess.run([compiler, *flags, *sources, "-o", str(out)], check=True, timeout=120)
-    return ctypes.CDLL(str(out))
 
 
 def make(order, block_tokens, heads, head, dtype):
@@ -122,19 +108,6 @@ def test_any_bits_at_all_can_be_scattered(library, payload):
     assert found == [kernels.digest(c) for c in chunk]
     want = torch_path.grow(torch.from_numpy(chunk).view(2, LAYERS, 16, -1), payload, "float16")
     assert torch.equal(torch_path.gather(views, [3], 16), want)
-
-
-@pytest.fixture
-def without_kernels(library, tmp_path_factory, monkeypatch):
-    """kernels.gpu as it is where the run-time compiler made the kernels; `library` is the driver."""
-    code = tmp_path_factory.mktemp("code") / "sm_90.cubin"
-    code.write_bytes(b"emulated\0")
-    host = build.lanes_library(tmp_path_factory.getbasetemp() / "lanes")
-    monkeypatch.setattr(build, "gpu_library", lambda root, arch: build.GpuBuild(host, code, "emulated"))
-    monkeypatch.setattr(gpu, "DRIVER", library._name)
-    before = library.emulated_kept()
-    yield code
-    assert library.emulated_kept() == before  # everything was given back
 
 
 @pytest.mark.parametrize(
