@@ -40,6 +40,7 @@ def test_all_parts_hear_what_concerns_the_engine_and_one_marks_its_work():
     assert parts[0].asked.count(("mark",)) == 1
     assert pages.describe() == "describe; 2 layer groups like this"
     assert (pages.on_device, pages.stores, pages.together, pages.tells) == (True, True, 8, False)
+    assert [pages.share(p) for p in (100, 60, 1)] == [100, 30, 1], "each has its part of what all may take"
     assert Parts([part()]).tells
     assert Parts([part()]).describe() == "describe"
     with pytest.raises(ValueError, match="without KV"):

@@ -185,7 +185,7 @@ class _Load:
         at = 0
         for some, share in self._way.loads(chunks, pages.together, self._others_wait):
             for part in pages.parts:
-                copies = part.load_all(self._mark, [_source(part, arena, chunk) for chunk in some], share)
+                copies = part.load_all(self._mark, [_source(part, arena, chunk) for chunk in some], pages.share(share))
                 flight.moving.extend((at + i, part, copy) for i, copy in enumerate(copies))
                 if len(copies) < len(some):
                     raise CacheError("the device refused a chunk")

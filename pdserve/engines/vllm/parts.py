@@ -28,6 +28,10 @@ class Parts:
         for part in self.parts:
             part.attach(arena, chunk_tokens)
 
+    def share(self, percent: int) -> int:
+        """One part's, where all of them may take so many percent of the bus: each keeps to its own."""
+        return percent if percent == 100 else max(1, percent // len(self.parts))
+
     def mark(self) -> Any:
         """A point in the engine's work is the same for all parts: they are on one device."""
         return self.parts[0].mark()
