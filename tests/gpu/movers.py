@@ -26,7 +26,7 @@ from pdserve.transfer import wire
 from pdserve.transfer.staging import stride_of
 
 CHUNKS, TOKENS = 79, 256
-RPC_S = 5.0
+RPC_S, END_S = 5.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,8 @@ class Beside:
         self.stored = self.loaded = 0  # bytes
         self._client, self._stop = side._client if how else None, threading.Event()
         self._reservations: list[int] = []
-        self._threads = []
+        self._threads: list[threading.Thread] = []
+        self._failed: list[Exception] = []
         for part in how.split("+") if how else ():
             way, kind, size = part.split(":")
             work, reservations = reserved(side, way == "load", int(size))
@@ -214,13 +215,18 @@ class Beside:
             thread.start()
 
     def stop(self) -> None:
-        """Waits until nothing is moved any more, and gives everything back."""
+        """Waits until nothing is moved any more, and gives everything back. Raises where a mover failed, or does not end: then its
+        room in the arena stays its own."""
         self._stop.set()
         for thread in self._threads:
             if thread.ident:
-                thread.join(20)
+                thread.join(END_S)
+            if thread.is_alive():
+                raise RuntimeError(f"what is moved beside the engine did not end within {END_S:g} s")
         if self._reservations:
             self._client.abort(self._reservations, RPC_S)
+        if self._failed:
+            raise RuntimeError("what was moved beside the engine failed") from self._failed[0]
 
     def _run(self, work: Work, mover: Mover) -> None:
         nbytes = len(work.chunks) * work.pages.shard_bytes(TOKENS) * work.pages.shard_count
@@ -231,5 +237,7 @@ class Beside:
                     self.loaded += nbytes
                 else:
                     self.stored += nbytes
+        except Exception as e:  # noqa: BLE001 - stop() tells it
+            self._failed.append(e)
         finally:
             mover.close()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -110,6 +111,25 @@ def test_stores_and_loads_at_once_until_it_is_stopped(movers, side, monkeypatch)
     assert beside.loaded
     assert beside.stored % (CHUNKS * HEADS * side._pages.parts[0].shard_bytes(TOKENS)) == 0
     assert side._client.granted == []
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_fails_or_does_not_end_is_told(movers, side, monkeypatch, fails):
+    may_end = threading.Event()
+
+    def once() -> None:
+        if fails:
+            raise ValueError("no such device")
+        may_end.wait(10)
+
+    monkeypatch.setitem(movers.KINDS, "dma", lambda work: SimpleNamespace(once=once, close=lambda: None))
+    monkeypatch.setattr(movers, "END_S", 10.0 if fails else 0.01)
+    beside = movers.Beside(side, "load:dma:1")
+    beside.start()
+    with pytest.raises(RuntimeError, match="failed" if fails else "did not end"):
+        beside.stop()
+    assert bool(side._client.granted) is not fails, "what may still be written to is not given back"
+    may_end.set()
 
 
 def test_nothing_beside(movers):

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# On the GPU machine, with what pack.sh made in FROM: all of it into TO (default /root/gpu), then: source TO/env.sh; cd TO
-#   unpack.sh FROM [TO]        everything              unpack.sh FROM TO source     pdserve alone, again
+# On the GPU machine, with what pack.sh made in FROM: all of it into the folder TO, then: source TO/env.sh; cd TO
+#   unpack.sh FROM TO          everything              unpack.sh FROM TO source     pdserve alone, again
 set -euo pipefail
-from=$(cd "$1" && pwd); to=${2:-/root/gpu}; mkdir -p "$to/site" "$to/more" "$to/home"
+from=$(cd "$1" && pwd); to=$(mkdir -p "$2" && cd "$2" && pwd); mkdir -p "$to/site" "$to/more" "$to/home"
 join() { cat "$from/$1"[0-9] | xz -d -T0 | tar xf - -C "$to/$2"; }
 if [ "${3:-all}" = all ]; then
   join vllm site & vllm=$!
