@@ -1,4 +1,4 @@
-"""How much of the bus a load takes, by what goes on beside it. What is loaded is test_worker_side's."""
+"""How much of the bus a load takes, by what goes on beside it. What is loaded is asked in test_worker_side and test_late_chunks."""
 
 import threading
 from types import SimpleNamespace

@@ -1,113 +1,19 @@
 """The scheduler's half over the real index (store.py), without sockets or an engine."""
 
-import time
 import types
 
 import pytest
-from prometheus_client import CollectorRegistry
 from scheduler_output import step
 
-from pdserve.chunk import ChunkLayout
-from pdserve.errors import CacheUnavailable, UnsupportedError
-from pdserve.metrics.cache import CACHE
-from pdserve.metrics.metric import build
+from pdserve.errors import UnsupportedError
 from pdserve.transfer import wire
-from pdserve.transfer.eviction import LeafFirstLru
-from pdserve.transfer.store import Store
 
 pytest.importorskip("vllm", reason="the connector's messages derive from vLLM's classes")
+from scheduler_world import LAYOUT, PROMISE, commit, compute_all, output, request
+
 from pdserve.engines.vllm import finding
-from pdserve.engines.vllm.messages import LoadResult, SaveJob, StepPlan, WorkerReport
+from pdserve.engines.vllm.messages import LoadResult, StepPlan, WorkerReport
 from pdserve.engines.vllm.scheduler_side import LONG_STEP, SchedulerSide
-
-BLOCK, CHUNK = 4, 8
-LAYOUT = ChunkLayout(kind="opaque-block", kv_dtype="float32", layers=2, block_tokens=BLOCK, block_bytes=512, shards=1)
-
-
-class DirectClient:
-    """CacheClient's calls, straight into a Store."""
-
-    def __init__(self, store: Store, chunk_tokens: int = CHUNK) -> None:
-        self.store, self.chunk_tokens, self.connected, self.daemon_id = store, chunk_tokens, True, "d1"
-        self.released, self.pushed = [], []
-
-    def push(self, target, keys, timeout):
-        self.pushed.append((target, len(keys)))
-        return len(keys)
-
-    @property
-    def content(self):
-        return (self.daemon_id, self.store.dropped)
-
-    def connect(self, timeout=0):
-        if not self.connected:
-            raise CacheUnavailable("none")
-
-    def lookup(self, keys, timeout, prefill_speed=0.0):
-        self.connect()
-        return wire.LookupReply(1, *self.store.lookup(keys, 1, 0.0))
-
-    def release_soon(self, lease, loaded_chunks=0, loaded_bytes=0, corrupt=None):
-        self.released.append((loaded_chunks, corrupt or []))
-        self.store.drop(corrupt or [], "corrupt")
-        self.store.release(lease, 1)
-
-    def close(self):
-        pass
-
-
-class Status:
-    def __init__(self, name):
-        self.name = name
-
-
-def request(rid, tokens, **extra):
-    tokens = list(tokens)
-    fields = {
-        "request_id": rid,
-        "prompt_token_ids": tokens,
-        "all_token_ids": list(tokens),
-        "num_prompt_tokens": len(tokens),
-        "num_tokens": len(tokens),
-        "kv_transfer_params": None,
-        "lora_request": None,
-        "cache_salt": None,
-        "mm_features": [],
-        "status": Status("FINISHED_LENGTH_CAPPED"),
-    }
-    return types.SimpleNamespace(**{**fields, **extra})
-
-
-def output(report=None, received=()):
-    return types.SimpleNamespace(kv_connector_worker_meta=report, finished_recving=set(received))
-
-
-@pytest.fixture
-def world(monkeypatch):
-    monkeypatch.setattr(finding, "MIN_TOKENS", 2)
-    store = Store(1 << 22, LeafFirstLru(), build(CACHE, CollectorRegistry()))
-    client = DirectClient(store)
-    return types.SimpleNamespace(
-        store=store, client=client, side=SchedulerSide(client, LAYOUT, "model", workers=1, instance="prefill-0")
-    )
-
-
-def commit(store, saves):
-    """What a worker does with a save job, less the bytes."""
-    for job in saves:
-        items = [wire.ReserveItem(c.key, c.parent, 0, 1, LAYOUT.shard_bytes(c.tokens), c.tokens) for c in job.chunks]
-        grants = store.reserve(items, "w", 2, 0.0)
-        store.commit([wire.CommitItem(g.reservation, 7) for g in grants if g.status == wire.GRANTED], 2)
-
-
-def compute_all(world, rid, tokens, **extra):
-    """Runs a prompt through in one step and stores what the plan says."""
-    r = request(rid, tokens, **extra)
-    assert world.side.matched(r, 0) == (0, False)
-    world.side.allocated(r, list(range(-(-len(tokens) // BLOCK))), 0)
-    plan = world.side.plan(step({rid: len(tokens)}, new=[(rid, 0)]))
-    commit(world.store, plan.saves)
-    return r, plan
 
 
 def test_full_chunks_and_the_tail_are_stored_from_their_own_blocks(world):
@@ -167,6 +73,8 @@ def test_a_shared_prefix_hits_up_to_where_the_prompts_part(world):
 
 @pytest.mark.parametrize(
     "change", [{"cache_salt": "x"}, {"lora_request": types.SimpleNamespace(lora_name="l", lora_path="/l")}]
+
+
 )
 def test_another_salt_or_lora_never_hits(world, change):
     compute_all(world, "a", range(19))
@@ -277,49 +185,6 @@ def test_a_request_that_ends_in_a_load_is_not_kept_for_saves_from_before_its_pre
     assert world.side._requests == {}
 
 
-def test_the_producers_answer_says_what_it_has_stored(world):
-    r, _ = compute_all(world, "a", range(19), kv_transfer_params={"do_remote_decode": True})
-    params = world.side.handover(r)
-    assert (params["do_remote_prefill"], params["pdserve.num_tokens"], params["pdserve.source"]) == (
-        True,
-        19,
-        "prefill-0",
-    )
-    r.status = Status("FINISHED_ABORTED")
-    assert world.side.handover(r) is None
-
-
-def test_the_consumer_waits_for_promised_chunks_and_then_loads_them(world):
-    again = request("b", range(19), kv_transfer_params={"do_remote_prefill": True, "pdserve.num_tokens": 19})
-    assert world.side.matched(again, 0) == (None, False)
-    world.side._requests["b"].handover.polled_at = 0
-    compute_all(world, "a", range(19))
-    assert world.side.matched(again, 0) == (19, True)
-
-
-def test_the_consumer_gives_up_on_chunks_that_do_not_come(world, monkeypatch):
-    monkeypatch.setattr(finding, "HANDOVER_START_S", 0.05)
-    again = request("b", range(19), kv_transfer_params={"do_remote_prefill": True, "pdserve.num_tokens": 19})
-    ends = time.monotonic() + 60
-    while (answer := world.side.matched(again, 0)) == (None, False):
-        assert time.monotonic() < ends
-    assert answer == (0, False)
-    assert world.side.matched(again, 0) == (0, False)
-    assert world.store.stats()["leases"] == 0
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"do_remote_prefill": True},
-        {"do_remote_prefill": True, "pdserve.num_tokens": "many"},
-        {"do_remote_prefill": False, "pdserve.num_tokens": 9},
-    ],
-)
-def test_strange_handover_params_are_no_reason_to_wait(world, params):
-    assert world.side.matched(request("b", range(19), kv_transfer_params=params), 0) == (0, False)
-
-
 def test_without_a_daemon_everything_is_a_miss_and_nothing_is_planned(world):
     world.client.connected = False
     r = request("a", range(19))
@@ -336,68 +201,6 @@ def test_prompt_embeddings_are_left_alone(world):
 def test_a_chunk_size_that_does_not_fit_the_blocks_is_refused_with_the_fix(world):
     with pytest.raises(UnsupportedError, match=r"10 tokens are not whole engine blocks of 4 .*cache\.chunk_tokens"):
         world.side.check_chunk_tokens(10)
-
-
-PROMISE = {"do_remote_prefill": True, "pdserve.num_tokens": 19}
-EARLY = {"do_remote_prefill": True, "pdserve.expect_s": 60}
-
-
-def begin_compute(world, rid, tokens):
-    """A producer that has committed its first chunk, and still computes the rest. Returns what is left to commit."""
-    r = request(rid, tokens, kv_transfer_params={"do_remote_decode": True})
-    world.side.matched(r, 0)
-    world.side.allocated(r, list(range(-(-len(tokens) // BLOCK))), 0)
-    (job,) = world.side.plan(step({rid: len(tokens)}, new=[(rid, 0)])).saves
-    first, rest = job.chunks[:1], job.chunks[1:]
-    commit(world.store, [SaveJob(rid, first)])
-    return SaveJob(rid, rest)
-
-
-@pytest.mark.parametrize("params", [PROMISE, EARLY])
-def test_loading_begins_with_the_first_chunk_and_the_rest_is_expected(world, params):
-    begin_compute(world, "a", range(19))
-    r = request("b", range(19), kv_transfer_params=params)
-    assert world.side.matched(r, 0) == (19, True)
-    world.side.allocated(r, [30, 31, 32, 33, 34], 19)
-    (job,) = world.side.plan(step({})).loads
-    assert [(c.tokens, c.block_ids) for c in job.chunks] == [(8, [30, 31])]
-    assert [(c.tokens, c.block_ids) for c in job.expected] == [(8, [32, 33]), (3, [34])]
-    assert job.stall_s >= finding.HANDOVER_STALL_S
-    world.side.reported(output(WorkerReport(loaded={"b": LoadResult(1, 10, 0.1, filled=3, late=["dram"] * 2)}), ["b"]))
-    assert world.store.stats()["leases"] == 0
-
-
-def test_an_early_decode_leg_waits_for_the_first_sign_without_a_lease(world):
-    r = request("b", range(19), kv_transfer_params=EARLY)
-    assert world.side.matched(r, 0) == (None, False)
-    assert world.store.stats()["leases"] == 0
-    begin_compute(world, "a", range(19))
-    world.side._requests["b"].handover.polled_at = 0
-    assert world.side.matched(r, 0) == (19, True)
-
-
-def test_after_a_handover_that_broke_off_the_rest_is_computed_and_nothing_is_awaited(world):
-    begin_compute(world, "a", range(19))
-    r = request("b", range(19), kv_transfer_params=PROMISE)
-    world.side.matched(r, 0)
-    world.side.allocated(r, [30, 31, 32, 33, 34], 19)
-    world.side.plan(step({}))
-    world.side.reported(output(WorkerReport(loaded={"b": LoadResult(1, 10, 0.1, error="none came", filled=1)}), ["b"]))
-    plan = world.side.plan(step({"b": 11}, new=[("b", 8)]))
-    assert [c.tokens for j in plan.saves for c in j.chunks] == [8, 3]
-    assert world.side.matched(r, 0) == (0, False)  # after a preemption, say
-
-
-def test_a_request_that_ends_while_it_is_loaded_is_dropped_at_the_workers(world):
-    begin_compute(world, "a", range(19))
-    r = request("b", range(19), kv_transfer_params=EARLY)
-    world.side.matched(r, 0)
-    world.side.allocated(r, [30, 31, 32, 33, 34], 19)
-    world.side.plan(step({}))
-    world.side.finished(r)
-    assert world.side.plan(step({})).dropped == {"b"}
-    world.side.reported(output(WorkerReport(loaded={"b": LoadResult(error="gone")}), ["b"]))
-    assert "b" not in world.side._requests
 
 
 def test_what_was_offered_a_moment_ago_is_not_offered_again_unless_it_is_handed_over(world):
@@ -490,16 +293,6 @@ def test_patience_is_a_factor_on_what_a_lookup_and_a_handover_get(world, monkeyp
     assert side._finder._stall_s(request("b", range(19))) == 20 * finding.HANDOVER_STALL_S
 
 
-def test_a_prefill_for_another_host_asks_once_for_its_chunks_to_be_sent_there(world):
-    params = {"do_remote_decode": True, "pdserve.push_to": "host-b"}
-    r = request("a", range(19), kv_transfer_params=params)
-    world.side.matched(r, 0)
-    world.side.matched(r, 0)
-    world.side.matched(request("b", range(19), kv_transfer_params={"pdserve.push_to": "host-b"}), 0)
-    world.side.matched(request("c", range(19), kv_transfer_params={**params, "pdserve.push_to": 7}), 0)
-    assert world.client.pushed == [("host-b", 3)]
-
-
 def test_after_a_reset_nothing_stored_before_is_used_and_what_is_stored_then_is(world):
     compute_all(world, "a", range(19))
     running = request("b", range(40, 59))
@@ -511,15 +304,6 @@ def test_after_a_reset_nothing_stored_before_is_used_and_what_is_stored_then_is(
     _, plan = compute_all(world, "c", range(19))
     assert [c.tokens for j in plan.saves for c in j.chunks] == [8, 8, 3]
     assert world.side.matched(request("d", range(19)), 0) == (19, True)
-
-
-def test_a_handover_across_a_reset_is_computed_without_a_wait(world):
-    asked = {"do_remote_decode": True}
-    before = world.side.handover(compute_all(world, "p", range(19), kv_transfer_params=asked)[0])
-    world.side.reset()
-    assert world.side.matched(request("q", range(19), kv_transfer_params=before), 0) == (0, False)
-    after = world.side.handover(compute_all(world, "r", range(19), kv_transfer_params=asked)[0])
-    assert world.side.matched(request("s", range(19), kv_transfer_params=after), 0) == (19, True)
 
 
 def test_a_reset_while_a_hit_waits_for_blocks_gives_its_lease_back(world):
